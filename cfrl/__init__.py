@@ -1,0 +1,41 @@
+"""cfrl: a crystal-generating transformer, tuned by reinforcement learning.
+
+The public names load on first use, so that `import cfrl` and `cfrl --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "CrystalBatch": "cfrl.crystal",
+    "CrystalTransformer": "cfrl.model",
+    "load_model": "cfrl.model",
+    "save_model": "cfrl.model",
+    "sample": "cfrl.sampler",
+    "SamplerOptions": "cfrl.distributions",
+    "read_crystals": "cfrl.storage",
+    "write_crystals": "cfrl.storage",
+    "load_dataset": "cfrl.data",
+    "register_reward": "cfrl.rewards",
+    "build_reward": "cfrl.rewards",
+    "UserError": "cfrl.errors",
+}
+_MODULES = ("symmetry", "crystal", "model", "sampler", "storage", "data", "hull", "rewards", "potentials")
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"cfrl.{name}")
+    raise AttributeError(f"module 'cfrl' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,188 @@
+"""Every setting of every command: dataclasses <- cfrl.toml <- flags.
+
+A command's settings are one dataclass whose fields carry their help text. From it come the command-line flags
+(`cli.py`), the commented `cfrl.toml` at the project root (`python -m cfrl.config > cfrl.toml`) and the
+`config.toml` of a run folder. This file imports nothing heavy, so that `cfrl --help` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import tomli
+
+from cfrl.errors import UserError
+
+T = TypeVar("T")
+USER_FILE = "cfrl.toml"
+
+
+def option(default: Any, help: str, *, flags: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with a help text; `flags` adds short forms such as ``-n``."""
+    metadata = {"help": help, "flags": flags}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PretrainConfig:
+    """Train the transformer on a dataset of crystals."""
+
+    dataset: str = option("prototypes", "Dataset: an .h5 of `cfrl data import`, a fetched name, or `prototypes`.")
+    preset: str = option("default", "Architecture: default, small, alex-20 (the published size).")
+    init: str = option("", "Start from these weights (a file, a run folder, a name) instead of random ones.")
+    epochs: int = option(100, "Passes over the training split.")
+    batch_size: int = option(128, "Crystals per optimiser step, over all processes.")
+    lr: float = option(1e-3, "Peak learning rate of AdamW.")
+    lr_final: float = option(0.02, "Learning rate at the end, as a fraction of the peak (cosine decay).")
+    warmup: int = option(300, "Steps of linear learning-rate warm-up.")
+    weight_decay: float = option(0.05, "AdamW weight decay, on matrices only.")
+    clip: float = option(1.0, "Largest norm of the gradient.")
+    dropout: float = option(-1.0, "Dropout; negative: the preset's own.")
+    ema: float = option(0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.")
+    augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
+    patience: int = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
+    validate_every: int = option(1, "Epochs between validations.")
+    checkpoint_minutes: float = option(2.0, "Minutes between checkpoints (one is also written at the end).")
+    precision: str = option("auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = option(0, "Seed of weights, data order and dropout.")
+
+
+@dataclass
+class SampleConfig:
+    """Generate crystals."""
+
+    n: int = option(100, "Number of crystals.", flags=("-n",))
+    model: str = option("", "Model: empty for the embedded default; a weights file or a run folder.")
+    space_group: str = option("", "Only these space groups, e.g. `225` or `221,225`; empty: as in training.")
+    elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
+    max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    temperature: float = option(1.0, "Below 1: likelier crystals; above 1: more varied.")
+    top_p: float = option(1.0, "Nucleus sampling: keep the likeliest choices up to this total probability.")
+    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
+    keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
+    batch_size: int = option(256, "Crystals drawn at once.")
+    seed: int = option(0, "Same seed and device: same crystals.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
+SECTIONS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "sample": SampleConfig,
+}
+
+
+def resolve(cls: type[T], flags: Mapping[str, Any] | None = None, file: Path | None = None) -> T:
+    """Settings of one command: the dataclass's defaults, then `cfrl.toml`, then flags.
+
+    Args:
+        cls: one of `SECTIONS`.
+        flags: values given explicitly; they win.
+        file: a TOML file; default: `cfrl.toml` of the working folder where there is one.
+
+    Raises:
+        UserError: unreadable file, unknown section or key, value of the wrong type.
+    """
+    path = Path(USER_FILE) if file is None else Path(file)
+    values: dict[str, Any] = {}
+    if file is not None or path.is_file():
+        values = _section(path, next(name for name, section in SECTIONS.items() if section is cls))
+    return build(cls, {**values, **(flags or {})}, source=str(path))
+
+
+def build(cls: type[T], values: Mapping[str, Any], source: str = "settings") -> T:
+    """The dataclass made of `values`, checked key by key."""
+    types = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{source}: unknown setting '{key}' for {cls.__name__}{nearest(key, types)}")
+        if not _fits(value, types[key]):
+            raise UserError(f"{source}: {key} = {value!r} should be of type {_type_name(types[key])}")
+    return cls(**{k: float(v) if types[k] is float else v for k, v in values.items()})
+
+
+def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
+    """`; did you mean 'x'?` or nothing: the tail of an error message about an unknown name."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def to_toml(sections: Mapping[str, Any], comments: bool = False) -> str:
+    """TOML text of `{section name: dataclass instance}`, with the help texts as comments if wanted."""
+    blocks = []
+    for name, config in sections.items():
+        lines = [f"[{name}]"]
+        for f in fields(config):
+            if comments:
+                lines += textwrap.wrap(f.metadata["help"], 100, initial_indent="# ", subsequent_indent="# ")
+            lines += _toml_entry(f.name, getattr(config, f.name))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def read_run_config(cls: type[T], path: Path) -> T:
+    """The settings that a run folder's `config.toml` holds."""
+    return resolve(cls, file=path)
+
+
+def _section(path: Path, name: str) -> dict[str, Any]:
+    try:
+        document = tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as TOML: {error}") from error
+    for key in document:
+        if key not in SECTIONS:
+            raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")
+    return document.get(name, {})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    kind = getattr(kind, "__origin__", kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
+
+
+def _toml_entry(key: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{key} = {{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"]
+    return [f"{key} = {_toml(value)}"]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)
+
+
+HEADER = """\
+# Every default of cfrl. Generated by `python -m cfrl.config > cfrl.toml`; do not edit this copy by hand.
+# A cfrl.toml in the folder where cfrl runs overrides these values; a flag of the command overrides both.
+# You need only write down what you change.
+
+"""
+
+if __name__ == "__main__":
+    defaults = {name: cls() for name, cls in SECTIONS.items()}
+    print(HEADER + to_toml(defaults, comments=True), end="")

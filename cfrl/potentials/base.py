@@ -1,0 +1,250 @@
+"""One interface for every interatomic potential: many crystals in, energies, forces, stress and features out.
+
+This file owns what all potentials share: checking crystals, batching by atoms, building graphs while the
+model works, halving batches when memory runs out, and confining a failure to the crystal that caused it.
+What a graph is and how a model reads it is left to the adapters (chgnet.py, mace.py).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
+MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal
+MAX_ENERGY = 100.0  # eV/atom; beyond any crystal, only extrapolation gives it
+MAX_VOLUME = 10_000.0  # cubic angstrom per atom; a gas, not a crystal
+
+
+class UnusableCrystal(ValueError):
+    """This one crystal cannot be evaluated; the message is its status."""
+
+
+@dataclass
+class Evaluation:
+    """Results for n crystals, in the order they came. A failed crystal has NaN values and a status.
+
+    energy: (n,) float64, eV/atom
+    status: n strings, "" where the crystal was evaluated, else the reason why not
+    forces: n arrays (atoms, 3), eV/angstrom, or None if not asked for
+    stress: (n, 3, 3), eV/angstrom^3, positive under tension (dE/dstrain / volume), or None
+    features: (n, d), the potential's own description of the crystal, or None
+    """
+
+    energy: np.ndarray
+    status: list[str]
+    forces: list[np.ndarray] | None = None
+    stress: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.status)
+
+    @property
+    def ok(self) -> np.ndarray:
+        """(n,) bool: the crystals that were evaluated."""
+        return np.array([not reason for reason in self.status], dtype=bool)
+
+    def __getitem__(self, index: slice | np.ndarray | Sequence[int]) -> Evaluation:
+        rows = np.arange(len(self))[index]
+        return Evaluation(
+            energy=self.energy[rows],
+            status=[self.status[i] for i in rows],
+            forces=None if self.forces is None else [self.forces[i] for i in rows],
+            stress=None if self.stress is None else self.stress[rows],
+            features=None if self.features is None else self.features[rows],
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Evaluation]) -> Evaluation:
+        """Join evaluations that asked for the same quantities."""
+        first = parts[0]
+        return Evaluation(
+            energy=np.concatenate([p.energy for p in parts]),
+            status=[s for p in parts for s in p.status],
+            forces=None if first.forces is None else [f for p in parts for f in p.forces],
+            stress=None if first.stress is None else np.concatenate([p.stress for p in parts]),
+            features=None if first.features is None else np.concatenate([p.features for p in parts]),
+        )
+
+
+class Potential(ABC):
+    """A machine-learned interatomic potential.
+
+    name: what `load_potential` was given, e.g. "chgnet-0.3.0"; it is also the scale of the energies
+    elements: atomic numbers that the potential was trained on
+    cutoff: angstrom, radius of the neighbour list
+    feature_version: model and layout of the feature vector; predictors store it and refuse another
+    max_atoms: atoms per batch; halved for good when memory runs out
+    """
+
+    name: str
+    elements: frozenset[int]
+    cutoff: float
+    feature_version: str
+    feature_size: int
+    max_atoms: int
+    device: torch.device
+
+    @abstractmethod
+    def prepare(self, structure: Any) -> Any:
+        """The model's graph of one crystal. Raises UnusableCrystal with the reason."""
+
+    @abstractmethod
+    def evaluate(self, graphs: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
+        """Run the model once on a batch of graphs."""
+
+    def compute(
+        self,
+        structures: Iterable[Any],
+        forces: bool = False,
+        stress: bool = False,
+        features: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """Evaluate pymatgen structures (or a CrystalBatch) of mixed sizes.
+
+        Never raises because of a crystal: what cannot be evaluated gets NaN and a status. `progress` is
+        called with the number of crystals done so far.
+        """
+        structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
+        result = self._blank(structures, forces, stress, features)
+        for done, batch in self._batches(structures, result.status):
+            self._run(batch, result)
+            if progress is not None:
+                progress(done)
+        return result
+
+    def _blank(self, structures: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
+        n = len(structures)
+        return Evaluation(
+            energy=np.full(n, np.nan),
+            status=[""] * n,
+            forces=[np.full((len(s), 3), np.nan) for s in structures] if forces else None,
+            stress=np.full((n, 3, 3), np.nan) if stress else None,
+            features=np.full((n, self.feature_size), np.nan) if features else None,
+        )
+
+    def _batches(
+        self, structures: list[Any], status: list[str]
+    ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+        """Yield (crystals done after this batch, [(row, graph), ...]); the next graphs are built meanwhile."""
+        chunks = self._chunks(structures)
+        with ThreadPoolExecutor(1) as worker:
+            ahead = worker.submit(self._graphs, structures, next(chunks, []), status)
+            for rows in chunks:
+                batch, ahead = ahead.result(), worker.submit(self._graphs, structures, rows, status)
+                yield rows[0], batch
+            yield len(structures), ahead.result()
+
+    def _chunks(self, structures: list[Any]) -> Iterator[list[int]]:
+        """Consecutive rows that together have at most `max_atoms` atoms (or one crystal)."""
+        rows, atoms = [], 0
+        for row, structure in enumerate(structures):
+            if rows and atoms + len(structure) > self.max_atoms:
+                yield rows
+                rows, atoms = [], 0
+            rows.append(row)
+            atoms += len(structure)
+        if rows:
+            yield rows
+
+    def _graphs(self, structures: list[Any], rows: list[int], status: list[str]) -> list[tuple[int, Any]]:
+        batch = []
+        for row in rows:
+            try:
+                check_crystal(structures[row], self.elements, self.cutoff)
+                batch.append((row, self.prepare(structures[row])))
+            except UnusableCrystal as reason:
+                status[row] = str(reason)
+            except Exception as error:  # a crystal that no one thought of must not end the run
+                status[row] = f"no graph: {_describe(error)}"
+        return batch
+
+    def _run(self, batch: list[tuple[int, Any]], result: Evaluation) -> None:
+        """Evaluate a batch; when that fails, halve it until the crystal at fault stands alone."""
+        if not batch:
+            return
+        try:
+            part = self.evaluate(
+                [graph for _, graph in batch],
+                result.forces is not None,
+                result.stress is not None,
+                result.features is not None,
+            )
+        except Exception as error:  # whatever a model raises belongs to one crystal, or to memory
+            no_memory = _out_of_memory(error)
+            if len(batch) == 1:
+                result.status[batch[0][0]] = "out of memory" if no_memory else f"failed: {_describe(error)}"
+                return
+        else:
+            self._store(part, [row for row, _ in batch], result)
+            return
+        if no_memory:  # outside the handler: its traceback would keep the tensors alive
+            self.max_atoms = max(self.max_atoms // 2, 1)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        half = len(batch) // 2
+        self._run(batch[:half], result)
+        self._run(batch[half:], result)
+
+    @staticmethod
+    def _store(part: Evaluation, rows: list[int], result: Evaluation) -> None:
+        for i, row in enumerate(rows):
+            result.status[row] = part.status[i] or _implausible(part, i)
+            if result.status[row]:
+                continue
+            result.energy[row] = part.energy[i]
+            if result.forces is not None:
+                result.forces[row] = part.forces[i]
+            if result.stress is not None:
+                result.stress[row] = part.stress[i]
+            if result.features is not None:
+                result.features[row] = part.features[i]
+
+
+def check_crystal(structure: Any, elements: frozenset[int], cutoff: float) -> None:
+    """Raise UnusableCrystal for what no potential can evaluate, before any graph is built."""
+    if not structure.is_ordered:
+        raise UnusableCrystal("disordered sites")
+    unknown = sorted({e.symbol for e in structure.composition.elements if e.Z not in elements})
+    if unknown:
+        raise UnusableCrystal(f"element {', '.join(unknown)} unknown to the potential")
+    if not (np.isfinite(structure.lattice.matrix).all() and np.isfinite(structure.frac_coords).all()):
+        raise UnusableCrystal("cell or coordinates are not finite")
+    volume = structure.lattice.volume / len(structure)
+    if not volume > 0 or min(structure.lattice.abc) < MIN_DISTANCE:
+        raise UnusableCrystal(f"atoms closer than {MIN_DISTANCE} A")
+    if volume > MAX_VOLUME:
+        raise UnusableCrystal(f"volume of {volume:.0f} A^3 per atom")
+    if len(structure) / volume * 4 / 3 * np.pi * cutoff**3 > MAX_NEIGHBOURS:
+        raise UnusableCrystal(f"more than {MAX_NEIGHBOURS} neighbours")
+
+
+def _implausible(part: Evaluation, i: int) -> str:
+    """Why a computed value cannot be true, or ""."""
+    values = [part.energy[i]]
+    values += [] if part.forces is None else [part.forces[i]]
+    values += [] if part.stress is None else [part.stress[i]]
+    values += [] if part.features is None else [part.features[i]]
+    if not all(np.isfinite(v).all() for v in values):
+        return "the potential gave NaN or infinity"
+    if abs(part.energy[i]) > MAX_ENERGY:
+        return f"implausible energy {part.energy[i]:.3g} eV/atom"
+    return ""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text
+
+
+def _describe(error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first_line}"[:200]

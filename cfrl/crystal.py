@@ -1,0 +1,390 @@
+"""CrystalBatch: the one data type that every stage passes on.
+
+A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate
+of the representative) and its conventional cell. This file slices, joins, measures and converts such batches;
+the tables behind it are in symmetry.py, files in storage.py.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfrl import symmetry
+from cfrl.elements import FORMULA_RANK, MASSES, SYMBOLS
+from cfrl.symmetry import AsymmetricUnit, SymmetryError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from pymatgen.core import Structure
+
+DALTON_PER_CUBIC_ANGSTROM = 1.66053906660  # in g/cm^3
+MIN_VOLUME_PER_ATOM = 0.1  # angstrom^3; below it a cell is degenerate, not dense
+_PAIRS_PER_CHUNK = 200_000  # bounds the memory of shortest_distances
+
+
+@dataclass
+class CrystalBatch:
+    """A batch of n crystals with up to s sites, padded at the end.
+
+    space_group (n,) int64: 1..230.
+    wyckoff (n, s) int64: 1 = 'a', ..., 26 = 'z', 27 = 'A'; 0 = empty.
+    species (n, s) int64: atomic numbers; 0 = empty.
+    frac_coords (n, s, 3): the representative of each orbit, on the first coordinate triplet of its Wyckoff
+        position; 0 where empty.
+    lattice (n, 6): a, b, c (angstrom), alpha, beta, gamma (degrees) of the conventional cell.
+    ids: n names, or None.
+    properties: name -> (n,) float64, NaN = unknown.
+
+    Sites are ordered by Wyckoff letter, then x, y, z. Several orbits may share a letter.
+    """
+
+    space_group: Tensor
+    wyckoff: Tensor
+    species: Tensor
+    frac_coords: Tensor
+    lattice: Tensor
+    ids: list[str] | None = None
+    properties: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, s = self.wyckoff.shape
+        shapes = {
+            "space_group": (n,),
+            "species": (n, s),
+            "frac_coords": (n, s, 3),
+            "lattice": (n, 6),
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape}")
+        if self.ids is not None and len(self.ids) != n:
+            raise ValueError(f"{len(self.ids)} ids for {n} crystals")
+        for name, values in self.properties.items():
+            if values.shape != (n,):
+                raise ValueError(f"property {name} has shape {tuple(values.shape)}, expected {(n,)}")
+
+    # ---- batch ----
+
+    def __len__(self) -> int:
+        return len(self.space_group)
+
+    def __getitem__(
+        self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]
+    ) -> "CrystalBatch":
+        """Rows by slice, index or mask; an integer gives a batch of one."""
+        if isinstance(index, (int, np.integer)):
+            index = range(len(self))[index]  # raises IndexError, so that iteration ends
+            index = slice(index, index + 1)
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.device)
+            index = index if index.dtype == torch.bool else index.long()
+        ids = self.ids
+        if ids is not None:
+            ids = (
+                ids[index]
+                if isinstance(index, slice)
+                else [ids[i] for i in torch.arange(len(self))[index.cpu()]]
+            )
+        return self._map(lambda tensor: tensor[index], ids)
+
+    def _map(self, function: Any, ids: list[str] | None) -> "CrystalBatch":
+        """The same function on every tensor, properties included."""
+        return CrystalBatch(
+            function(self.space_group),
+            function(self.wyckoff),
+            function(self.species),
+            function(self.frac_coords),
+            function(self.lattice),
+            ids,
+            {name: function(values) for name, values in self.properties.items()},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.wyckoff.device
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> "CrystalBatch":
+        """Move to a device; dtype applies to coordinates and lattice (properties stay float64)."""
+        moved = self._map(lambda tensor: tensor.to(device=device), self.ids)
+        if dtype is None:
+            return moved
+        return replace(moved, frac_coords=moved.frac_coords.to(dtype), lattice=moved.lattice.to(dtype))
+
+    def trim(self) -> "CrystalBatch":
+        """Without the padding that no crystal needs."""
+        sites = int(self.num_sites.max()) if len(self) else 0
+        return self._pad(sites)
+
+    def _pad(self, sites: int) -> "CrystalBatch":
+        """With exactly this many site columns."""
+        extra = sites - self.wyckoff.shape[1]
+        pad = torch.nn.functional.pad
+        return replace(
+            self,
+            wyckoff=pad(self.wyckoff, (0, extra)),
+            species=pad(self.species, (0, extra)),
+            frac_coords=pad(self.frac_coords, (0, 0, 0, extra)),
+        )
+
+    @staticmethod
+    def cat(batches: Iterable["CrystalBatch"]) -> "CrystalBatch":
+        """One batch after the other, padded to the longest.
+
+        Properties that a batch lacks are NaN there; ids are kept when every batch has them.
+        """
+        batches = list(batches)
+        if not batches:
+            return CrystalBatch.empty()
+        sites = max(batch.wyckoff.shape[1] for batch in batches)
+        padded = [batch._pad(sites) for batch in batches]
+        names = dict.fromkeys(name for batch in batches for name in batch.properties)
+        unknown = [
+            torch.full((len(batch),), torch.nan, dtype=torch.float64, device=batch.device)
+            for batch in batches
+        ]
+        has_ids = all(batch.ids is not None for batch in batches)
+        return CrystalBatch(
+            torch.cat([batch.space_group for batch in padded]),
+            torch.cat([batch.wyckoff for batch in padded]),
+            torch.cat([batch.species for batch in padded]),
+            torch.cat([batch.frac_coords for batch in padded]),
+            torch.cat([batch.lattice for batch in padded]),
+            [name for batch in batches for name in batch.ids] if has_ids else None,
+            {k: torch.cat([b.properties.get(k, nan) for b, nan in zip(batches, unknown)]) for k in names},
+        )
+
+    @staticmethod
+    def empty(sites: int = 0, dtype: torch.dtype = torch.float32) -> "CrystalBatch":
+        """A batch of no crystals."""
+        none = torch.zeros(0, dtype=torch.long)
+        return CrystalBatch(
+            none,
+            torch.zeros(0, sites, dtype=torch.long),
+            torch.zeros(0, sites, dtype=torch.long),
+            torch.zeros(0, sites, 3, dtype=dtype),
+            torch.zeros(0, 6, dtype=dtype),
+        )
+
+    # ---- what a crystal is ----
+
+    @property
+    def num_sites(self) -> Tensor:
+        """Symmetry-inequivalent sites, (n,)."""
+        return (self.wyckoff > 0).sum(-1)
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """Atoms per conventional cell of each site, (n, s)."""
+        return symmetry.multiplicity(self.space_group, self.wyckoff)
+
+    @property
+    def num_atoms(self) -> Tensor:
+        """Atoms in the conventional cell, (n,)."""
+        return self.multiplicity.sum(-1)
+
+    def atoms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every atom of every conventional cell: frac_coords (N, 3), atomic number, crystal, site (N,) each."""
+        frac, crystal, site = symmetry.expand_orbits(self.space_group, self.wyckoff, self.frac_coords)
+        return frac, self.species[crystal, site], crystal, site
+
+    def lattice_matrix(self) -> Tensor:
+        """Lattice vectors as rows, (n, 3, 3), angstrom."""
+        return symmetry.lattice_matrix(self.lattice)
+
+    def volumes(self) -> Tensor:
+        """Volume of the conventional cell, (n,), angstrom^3."""
+        return torch.linalg.det(self.lattice_matrix()).abs()
+
+    def densities(self) -> Tensor:
+        """Mass density, (n,), g/cm^3."""
+        masses = torch.tensor(MASSES, dtype=self.lattice.dtype, device=self.device)
+        mass = (masses[self.species] * self.multiplicity).sum(-1)
+        return mass * DALTON_PER_CUBIC_ANGSTROM / self.volumes()
+
+    def formulas(self) -> list[str]:
+        """Reduced formulas by electronegativity, such as BaTiO3; elements stay O and polyanions are not grouped."""
+        return [
+            _reduced_formula(zip(species, counts))
+            for species, counts in zip(self.species.tolist(), self.multiplicity.tolist())
+        ]
+
+    def shortest_distances(self) -> Tensor:
+        """Shortest distance between two atoms, periodic images included, (n,), angstrom.
+
+        Every representative against every atom of its crystal in 27 cells: exact whenever the result is
+        below the smallest height of the cell, else an upper bound. Infinite for a crystal without atoms.
+        """
+        frac, _, crystal, site = self.atoms()
+        per_crystal = self.num_atoms
+        first_atom = per_crystal.cumsum(0) - per_crystal
+        row, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
+        first_of_site = self.multiplicity[row, column].cumsum(0) - self.multiplicity[row, column]
+        pairs = per_crystal[row]
+        shortest = torch.full((len(self),), torch.inf, dtype=frac.dtype, device=self.device)
+        matrix = self.lattice_matrix()
+        steps = torch.tensor([-1, 0, 1], device=self.device, dtype=frac.dtype)
+        images = torch.cartesian_prod(steps, steps, steps)
+        which = torch.repeat_interleave(pairs)
+        within = torch.arange(len(which), device=self.device) - (pairs.cumsum(0) - pairs)[which]
+        other = first_atom[row][which] + within
+        for begin in range(0, len(which), _PAIRS_PER_CHUNK):
+            chunk = slice(begin, begin + _PAIRS_PER_CHUNK)
+            mine, theirs = first_of_site[which[chunk]], other[chunk]
+            delta = frac[theirs] - frac[mine]
+            delta = (delta - delta.round())[:, None] + images
+            squared = torch.einsum("pij,pjk->pik", delta, matrix[crystal[mine]]).square().sum(-1)
+            squared[mine == theirs, len(images) // 2] = torch.inf  # an atom and itself
+            shortest.scatter_reduce_(0, crystal[mine], squared.amin(-1), "amin")
+        return shortest.sqrt()
+
+    def valid(self, min_distance: float = 0.5) -> Tensor:
+        """Physically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms closer than min_distance.
+
+        min_distance in angstrom. Says nothing of stability.
+        """
+        lengths, angles = self.lattice[:, :3], self.lattice[:, 3:]
+        half_sum = angles.sum(-1, keepdim=True) / 2
+        cell = (
+            self.lattice.isfinite().all(-1)
+            & (lengths > 0).all(-1)
+            & ((angles > 0) & (angles < 180) & (angles < half_sum)).all(-1)
+            & (angles.sum(-1) < 360)
+            & (self.volumes() > MIN_VOLUME_PER_ATOM * self.num_atoms)
+        )
+        occupied = self.wyckoff > 0
+        sites = (occupied == (self.multiplicity > 0)).all(-1) & (occupied == (self.species > 0)).all(-1)
+        good = cell & sites & (self.num_sites > 0) & self.frac_coords.isfinite().all(-1).all(-1)
+        index = good.nonzero()[:, 0]
+        good[index] = self[index].shortest_distances() >= min_distance
+        return good
+
+    # ---- to and from other libraries ----
+
+    @staticmethod
+    def from_units(
+        units: Sequence[AsymmetricUnit],
+        ids: list[str] | None = None,
+        properties: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "CrystalBatch":
+        """Pad what `symmetry.analyse` gave into a batch."""
+        n, s = len(units), max((len(unit.wyckoff) for unit in units), default=0)
+        wyckoff, species = np.zeros((2, n, s), dtype=np.int64)
+        frac_coords = np.zeros((n, s, 3))
+        for i, unit in enumerate(units):
+            sites = len(unit.wyckoff)
+            wyckoff[i, :sites], species[i, :sites], frac_coords[i, :sites] = unit[1:4]
+        lattice = np.array([unit.lattice for unit in units]).reshape(n, 6)
+        return CrystalBatch(
+            torch.tensor([unit.space_group for unit in units], dtype=torch.long),
+            torch.from_numpy(wyckoff),
+            torch.from_numpy(species),
+            torch.from_numpy(frac_coords).to(dtype),
+            torch.from_numpy(lattice).to(dtype),
+            ids,
+            {
+                name: torch.as_tensor(values, dtype=torch.float64)
+                for name, values in (properties or {}).items()
+            },
+        )
+
+    @staticmethod
+    def from_structures(
+        structures: Sequence["Structure"],
+        symprec: float = 0.01,
+        ids: Sequence[str] | None = None,
+        properties: dict[str, Any] | None = None,
+        errors: Literal["raise", "skip"] = "raise",
+        dropped: dict[int, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "CrystalBatch":
+        """Find the symmetry of pymatgen structures with moyo (symprec in angstrom).
+
+        With errors="skip" structures that cannot be described (disordered, too many sites, no symmetry
+        found) are left out, and `dropped`, if given, receives row -> reason.
+
+        Raises SymmetryError for such a structure with errors="raise".
+        """
+        units, kept = [], []
+        for row, structure in enumerate(structures):
+            try:
+                units.append(_analyse_structure(structure, symprec))
+                kept.append(row)
+            except SymmetryError as error:
+                if errors == "raise":
+                    raise SymmetryError(f"structure {row}: {error}") from error
+                if dropped is not None:
+                    dropped[row] = str(error)
+        kept_ids = None if ids is None else [ids[row] for row in kept]
+        kept_properties = {
+            name: torch.as_tensor(values, dtype=torch.float64)[kept]
+            for name, values in (properties or {}).items()
+        }
+        return CrystalBatch.from_units(units, kept_ids, kept_properties, dtype)
+
+    def to_structures(self) -> list["Structure"]:
+        """Conventional cells as pymatgen structures; `structure.properties` holds space group and id."""
+        from pymatgen.core import Element, Lattice, Structure
+
+        elements = {z: Element(SYMBOLS[z]) for z in self.species.unique().tolist() if z}
+        structures = []
+        for i, (matrix, frac, numbers) in enumerate(self._cells()):
+            properties = {"space_group": int(self.space_group[i])}
+            if self.ids is not None:
+                properties["id"] = self.ids[i]
+            species = [elements[z] for z in numbers.tolist()]
+            structures.append(Structure(Lattice(matrix), species, frac, properties=properties))
+        return structures
+
+    @staticmethod
+    def from_atoms(atoms: Sequence["Atoms"], symprec: float = 0.01, **kwargs: Any) -> "CrystalBatch":
+        """As `from_structures`, for periodic ASE atoms."""
+        from pymatgen.io.ase import AseAtomsAdaptor
+
+        return CrystalBatch.from_structures(
+            [AseAtomsAdaptor.get_structure(a) for a in atoms], symprec, **kwargs
+        )
+
+    def to_atoms(self) -> list["Atoms"]:
+        """Conventional cells as ASE atoms."""
+        from ase import Atoms
+
+        return [
+            Atoms(numbers=numbers, scaled_positions=frac, cell=matrix, pbc=True)
+            for matrix, frac, numbers in self._cells()
+        ]
+
+    def _cells(self) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Lattice matrix, fractional coordinates and atomic numbers of each crystal, float64."""
+        batch = self.to("cpu", torch.float64)
+        frac, numbers, _, _ = batch.atoms()
+        ends = batch.num_atoms.cumsum(0).tolist()[:-1]
+        cells = np.split(frac.numpy(), ends), np.split(numbers.numpy(), ends)
+        return zip(batch.lattice_matrix().numpy(), *cells) if len(self) else iter(())
+
+
+def _analyse_structure(structure: "Structure", symprec: float) -> AsymmetricUnit:
+    if not structure.is_ordered:
+        raise SymmetryError("disordered: a site is shared or partly occupied")
+    numbers = [site.specie.Z for site in structure]
+    if not all(isinstance(z, int) and 0 < z < len(SYMBOLS) for z in numbers):
+        raise SymmetryError("a site holds something that is not an element")
+    return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec)
+
+
+def _reduced_formula(sites: Iterable[tuple[int, int]]) -> str:
+    amounts: Counter[str] = Counter()
+    for species, count in sites:
+        if species and count:
+            amounts[SYMBOLS[species]] += count
+    divisor = gcd(*amounts.values()) or 1
+    parts = sorted(amounts.items(), key=lambda item: FORMULA_RANK[item[0]])
+    return "".join(f"{symbol}{amount // divisor if amount != divisor else ''}" for symbol, amount in parts)

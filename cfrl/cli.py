@@ -24,9 +24,7 @@ anywhere.
 Settings: defaults, then cfrl.toml of the working folder, then flags. Results go to a new
 folder under runs/."""
 
-app = typer.Typer(
-    help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
-)
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 # The five commands stand first in the help, in the order of the work; groups follow.
 data_app = typer.Typer(help="Datasets: import, fetch, look into.", no_args_is_help=True)
 model_app = typer.Typer(help="Model files: import published weights, look into.", no_args_is_help=True)
@@ -36,9 +34,7 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
     """Give a command one flag per field of the dataclass `cls`, passed on as `config`."""
 
     def wrap(command: Callable) -> Callable:
-        own = [
-            p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "config"
-        ]
+        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
         generated = [_flag(f, get_type_hints(cls)[f.name]) for f in fields(cls)]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *own, *generated]
@@ -93,9 +89,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(
-            _complain(f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1)
-        )
+        sys.exit(_complain(f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1))
 
 
 def _complain(message: str, status: int) -> int:
@@ -107,9 +101,7 @@ def _complain(message: str, status: int) -> int:
 @configured(config.SampleConfig)
 def sample(
     config: config.SampleConfig,
-    output: Annotated[
-        str, typer.Option("-o", "--output", help="Write to .h5, .csv, .extxyz, .zip or a folder.")
-    ] = "",
+    output: Annotated[str, typer.Option("-o", "--output", help="Write to .h5, .csv, .extxyz, .zip or a folder.")] = "",
 ) -> None:
     """Generate crystals."""
     print(config, output)

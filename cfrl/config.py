@@ -35,9 +35,7 @@ def option(default: Any, help: str, *, flags: tuple[str, ...] = ()) -> Any:
 class PretrainConfig:
     """Train the transformer on a dataset of crystals."""
 
-    dataset: str = option(
-        "prototypes", "Dataset: an .h5 of `cfrl data import`, a fetched name, or `prototypes`."
-    )
+    dataset: str = option("prototypes", "Dataset: an .h5 of `cfrl data import`, a fetched name, or `prototypes`.")
     preset: str = option("default", "Architecture: default, small, alex-20 (the published size).")
     init: str = option("", "Start from these weights (a file, a run folder, a name) instead of random ones.")
     epochs: int = option(100, "Passes over the training split.")
@@ -48,12 +46,8 @@ class PretrainConfig:
     weight_decay: float = option(0.05, "AdamW weight decay, on matrices only.")
     clip: float = option(1.0, "Largest norm of the gradient.")
     dropout: float = option(-1.0, "Dropout; negative: the preset's own.")
-    ema: float = option(
-        0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none."
-    )
-    augment: bool = option(
-        False, "Show each crystal in a random equivalent description (Euclidean normaliser)."
-    )
+    ema: float = option(0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.")
+    augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
     patience: int = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
     validate_every: int = option(1, "Epochs between validations.")
     checkpoint_minutes: float = option(2.0, "Minutes between checkpoints (one is also written at the end).")

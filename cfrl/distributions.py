@@ -1,0 +1,146 @@
+"""The distributions that a crystal is drawn from, `sample` and `log_prob` side by side so that they agree.
+
+Temperature, nucleus (top-p) truncation and masks are part of each distribution: the log-probability of a crystal
+is always that of the sampler that made it. All classes take tensors of any leading shape (...).
+Randomness comes from torch's global generators; `sampler.sample` seeds them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMPOSSIBLE = -1e10  # log-probability of what a mask forbids; finite, so that 0 * log 0 stays 0 in entropies
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How crystals are drawn; the same options give their log-probability.
+
+    Attributes:
+        temperature: divides the logits of every discrete choice and the concentrations of the coordinates,
+            and multiplies the variances of the lattice.
+        top_p: discrete choices, mixture components included, keep the likeliest values up to this total.
+        elements: atomic numbers that may occur; None: all.
+        max_atoms: largest number of atoms in the conventional cell; None: no limit.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    elements: tuple[int, ...] | None = None
+    max_atoms: int | None = None
+
+
+class Categorical:
+    """Masked categorical distribution over the last axis.
+
+    Args:
+        logits: (..., k).
+        mask: (..., k) bool, True where a value is allowed; None: all are.
+        options: temperature and top-p.
+    """
+
+    def __init__(self, logits: Tensor, mask: Tensor | None, options: SamplerOptions) -> None:
+        logits = logits / options.temperature
+        if mask is not None:
+            logits = logits.masked_fill(~mask, IMPOSSIBLE)
+        self.log_probs = logits.log_softmax(-1)  # (..., k)
+        if options.top_p < 1.0:
+            outside = ~_nucleus(self.log_probs.detach().exp(), options.top_p)
+            self.log_probs = logits.masked_fill(outside, IMPOSSIBLE).log_softmax(-1)
+
+    def sample(self) -> Tensor:
+        """(...) int64."""
+        probs = self.log_probs.exp()
+        return torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1).reshape(probs.shape[:-1])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(...) log-probability of `value` (...) int64."""
+        return self.log_probs.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """(...) in nats."""
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
+
+
+class VonMisesMixture:
+    """Mixture of von Mises densities on the circle.
+
+    Density sum_k w_k exp(kappa_k cos(angle - mu_k)) / (2 pi I0(kappa_k)), per radian.
+
+    Args:
+        logits: (..., k) of the components.
+        mean: (..., k) mu, radians.
+        concentration: (..., k) kappa > 0.
+    """
+
+    def __init__(self, logits: Tensor, mean: Tensor, concentration: Tensor, options: SamplerOptions) -> None:
+        self.components = Categorical(logits, None, options)
+        self.mean = mean
+        self.concentration = concentration / options.temperature
+
+    def sample(self) -> Tensor:
+        """(...) angles in [-pi, pi)."""
+        component = self.components.sample().unsqueeze(-1)
+        mean = self.mean.gather(-1, component).squeeze(-1)
+        concentration = self.concentration.gather(-1, component).squeeze(-1)
+        return torch.distributions.VonMises(mean, concentration, validate_args=False).sample()
+
+    def log_prob(self, angle: Tensor) -> Tensor:
+        """(...) log-density per radian at `angle` (...)."""
+        kappa = self.concentration
+        # exp(kappa (cos - 1)) / i0e(kappa) stays finite where I0 itself overflows.
+        density = kappa * (torch.cos(angle.unsqueeze(-1) - self.mean) - 1)
+        density = density - math.log(2 * math.pi) - torch.special.i0e(kappa).log()
+        return torch.logsumexp(self.components.log_probs + density, -1)
+
+
+class LatticeMixture:
+    """Mixture of diagonal Gaussians over the six lattice parameters, of which only the free ones count.
+
+    Args:
+        logits: (..., k) of the components.
+        mean, std: (..., k, 6).
+        free: (..., 6) bool, the parameters that the crystal system leaves free.
+        joint: True: one component for all parameters, the density of the sampler. False: each parameter scored by
+            its own marginal mixture, as the published code does (which samples jointly all the same).
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        free: Tensor,
+        options: SamplerOptions,
+        joint: bool = True,
+    ) -> None:
+        self.components = Categorical(logits, None, options)
+        self.mean, self.free, self.joint = mean, free, joint
+        self.std = std * math.sqrt(options.temperature)
+
+    def sample(self) -> Tensor:
+        """(..., 6); entries that are not free are to be overwritten by the caller."""
+        component = self.components.sample()[..., None, None].expand(*self.mean.shape[:-2], 1, 6)
+        mean = self.mean.gather(-2, component).squeeze(-2)
+        return mean + self.std.gather(-2, component).squeeze(-2) * torch.randn_like(mean)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(...) log-density of `value` (..., 6), in the units of the free parameters."""
+        z = (value.unsqueeze(-2) - self.mean) / self.std
+        density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)  # (..., k, 6)
+        free, log_weights = self.free.unsqueeze(-2), self.components.log_probs
+        if self.joint:
+            return torch.logsumexp(log_weights + (density * free).sum(-1), -1)
+        marginals = torch.logsumexp(log_weights.unsqueeze(-1) + density, -2)  # (..., 6)
+        return (marginals * self.free).sum(-1)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """(..., k) bool: the smallest set of likeliest values whose probability reaches `top_p`."""
+    ordered, order = probs.sort(-1, descending=True)
+    keep = ordered.cumsum(-1) - ordered < top_p
+    return torch.zeros_like(keep).scatter(-1, order, keep)

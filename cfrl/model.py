@@ -1,0 +1,567 @@
+"""The transformer: log P(crystal | space group), token by token. Read top to bottom in one sitting.
+
+A crystal with m sites is the token sequence W A x y z, m times, and one last W token for the stop. The output at a
+token predicts the next one; the output at the stop token predicts the lattice. The architecture is CrystalFormer's
+(arXiv 2403.15734), parameter for parameter, so that published weights load; `descriptors` adds what lets space
+groups, Wyckoff positions and elements learn from each other. Drawing crystals is sampler.py's work; what a
+distribution is, distributions.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfrl import config as settings
+from cfrl.crystal import CrystalBatch
+from cfrl.descriptors import element_descriptors, site_descriptors, space_group_descriptors
+from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
+from cfrl.errors import UserError
+from cfrl.symmetry import tables
+
+NUM_ELEMENTS = 119  # with 0 = empty
+NUM_LETTERS = 28  # with 0 = empty / stop
+TOKENS_PER_SITE = 5
+FACTORS = ("wyckoff", "species", "coords", "lattice")
+MIN_STD = 1e-3  # of lattice parameters
+DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and conventions of a model; stored in its file.
+
+    Attributes:
+        fourier: number of frequencies Nf in which a coordinate enters.
+        coord_components, lattice_components: mixture sizes Kx and Kl.
+        max_sites: sites plus one stop; n_max of the papers.
+        descriptors: physical descriptors of elements, space groups and Wyckoff positions beside the learned tables,
+            and output weights shared through them.
+        likelihood: "exact": the density of the sampler. "published": lattice parameters scored by marginal mixtures
+            and tied coordinates scored too, as the published code does.
+    """
+
+    embed_size: int = 32
+    h0_size: int = 256
+    model_size: int = 64
+    num_layers: int = 16
+    num_heads: int = 16
+    key_size: int = 64
+    fourier: int = 5
+    coord_components: int = 16
+    lattice_components: int = 4
+    max_sites: int = 21
+    dropout: float = 0.1
+    descriptors: bool = False
+    likelihood: str = "exact"
+
+    @property
+    def output_size(self) -> int:
+        species_and_lattice = NUM_ELEMENTS + 13 * self.lattice_components
+        return max(species_and_lattice, 3 * self.coord_components, NUM_LETTERS)
+
+
+PRESETS = {
+    "alex-20": ModelConfig(),
+    "small": ModelConfig(
+        embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
+    ),
+    "default": ModelConfig(
+        embed_size=64,
+        h0_size=256,
+        model_size=192,
+        num_layers=6,
+        num_heads=6,
+        key_size=32,
+        dropout=0.3,
+        descriptors=True,
+    ),
+}
+
+
+class KeyValueCache:
+    """Keys and values of the tokens decoded so far, per layer; grows as needed, shrinks with `select`."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, D) tensors after the `length` tokens held, and returns all of them."""
+        end = self.length + keys.shape[2]
+        stored = self.keys[layer]
+        if stored is None or end > stored.shape[2]:
+            for store, new in ((self.keys, keys), (self.values, values)):
+                larger = new.new_empty(*new.shape[:2], max(2 * end, 32), new.shape[3])
+                if store[layer] is not None:
+                    larger[:, :, : self.length] = store[layer][:, :, : self.length]
+                store[layer] = larger
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only these crystals of the batch."""
+        self.keys = [store[rows] for store in self.keys]
+        self.values = [store[rows] for store in self.values]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions over the whole key size."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.key_size
+        self.heads, self.key_size = config.num_heads, config.key_size
+        self.query = nn.Linear(config.model_size, inner)
+        self.key = nn.Linear(config.model_size, inner)
+        self.value = nn.Linear(config.model_size, inner)
+        self.out = nn.Linear(inner, config.model_size)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        query, key, value = (
+            f(x).view(B, T, self.heads, self.key_size).transpose(1, 2) for f in (self.query, self.key, self.value)
+        )  # (B, H, T, D)
+        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        # One new token sees everything before it; a whole sequence needs the causal mask.
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=T > 1)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.model_size)
+        self.attention = Attention(config)
+        self.norm_mlp = nn.LayerNorm(config.model_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.model_size, 4 * config.model_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.model_size, config.model_size),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, layer))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+
+class DescribedEmbedding(nn.Embedding):
+    """A learned table plus a linear map of fixed descriptors (rows, k) of the same things."""
+
+    def __init__(self, descriptors: Tensor, size: int) -> None:
+        super().__init__(len(descriptors), size)
+        self.register_buffer("descriptors", descriptors, persistent=False)
+        self.project = nn.Linear(descriptors.shape[1], size, bias=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index) + self.project(self.descriptors[index])
+
+    def table(self) -> Tensor:
+        """All rows, (rows, size)."""
+        return self.weight + self.project(self.descriptors)
+
+
+class CrystalTransformer(nn.Module):
+    """log P(crystal | space group) and its parts.
+
+    Attributes:
+        config: sizes and conventions.
+        space_group_log_prob: (231,) buffer, log of the share of each space group in the training data, by number.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, e = config.model_size, config.embed_size
+        if config.descriptors:
+            self.space_group_embedding = DescribedEmbedding(space_group_descriptors(), e)
+            self.species_embedding = DescribedEmbedding(element_descriptors(), e)
+            self.register_buffer("site_descriptors", site_descriptors(), persistent=False)  # (231, 28, k)
+            self.site_project = nn.Linear(self.site_descriptors.shape[-1], e, bias=False)
+            self.species_query = nn.Linear(d, e)
+            self.wyckoff_query = nn.Linear(d, e)
+            self.first_wyckoff_query = nn.Linear(config.h0_size, e)
+        else:
+            self.space_group_embedding = nn.Embedding(231, e)
+            self.species_embedding = nn.Embedding(NUM_ELEMENTS, e)
+        self.wyckoff_embedding = nn.Embedding(NUM_LETTERS, e)
+        self.first_hidden = nn.Linear(e, config.h0_size)
+        self.first_wyckoff = nn.Linear(config.h0_size, NUM_LETTERS)
+        self.wyckoff_in = nn.Linear(2 * e + 1, d)
+        self.species_in = nn.Linear(2 * e, d)
+        self.coords_in = nn.ModuleList(nn.Linear(e + 2 * config.fourier, d) for _ in range(3))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, config.output_size)
+        self.register_buffer("rotary", _rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
+        self.register_buffer("space_group_log_prob", torch.full((231,), -math.log(230.0)))
+        self.space_group_log_prob[0] = -torch.inf
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual = 1 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            std = 0.5 if "embedding.weight" in name else parameter.shape[1] ** -0.5
+            nn.init.trunc_normal_(
+                parameter, std=std * (residual if name.endswith(("out.weight", "mlp.2.weight")) else 1)
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    # ---- tokens in, outputs out -------------------------------------------------------------------------------
+
+    def embed_wyckoff(self, space_group: Tensor, wyckoff: Tensor) -> Tensor:
+        """(B, S, d) inputs of W tokens; space_group (B, 1), wyckoff (B, S)."""
+        multiplicity = tables(self.device).multiplicity[space_group, wyckoff].to(self.dtype)
+        letter = self._site_embedding(space_group, wyckoff)
+        return self.wyckoff_in(torch.cat([self._group(space_group, wyckoff), letter, multiplicity[..., None]], -1))
+
+    def embed_species(self, space_group: Tensor, species: Tensor) -> Tensor:
+        """(B, S, d) inputs of A tokens."""
+        return self.species_in(torch.cat([self._group(space_group, species), self.species_embedding(species)], -1))
+
+    def embed_coordinate(self, axis: int, space_group: Tensor, coordinate: Tensor) -> Tensor:
+        """(B, S, d) inputs of the x, y or z tokens (axis 0, 1, 2)."""
+        frequency = torch.arange(1, self.config.fourier + 1, device=self.device, dtype=self.dtype)
+        phase = 2 * math.pi * frequency * coordinate.to(self.dtype).unsqueeze(-1)
+        waves = torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)  # sin 1, cos 1, sin 2, ...
+        return self.coords_in[axis](torch.cat([self._group(space_group, coordinate), waves], -1))
+
+    def _group(self, space_group: Tensor, like: Tensor) -> Tensor:
+        embedding = self.space_group_embedding(space_group)  # (B, 1, e)
+        return embedding.expand(*like.shape, embedding.shape[-1])
+
+    def _site_embedding(self, space_group: Tensor, wyckoff: Tensor) -> Tensor:
+        letter = self.wyckoff_embedding(wyckoff)
+        if self.config.descriptors:
+            letter = letter + self.site_project(self.site_descriptors[space_group, wyckoff])
+        return letter
+
+    def transform(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, d) token inputs to (B, T, d) features; with a cache the tokens follow those that it holds."""
+        start = cache.length if cache is not None else 0
+        rotary = self.rotary[:, start : start + tokens.shape[1]].to(tokens.dtype)
+        x = self.dropout(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    # ---- features to distributions; the sampler and log_prob share these ---------------------------------------
+
+    def first_wyckoff_logits(self, space_group: Tensor) -> Tensor:
+        """(B, 28) logits of the first site's letter; space_group (B,)."""
+        hidden = F.gelu(self.first_hidden(self.space_group_embedding(space_group)), approximate="tanh")
+        logits = self.first_wyckoff(hidden)
+        if self.config.descriptors:
+            logits = logits + self._match_sites(self.first_wyckoff_query(hidden).unsqueeze(1), space_group)[:, 0]
+        return logits
+
+    def wyckoff_logits(self, features: Tensor, space_group: Tensor) -> Tensor:
+        """(B, S, 28) logits of the next site's letter from features (B, S, d) at z tokens."""
+        logits = self._linear_head(features, NUM_LETTERS)
+        if self.config.descriptors:
+            logits = logits + self._match_sites(self.wyckoff_query(features), space_group)
+        return logits
+
+    def _match_sites(self, query: Tensor, space_group: Tensor) -> Tensor:
+        letters = torch.arange(NUM_LETTERS, device=self.device)
+        sites = self._site_embedding(space_group.unsqueeze(1), letters)  # (B, 28, e)
+        return query @ sites.transpose(1, 2) / math.sqrt(self.config.embed_size)
+
+    def wyckoff_distribution(
+        self,
+        logits: Tensor,
+        space_group: Tensor,
+        previous: Tensor | None,
+        atoms: Tensor,
+        options: SamplerOptions,
+    ) -> Categorical:
+        """Of the next letter. space_group broadcasts to (...), logits (..., 28).
+
+        Letters never decrease, and increase strictly after a site that can be occupied only once.
+
+        Args:
+            previous: (...) the letter before, or None for the first site (which may not be a stop).
+            atoms: (...) atoms in the cell so far.
+        """
+        t = tables(self.device)
+        letter = torch.arange(NUM_LETTERS, device=self.device)
+        mask = (letter >= 1) & (letter <= t.num_letters[space_group].unsqueeze(-1))
+        if options.max_atoms is not None:
+            mask = mask & (atoms.unsqueeze(-1) + t.multiplicity[space_group] <= options.max_atoms)
+        if previous is not None:
+            lowest = previous + (t.dof[space_group, previous] == 0)
+            mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
+        return Categorical(logits.float() if logits.dtype != torch.float64 else logits, mask, options)
+
+    def species_distribution(self, features: Tensor, options: SamplerOptions) -> Categorical:
+        """Of the element, from features (..., d) at W tokens."""
+        logits = _at_least_float32(self._linear_head(features, NUM_ELEMENTS))
+        if self.config.descriptors:
+            match = self.species_query(features) @ self.species_embedding.table().T
+            logits = logits + match / math.sqrt(self.config.embed_size)
+        allowed = torch.ones(NUM_ELEMENTS, dtype=torch.bool, device=self.device)
+        if options.elements is not None:
+            allowed = torch.zeros_like(allowed)
+            allowed[list(options.elements)] = True
+        allowed[0] = False
+        return Categorical(logits, allowed.expand_as(logits), options)
+
+    def coordinate_distribution(self, features: Tensor, options: SamplerOptions) -> VonMisesMixture:
+        """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate."""
+        k = self.config.coord_components
+        logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)
+        return VonMisesMixture(logits, mean, F.softplus(width), options)
+
+    def lattice_distribution(self, features: Tensor, space_group: Tensor, options: SamplerOptions) -> LatticeMixture:
+        """Of the scaled lattice (see `scale_lattice`), from features (..., d) at the stop token."""
+        k = self.config.lattice_components
+        output = _at_least_float32(self._linear_head(features, NUM_ELEMENTS + 13 * k))[..., NUM_ELEMENTS:]
+        logits, mean, width = output.split([k, 6 * k, 6 * k], -1)
+        mean, width = mean.unflatten(-1, (k, 6)), width.unflatten(-1, (k, 6))
+        free = tables(self.device).lattice_free[space_group]
+        joint = self.config.likelihood == "exact"
+        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint)
+
+    def _linear_head(self, features: Tensor, width: int) -> Tensor:
+        return F.linear(features, self.head.weight[:width], self.head.bias[:width])
+
+    # ---- the likelihood ----------------------------------------------------------------------------------------
+
+    def features(self, crystals: CrystalBatch) -> Tensor:
+        """(B, 5 S + 1, d) features at all tokens of a batch with S sites; later tokens than a stop mean nothing."""
+        group = crystals.space_group.unsqueeze(1)
+        wyckoff = F.pad(crystals.wyckoff, (0, 1))  # the stop of the longest crystal
+        sites = torch.stack(
+            [
+                self.embed_wyckoff(group, wyckoff[:, :-1]),
+                self.embed_species(group, crystals.species),
+                *(self.embed_coordinate(axis, group, crystals.frac_coords[..., axis]) for axis in range(3)),
+            ],
+            2,
+        )  # (B, S, 5, d)
+        return self.transform(torch.cat([sites.flatten(1, 2), self.embed_wyckoff(group, wyckoff[:, -1:])], 1))
+
+    def forward(
+        self, crystals: CrystalBatch, options: SamplerOptions | None = None, entropy: bool = False
+    ) -> dict[str, Tensor]:
+        """What `log_prob` returns, for one batch that is on the model's device and trimmed of padding."""
+        options = options or SamplerOptions()
+        features = self.features(crystals)
+        S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
+        at = [features[:, k : 5 * S : 5] for k in range(TOKENS_PER_SITE)]  # W, A, x, y, z: (B, S, d)
+        occupied = wyckoff > 0  # (B, S)
+        stop = crystals.num_sites  # (B,) index of the first empty site
+
+        multiplicity = crystals.multiplicity
+        atoms = multiplicity.cumsum(1)
+        first = self.wyckoff_distribution(
+            self.first_wyckoff_logits(group), group, None, torch.zeros_like(group), options
+        )
+        later = self.wyckoff_distribution(
+            self.wyckoff_logits(at[4], group), group.unsqueeze(1), wyckoff, atoms, options
+        )
+        following = F.pad(wyckoff[:, 1:], (0, 1))
+        # A crystal with the most sites possible stops with certainty.
+        chosen = occupied & ~self._forced_stop(S)
+        w = first.log_prob(wyckoff[:, 0]) + _sum(later.log_prob(following), chosen)
+
+        species = self.species_distribution(at[0], options)
+        a = _sum(species.log_prob(crystals.species), occupied)
+
+        t = tables(self.device)
+        counts = t.free if self.config.likelihood == "exact" else t.scored
+        drawn = counts[group.unsqueeze(1), wyckoff]  # (B, S, 3)
+        angle = 2 * math.pi * (crystals.frac_coords.to(w.dtype) - 0.5)
+        density = [self.coordinate_distribution(at[k + 1], options).log_prob(angle[..., k]) for k in range(3)]
+        x = _sum(torch.stack(density, -1), drawn).sum(-1)
+
+        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]
+        lattice = self.lattice_distribution(at_stop, group, options)
+        scaled = scale_lattice(crystals.lattice.to(w.dtype), multiplicity.sum(1))
+        scores = {"wyckoff": w, "species": a, "coords": x, "lattice": lattice.log_prob(scaled)}
+        if entropy:
+            scores["entropy/wyckoff"] = first.entropy() + _sum(later.entropy(), chosen)
+            scores["entropy/species"] = _sum(species.entropy(), occupied)
+            scores["entropy/coords"], scores["entropy/lattice"] = -x, -scores["lattice"]
+        return scores
+
+    def _forced_stop(self, sites: int) -> Tensor:
+        """(S,) bool: after this site there is no room for another, so the stop is no choice."""
+        last = torch.arange(sites, device=self.device) == self.config.max_sites - 2
+        return last & (self.config.likelihood == "exact")
+
+    def log_prob(
+        self,
+        crystals: CrystalBatch,
+        options: SamplerOptions | None = None,
+        *,
+        entropy: bool = False,
+        chunk: int = 256,
+    ) -> dict[str, Tensor]:
+        """Log-probability of crystals, by factor; their sum is log P(C | G) in nats.
+
+        Coordinates are densities per radian of 2 pi x, the lattice per unit of the scaled free parameters.
+        Sites are scored in the order in which they stand.
+
+        Args:
+            crystals: n crystals on any device.
+            options: how they were drawn; the log-probability is under exactly that sampler.
+            entropy: also return "entropy/<factor>" (n,): exact along the crystal for letters and elements, one-sample
+                estimates (-log p) for the densities.
+            chunk: crystals per pass; they are grouped by length, so that no padding is computed.
+
+        Returns:
+            dict of (n,) tensors "wyckoff", "species", "coords", "lattice". Gradients flow; wrap in `torch.no_grad`
+            where they are not wanted.
+
+        Raises:
+            UserError: a crystal has more sites than the model can hold.
+        """
+        if len(crystals) and int(crystals.num_sites.max()) >= self.config.max_sites:
+            limit = self.config.max_sites - 1
+            raise UserError(f"a crystal has {int(crystals.num_sites.max())} sites; this model holds at most {limit}")
+        crystals = crystals.to(self.device)
+        order = crystals.num_sites.argsort()
+        parts = [self(crystals[rows].trim(), options, entropy) for rows in order.split(chunk)]
+        if not parts:
+            return {name: torch.zeros(0, device=self.device) for name in FACTORS}
+        back = order.argsort()
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def scale_lattice(lattice: Tensor, num_atoms: Tensor) -> Tensor:
+    """(..., 6) in angstrom and degrees to the network's units: lengths over (atoms in the cell)^(1/3), radians."""
+    size = num_atoms.to(lattice.dtype).pow(1 / 3).unsqueeze(-1)
+    return torch.cat([lattice[..., :3] / size, torch.deg2rad(lattice[..., 3:])], -1)
+
+
+def unscale_lattice(scaled: Tensor, num_atoms: Tensor) -> Tensor:
+    """The inverse of `scale_lattice`."""
+    size = num_atoms.to(scaled.dtype).pow(1 / 3).unsqueeze(-1)
+    return torch.cat([scaled[..., :3] * size, torch.rad2deg(scaled[..., 3:])], -1)
+
+
+def _sum(values: Tensor, where: Tensor) -> Tensor:
+    """Sum over the second axis of the values that count."""
+    return values.masked_fill(~where, 0).sum(1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rotary_table(length: int, size: int) -> Tensor:
+    """(2, length, size) cosines and sines; in float32 always, as the published code computes them."""
+    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).repeat(1, 2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotary position embedding, halves paired; x (B, H, T, D), rotary (2, T, D)."""
+    left, right = x.chunk(2, -1)
+    return x * rotary[0] + torch.cat([-right, left], -1) * rotary[1]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: CrystalTransformer,
+    path: str | Path,
+    info: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes weights, configuration and space-group distribution as safetensors, atomically.
+
+    Args:
+        info: strings to keep in the header (provenance, dataset, figures).
+        dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if dtype is not None:
+        weights = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in weights.items()}
+    header = {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config)), **(info or {})}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(weights, temporary, metadata=header)
+    temporary.replace(path)
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The header of a model file: "config" (JSON) and whatever was put in.
+
+    Raises:
+        UserError: not a model file of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    if header.get("format") != "cfrl-model-1":
+        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
+    return header
+
+
+def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
+    """A model, ready to use: in evaluation mode, float32.
+
+    Args:
+        model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors).
+
+    Raises:
+        UserError: there is no such model, or the file is not one.
+    """
+    from safetensors.torch import load_file
+
+    path = model_path(model)
+    header = read_header(path)
+    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=str(path)))
+    weights = {name: t.float() for name, t in load_file(path).items()}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: the weights do not fit their configuration ({error})") from error
+    return network.to(device).eval()
+
+
+def model_path(model: str | Path | None) -> Path:
+    """The weights file that a model's name stands for. Raises UserError where there is none."""
+    if not model or str(model) == "default":
+        return DEFAULT_MODEL
+    path = Path(model)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such model; give a weights file, a run folder, or nothing for the default")
+    return path

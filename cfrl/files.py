@@ -1,0 +1,106 @@
+"""Files that survive a crash, and where a file came from.
+
+Everything that cfrl writes goes to a temporary file beside its destination first and is then renamed over it,
+so that a kill, a full disk or Ctrl-C leaves the old file or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cfrl import __version__
+from cfrl.errors import UserError
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to; it replaces `path` when the block ends, and vanishes if the block fails.
+
+    Leftovers of killed processes of this machine are removed on the way.
+
+    Raises:
+        UserError: the folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    host = re.sub(r"\W", "_", socket.gethostname())
+    temp = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
+    try:
+        _remove_leftovers(path, host)
+        temp.touch()  # fails at once where nothing can be written, before the work is done
+        yield temp
+        _fsync(temp)
+        os.replace(temp, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temp.parent.is_dir():
+            temp.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Fail before the work rather than after it.
+
+    Raises:
+        UserError: no file can be written at `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a file to write to")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        state = "is not writable" if path.parent.is_dir() else "is not a folder; make it first"
+        raise UserError(f"{path}: cannot be written: {path.parent} {state}")
+
+
+def provenance() -> dict[str, str]:
+    """Where a result comes from: `command` line, package `version`, `git_revision` ("" if none), `date` (UTC)."""
+    return {
+        "command": shlex.join(["cfrl" if i == 0 else word for i, word in enumerate(sys.argv)]),
+        "version": __version__,
+        "git_revision": _git_revision(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+@functools.cache
+def _git_revision() -> str:
+    """The commit that the package runs from, where it is a checkout and not an installation."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _remove_leftovers(path: Path, host: str) -> None:
+    for temp in path.parent.glob(f".{path.name}.{host}-*.tmp"):
+        pid = temp.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            temp.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,326 @@
+"""The HDF5 schema of datasets and rollouts: crystals with ids, properties and text columns.
+
+One file holds n crystals with m sites in all. Sites are ragged, so they lie flat, crystal after crystal:
+
+    /offsets          (n + 1,) int64     sites of crystal i: offsets[i] to offsets[i + 1]
+    /wyckoff          (m,) uint8         Wyckoff letter: 1 = 'a', ..., 26 = 'z', 27 = 'A'
+    /species          (m,) uint8         atomic number
+    /frac_coords      (m, 3) float       fractional, of the orbit's representative (first coordinate triplet)
+    /space_group      (n,) uint8         1..230, International Tables standard setting
+    /lattice          (n, 6) float       a, b, c (angstrom), alpha, beta, gamma (degrees), conventional cell
+    /split            (n,) uint8         0 = train, 1 = validation, 2 = test
+    /ids              (n,) UTF-8 string  may be absent
+    /properties/NAME  (n,) float64       NaN = unknown. Datasets: band_gap, e_above_hull, ...; rollouts: step,
+                                         log_prob, log_prob_base, reward, every reward term
+    /text/NAME        (n,) UTF-8 string  e.g. the source of a structure; rollouts: status, "" where all went well
+
+Floats are float32 or float64, as they were given. Everything is chunked, shuffled, gzipped and appendable.
+Attributes of the root: `format` = "cfrl-crystals", `schema_version` = 1, the provenance `command`, `version`,
+`git_revision`, `date`, and what the writer adds (`source`, `seed`, ...). A "/" in a NAME is stored as "%2F".
+
+How structures become crystals is not here: `crystal.py` for the symmetry, `data.py` for file formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfrl.crystal import CrystalBatch
+from cfrl.errors import UserError
+from cfrl.files import atomic_file, provenance
+
+FORMAT = "cfrl-crystals"
+SCHEMA_VERSION = 1
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+_CHUNK = 4096  # crystals per HDF5 chunk
+_TEXT = h5py.string_dtype("utf-8")
+_PER_SITE = ("wyckoff", "species", "frac_coords")
+
+Columns = Mapping[str, Any]
+
+
+def write_crystals(
+    path: str | Path,
+    crystals: CrystalBatch,
+    *,
+    columns: Columns | None = None,
+    split: Sequence[int] | np.ndarray | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> None:
+    """Write crystals to a new file, or over an old one; never half a file.
+
+    Args:
+        path: the `.h5` file.
+        crystals: their `ids` and `properties` are written too.
+        columns: more values per crystal: numbers (kept as properties) or strings.
+        split: (n,) 0 = train, 1 = validation, 2 = test; default: all train.
+        attrs: plain values to be kept as attributes of the file, beside the provenance.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: a column of another length than the crystals.
+    """
+    with atomic_file(path) as temp, h5py.File(temp, "w") as file:
+        file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, **provenance(), **(attrs or {}))
+        _create(file, "offsets", np.zeros(1, dtype=np.int64))
+        _append(file, _flatten(crystals, columns or {}, split))
+
+
+def append_crystals(
+    path: str | Path,
+    crystals: CrystalBatch,
+    *,
+    columns: Columns | None = None,
+    split: Sequence[int] | np.ndarray | None = None,
+) -> None:
+    """Add crystals at the end of a file (made where there is none). A kill leaves the old file or the new one.
+
+    Columns may differ from those of the file: what is not given becomes NaN or "".
+
+    Raises:
+        UserError: the file cannot be read or written.
+        ValueError: a column of another length than the crystals.
+    """
+    path = Path(path)
+    if not path.exists():
+        return write_crystals(path, crystals, columns=columns, split=split)
+    with open_crystals(path):
+        pass
+    with atomic_file(path) as temp:
+        copyfile(path, temp)
+        with h5py.File(temp, "r+") as file:
+            _append(file, _flatten(crystals, columns or {}, split))
+
+
+def read_crystals(path: str | Path, split: str | None = None, start: int = 0, stop: int | None = None) -> CrystalBatch:
+    """Crystals with their ids and properties (text columns: `read_columns`).
+
+    Args:
+        path: a file of `write_crystals`.
+        split: only "train", "validation" or "test".
+        start: first row of the file.
+        stop: end of the rows; default: all.
+
+    Raises:
+        UserError: no such file, not one of ours, damaged, or of a newer schema.
+    """
+    with open_crystals(path) as file:
+        return _read(file, split, start, stop)
+
+
+def iter_crystals(path: str | Path, chunk: int = 4096, split: str | None = None) -> Iterator[CrystalBatch]:
+    """The crystals of a file, at most `chunk` at a time: for files that are larger than the memory.
+
+    Raises:
+        UserError: as `read_crystals`.
+    """
+    with open_crystals(path) as file:
+        for start in range(0, len(file["space_group"]), chunk):
+            crystals = _read(file, split, start, start + chunk)
+            if len(crystals):
+                yield crystals
+
+
+def read_columns(path: str | Path, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Values per crystal: properties (float64), text columns (arrays of str), `split` (uint8) and `ids`.
+
+    Args:
+        path: a file of `write_crystals`.
+        names: which ones; default: all.
+
+    Raises:
+        UserError: a column that the file does not have; else as `read_crystals`.
+    """
+    with open_crystals(path) as file:
+        known = _columns(file)
+        missing = [name for name in names or () if name not in known]
+        if missing:
+            raise UserError(f"{path}: has no column '{missing[0]}'; it has {', '.join(sorted(known))}")
+        return {name: _read_column(known[name]) for name in names or known}
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a file holds, without reading the crystals.
+
+    Returns:
+        `crystals`, `sites` (counts), `splits` (name -> count), `properties`, `text` (lists of names), `attrs`.
+
+    Raises:
+        UserError: as `read_crystals`.
+    """
+    with open_crystals(path) as file:
+        counts = np.bincount(file["split"][:], minlength=len(SPLITS))
+        return {
+            "crystals": len(file["space_group"]),
+            "sites": len(file["wyckoff"]),
+            "splits": {name: int(counts[code]) for name, code in SPLITS.items()},
+            "properties": sorted(_group(file, "properties")),
+            "text": sorted(_group(file, "text")),
+            "attrs": {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()},
+        }
+
+
+@contextmanager
+def open_crystals(path: str | Path) -> Iterator[h5py.File]:
+    """The file, open for reading and checked; faults of HDF5 become a `UserError` that names the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    try:
+        with h5py.File(path, "r") as file:
+            _check(file, path)
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
+        damaged = h5py.is_hdf5(path)
+        reason = "is damaged or cut off" if damaged else "is not an HDF5 file"
+        raise UserError(f"{path}: {reason} ({str(error).splitlines()[0]})") from error
+
+
+def to_flat(padded: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Rows of a padded array (n, s, ...) one after the other: (sum of counts, ...)."""
+    return padded[_filled(counts, padded.shape[1])]
+
+
+def to_padded(flat: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The inverse of `to_flat`: (n, largest count, ...), zero where there is nothing."""
+    width = int(counts.max(initial=0))
+    padded = np.zeros((len(counts), width, *flat.shape[1:]), dtype=flat.dtype)
+    padded[_filled(counts, width)] = flat
+    return padded
+
+
+def _filled(counts: np.ndarray, width: int) -> np.ndarray:
+    return np.arange(width) < counts[:, None]
+
+
+def _check(file: h5py.File, path: Path) -> None:
+    if file.attrs.get("format") != FORMAT:
+        raise UserError(f"{path}: is HDF5 but not a file of crystals of cfrl; make one with `cfrl data import`")
+    version = int(file.attrs.get("schema_version", 0))
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path}: has schema version {version}, this cfrl reads {SCHEMA_VERSION}; update cfrl")
+    n, m = len(file["space_group"]), len(file["wyckoff"])
+    lengths = [len(file["offsets"]) - 1, len(file["lattice"]), len(file["split"])]
+    lengths += [len(column) for column in _columns(file).values()]
+    sites = [len(file["species"]), len(file["frac_coords"]), int(file["offsets"][-1])]
+    if any(length != n for length in lengths) or any(count != m for count in sites):
+        raise UserError(f"{path}: is damaged: its columns differ in length")
+
+
+def _columns(file: h5py.File) -> dict[str, h5py.Dataset]:
+    columns = {**_group(file, "properties"), **_group(file, "text"), "split": file["split"]}
+    return {**columns, "ids": file["ids"]} if "ids" in file else columns
+
+
+def _group(file: h5py.File, name: str) -> dict[str, h5py.Dataset]:
+    """Columns of a group by name. A slash would nest in HDF5, so it is escaped in the file."""
+    return {key.replace("%2F", "/"): data for key, data in file.get(name, {}).items()}
+
+
+def _escape(name: str) -> str:
+    return name.replace("/", "%2F")
+
+
+def _read_column(data: h5py.Dataset, rows: slice = slice(None)) -> np.ndarray:
+    return data.asstr()[rows] if h5py.check_string_dtype(data.dtype) else data[rows]
+
+
+def _read(file: h5py.File, split: str | None, start: int, stop: int | None) -> CrystalBatch:
+    start, stop, _ = slice(start, stop).indices(len(file["space_group"]))
+    rows = slice(start, max(start, stop))
+    offsets = file["offsets"][rows.start : rows.stop + 1]
+    sites, counts = slice(offsets[0], offsets[-1]), np.diff(offsets)
+    padded = {name: to_padded(file[name][sites], counts) for name in _PER_SITE}
+    crystals = CrystalBatch(
+        space_group=_integers(file["space_group"][rows]),
+        wyckoff=_integers(padded["wyckoff"]),
+        species=_integers(padded["species"]),
+        frac_coords=torch.from_numpy(padded["frac_coords"]),
+        lattice=torch.from_numpy(file["lattice"][rows]),
+        ids=_read_column(file["ids"], rows).tolist() if "ids" in file else None,
+        properties={k: torch.from_numpy(data[rows]) for k, data in _group(file, "properties").items()},
+    )
+    if split is None:
+        return crystals
+    if split not in SPLITS:
+        raise UserError(f"split '{split}' is none of {', '.join(SPLITS)}")
+    return crystals[torch.from_numpy(file["split"][rows] == SPLITS[split])]
+
+
+def _integers(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _flatten(
+    crystals: CrystalBatch, columns: Columns, split: Sequence[int] | np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Datasets of the schema, by path."""
+    n = len(crystals)
+    wyckoff = crystals.wyckoff.cpu().numpy()
+    counts = (wyckoff > 0).sum(axis=1)
+    datasets = {
+        "offsets": np.cumsum(counts),
+        "space_group": crystals.space_group.cpu().numpy().astype(np.uint8),
+        "wyckoff": to_flat(wyckoff, counts).astype(np.uint8),
+        "species": to_flat(crystals.species.cpu().numpy(), counts).astype(np.uint8),
+        "frac_coords": to_flat(crystals.frac_coords.detach().cpu().numpy(), counts),
+        "lattice": crystals.lattice.detach().cpu().numpy(),
+        "split": np.zeros(n, np.uint8) if split is None else np.asarray(split, dtype=np.uint8),
+    }
+    if crystals.ids is not None:
+        datasets["ids"] = np.array(crystals.ids, dtype=object)
+    for name, values in {**crystals.properties, **columns}.items():
+        values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+        if values.dtype.kind in "biuf":
+            datasets[f"properties/{_escape(name)}"] = values.astype(np.float64)
+        else:
+            datasets[f"text/{_escape(name)}"] = values.astype(object)
+    for name, values in datasets.items():
+        if name not in _PER_SITE and len(values) != n:
+            raise ValueError(f"{name} has {len(values)} values for {n} crystals")
+    return datasets
+
+
+def _append(file: h5py.File, datasets: Mapping[str, np.ndarray]) -> None:
+    n_old = len(file["space_group"]) if "space_group" in file else 0
+    n = n_old + len(datasets["space_group"])
+    for name, values in datasets.items():
+        if name == "offsets":
+            values = values + file["offsets"][-1]
+        if name not in file:
+            _create(file, name, _blank(n_old, values))
+        data = file[name]
+        data.resize(len(data) + len(values), axis=0)
+        data[len(data) - len(values) :] = values
+    for data in _columns(file).values():  # those that were not given this time
+        if len(data) < n:
+            missing = n - len(data)
+            data.resize(n, axis=0)
+            data[n - missing :] = "" if h5py.check_string_dtype(data.dtype) else np.nan
+
+
+def _blank(n: int, like: np.ndarray) -> np.ndarray:
+    """What earlier rows hold in a column that comes later: (n, ...)."""
+    blank = {"O": "", "f": np.nan}.get(like.dtype.kind, 0)
+    return np.full((n, *like.shape[1:]), blank, dtype=like.dtype)
+
+
+def _create(file: h5py.File, name: str, values: np.ndarray) -> None:
+    file.create_dataset(
+        name,
+        data=values,
+        dtype=_TEXT if values.dtype == object else values.dtype,
+        maxshape=(None, *values.shape[1:]),
+        chunks=(_CHUNK, *values.shape[1:]),
+        compression="gzip",
+        shuffle=True,
+    )

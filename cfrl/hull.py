@@ -1,0 +1,448 @@
+"""Energy above the convex hull, for many compositions at once.
+
+A `ReferenceHull` is a list of known phases: composition and energy per atom. Only phases within a crystal's
+chemical system count. The lower hull of a system is kept as the planes of its facets, because a convex
+function is the maximum of its supporting planes: a lookup is one matrix product. Crystals are not added to
+the hull, so a distance may be negative: that crystal would be a new stable phase.
+
+Relaxation and potentials are elsewhere; `build_hull` only calls them.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfrl.elements import ATOMIC_NUMBERS, SYMBOLS
+from cfrl.errors import UserError
+
+VERSION = 1
+FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
+MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
+SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
+SIMPLE_FORMULA = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d*)?|\.\d+)?")
+
+
+@dataclass
+class HullResult:
+    """Distances for n crystals, in the order they came.
+
+    e_above_hull: (n,) float64, eV/atom, NaN where there is a status
+    status: n strings, "" or the reason why there is no distance
+    num_references: (n,) int64, reference phases in the crystal's chemical system, elements included
+    """
+
+    e_above_hull: np.ndarray
+    status: list[str]
+    num_references: np.ndarray
+
+
+class ReferenceHull:
+    """Known phases and the hulls between them.
+
+    numbers: (m, w) uint8 atomic numbers of each phase, 0 = padding
+    fractions: (m, w) float64 atomic fractions, 0 = padding
+    energies: (m,) float64 eV/atom
+    energy_scale: where the energies come from ("chgnet-0.3.0", "mp2020", ...); energies of crystals must be
+        on the same scale
+    """
+
+    def __init__(
+        self, numbers: np.ndarray, fractions: np.ndarray, energies: np.ndarray, energy_scale: str = "unknown"
+    ) -> None:
+        self.numbers = np.asarray(numbers, dtype=np.uint8)
+        self.fractions = np.asarray(fractions, dtype=np.float64)
+        self.energies = np.asarray(energies, dtype=np.float64)
+        self.energy_scale = energy_scale
+        self._systems = _group_by_system(self.numbers)
+        self._hulls: dict[int, _SystemHull] = {}
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+    def __repr__(self) -> str:
+        return f"ReferenceHull({len(self)} phases, {len(self.elements)} elements, {self.energy_scale})"
+
+    @property
+    def elements(self) -> list[int]:
+        """Atomic numbers that have an elemental reference."""
+        return sorted(m.bit_length() - 1 for m in self._systems if m.bit_count() == 1)
+
+    @classmethod
+    def from_compositions(
+        cls, compositions: Any, energies: Sequence[float], energy_scale: str = "unknown"
+    ) -> ReferenceHull:
+        """From anything `fractions` reads and eV/atom. Raises UserError for an unreadable composition."""
+        dense, status = fractions(compositions)
+        bad = next((row for row, reason in enumerate(status) if reason), None)
+        if bad is not None:
+            raise UserError(f"reference phase {bad + 1}: {status[bad]}")
+        return cls(*_sparse(dense), np.asarray(energies), energy_scale)
+
+    @classmethod
+    def load(cls, path: str | Path, energy_scale: str | None = None) -> ReferenceHull:
+        """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
+
+        CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
+        compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
+        missing, unreadable or empty, naming the row at fault.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no such hull reference: {path}")
+        if path.suffix in (".h5", ".hdf5"):
+            hull = cls._load_hdf5(path)
+        else:
+            kind = path.with_suffix("").suffix if path.suffix in (".gz", ".bz2") else path.suffix
+            if kind not in (".csv", ".json"):
+                raise UserError(f"{path}: a hull reference is .h5, .csv or .json (.gz and .bz2 too)")
+            try:
+                with _open_text(path) as file:
+                    hull = _read_csv(file, path) if kind == ".csv" else _read_entries(file, path)
+            except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise UserError(f"{path}: not a readable {kind[1:].upper()} file ({error})") from error
+        if not len(hull):
+            raise UserError(f"{path}: no reference phases in it")
+        hull.energy_scale = energy_scale or hull.energy_scale
+        return hull
+
+    from_csv = load
+
+    @classmethod
+    def _load_hdf5(cls, path: Path) -> ReferenceHull:
+        import h5py
+
+        try:
+            with h5py.File(path, "r") as file:
+                if file.attrs.get("format") != "cfrl-hull":
+                    raise UserError(f"{path}: not a reference hull (`cfrl screen --build-hull` makes one)")
+                data = (file["numbers"][:], file["fractions"][:], file["energies"][:])
+                return cls(*data, energy_scale=str(file.attrs["energy_scale"]))
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path}: not a readable reference hull ({error})") from error
+
+    def save(self, path: str | Path, attrs: Mapping[str, Any] | None = None) -> None:
+        """Write HDF5: datasets numbers (m, w), fractions (m, w), energies (m,) in eV/atom, and attributes.
+
+        Attributes: format, version, energy_scale, and `attrs` (say where the phases come from).
+        """
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            file.attrs.update({"format": "cfrl-hull", "version": VERSION, "energy_scale": self.energy_scale})
+            file.attrs.update(attrs or {})
+            for name in ("numbers", "fractions", "energies"):
+                file.create_dataset(name, data=getattr(self, name), compression="gzip", shuffle=True)
+
+    def near_hull(self, cutoff: float) -> ReferenceHull:
+        """Only the phases at most `cutoff` eV/atom above the hull, and every element's ground state."""
+        distance = self.e_above_hull(self._dense(), self.energies).e_above_hull
+        keep = np.nonzero(distance <= cutoff + FLAT)[0]
+        return ReferenceHull(self.numbers[keep], self.fractions[keep], self.energies[keep], self.energy_scale)
+
+    def _dense(self) -> np.ndarray:
+        dense = np.zeros((len(self), len(SYMBOLS)))
+        np.add.at(dense, (np.arange(len(self))[:, None], self.numbers), self.fractions)
+        return dense
+
+    def mismatch(self, energy_scale: str) -> str:
+        """Why energies of that scale do not fit this reference, or "" if they do."""
+        if energy_scale == self.energy_scale:
+            return ""
+        reference = "of unknown origin" if self.energy_scale == "unknown" else f"on the scale {self.energy_scale}"
+        return (
+            f"energies are on the scale {energy_scale}, the reference is {reference}: "
+            "distances to the hull also hold the difference between the two"
+        )
+
+    def e_above_hull(self, compositions: Any, energies: Sequence[float] | np.ndarray) -> HullResult:
+        """Energy above the hull of the reference phases, eV/atom; negative below it.
+
+        compositions: a CrystalBatch, pymatgen structures or compositions, formulas, or an (n, 119) array of
+            amounts by atomic number
+        energies: (n,) eV/atom; NaN gives a status
+        """
+        dense, status = fractions(compositions)
+        energies = np.asarray(energies, dtype=np.float64)
+        distance = np.full(len(dense), np.nan)
+        count = np.zeros(len(dense), dtype=np.int64)
+        for row in np.nonzero(~np.isfinite(energies))[0]:
+            status[row] = status[row] or "no energy"
+        for system, rows in _group_rows(dense).items():
+            hull = self._hull(system)
+            count[rows] = hull.num_references
+            rows = [row for row in rows if not status[row]]
+            if hull.status:
+                for row in rows:
+                    status[row] = hull.status
+            elif rows:
+                distance[rows] = energies[rows] - hull.energy(dense[rows][:, hull.elements])
+        return HullResult(distance, status, count)
+
+    def _hull(self, system: int) -> _SystemHull:
+        if system not in self._hulls:
+            self._hulls[system] = _SystemHull(system, *self._phases(system))
+        return self._hulls[system]
+
+    def _phases(self, system: int) -> tuple[np.ndarray, np.ndarray]:
+        """Composition (m, k) and energy (m,) of the reference phases within a chemical system."""
+        elements = _elements(system)
+        rows = [self._systems[s] for s in self._subsystems(elements, system)]
+        rows = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+        column = np.zeros(len(SYMBOLS), dtype=np.int64)
+        column[elements] = np.arange(len(elements))
+        points = np.zeros((len(rows), len(elements)))
+        np.add.at(points, (np.arange(len(rows))[:, None], column[self.numbers[rows]]), self.fractions[rows])
+        return points, self.energies[rows]
+
+    def _subsystems(self, elements: list[int], system: int) -> Iterable[int]:
+        if len(elements) > SUBSETS_LIMIT:
+            return (s for s in self._systems if s & system == s)
+        bits = [1 << z for z in elements]
+        subsets = (sum(c) for k in range(1, len(bits) + 1) for c in itertools.combinations(bits, k))
+        return (s for s in subsets if s in self._systems)
+
+
+class _SystemHull:
+    """Lower convex hull of one chemical system of k elements."""
+
+    def __init__(self, system: int, points: np.ndarray, energies: np.ndarray) -> None:
+        self.elements = _elements(system)
+        self.num_references = len(energies)
+        pure = np.where(points > 1 - 1e-9, energies[:, None], np.inf).min(axis=0, initial=np.inf)
+        missing = [SYMBOLS[z] for z, energy in zip(self.elements, pure, strict=True) if np.isinf(energy)]
+        self.status = f"no reference for element {', '.join(missing)}" if missing else ""
+        if missing:
+            return
+        formation = energies - points @ pure
+        low = formation < -FLAT
+        self._pure = pure
+        self._points, self._formation = points[low], formation[low]
+        facets = low.any() and len(pure) <= MAX_FACET_ELEMENTS
+        self._planes = self._lower_facets() if facets else None
+
+    def energy(self, points: np.ndarray) -> np.ndarray:
+        """(n, k) compositions -> (n,) energy of the hull, eV/atom."""
+        if not len(self._formation):
+            return points @ self._pure
+        if self._planes is not None:
+            return points @ self._pure + (points @ self._planes).max(axis=1)
+        return points @ self._pure + np.array([self._linear_program(p) for p in points])
+
+    def _lower_facets(self) -> np.ndarray:
+        """(k, facets): formation energy on a facet's plane is composition @ column."""
+        from scipy.spatial import ConvexHull
+
+        corners = np.eye(len(self._pure))
+        compositions = np.concatenate([corners, self._points])
+        formation = np.concatenate([np.zeros(len(corners)), self._formation])
+        facets = ConvexHull(np.column_stack([compositions[:, 1:], formation])).equations
+        slope, normal, offset = facets[:, :-2], facets[:, -2], facets[:, -1]
+        lower = normal < -FLAT  # vertical facets bound the system, not the energy
+        value_at_corner = np.column_stack([np.zeros(len(facets)), slope]) + offset[:, None]
+        return (-value_at_corner[lower] / normal[lower, None]).T
+
+    def _linear_program(self, point: np.ndarray) -> float:
+        """Cheapest mixture of phases with this composition: min E.x with sum_i x_i c_i = c, x >= 0."""
+        from scipy.optimize import linprog
+
+        phases = np.concatenate([np.eye(len(self._pure)), self._points])
+        formation = np.concatenate([np.zeros(len(self._pure)), self._formation])
+        return linprog(formation, A_eq=phases.T, b_eq=point, method="highs").fun
+
+
+def fractions(compositions: Any) -> tuple[np.ndarray, list[str]]:
+    """Atomic fractions (n, 119) by atomic number, and for each a status: "" or why it is not a composition.
+
+    Reads a CrystalBatch, an (n, 119) array of amounts, or a sequence of formulas, pymatgen Structures or
+    Compositions, or mappings from symbol or atomic number to amount.
+    """
+    if hasattr(compositions, "space_group"):
+        amounts, status = _crystal_amounts(compositions), [""] * len(compositions)
+    elif isinstance(compositions, np.ndarray) and compositions.ndim == 2:
+        amounts, status = compositions.astype(np.float64), [""] * len(compositions)
+    else:
+        amounts, status = _listed_amounts(list(compositions))
+    total = amounts.sum(axis=1, keepdims=True)
+    bad = ~((total[:, 0] > 0) & np.isfinite(total[:, 0]) & (amounts >= 0).all(axis=1))
+    for row in np.nonzero(bad)[0]:
+        status[row] = status[row] or "no composition"
+    amounts[bad] = 0.0
+    return amounts / np.where(bad[:, None], 1.0, total), status
+
+
+def build_hull(
+    crystals: Any,
+    potential: Any,
+    *,
+    relax: bool = False,
+    near_hull: float | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ReferenceHull, list[str]]:
+    """A reference hull of known crystals with a potential's own energies, so that no correction is needed.
+
+    crystals: CrystalBatch or pymatgen structures
+    relax: relax each crystal first (slow)
+    near_hull: keep only phases up to so many eV/atom above the hull
+    Returns the hull and each crystal's status ("" = used). Raises UserError if none could be used.
+    """
+    structures = crystals.to_structures() if hasattr(crystals, "to_structures") else list(crystals)
+    if relax:
+        from cfrl.relax import relax as relax_structures
+
+        result = relax_structures(structures, potential, progress=progress)
+    else:
+        result = potential.compute(structures, progress=progress)
+    used = np.array([not reason for reason in result.status], dtype=bool)
+    if not used.any():
+        raise UserError(f"no crystal could be evaluated for the hull; the first: {result.status[:1]}")
+    dense, _ = fractions(structures)
+    hull = ReferenceHull(*_sparse(dense[used]), result.energy[used], potential.name)
+    return (hull if near_hull is None else hull.near_hull(near_hull)), result.status
+
+
+def _crystal_amounts(crystals: Any) -> np.ndarray:
+    species = crystals.species.cpu().numpy()
+    multiplicity = crystals.multiplicity.cpu().numpy() * (species > 0)
+    amounts = np.zeros((len(species), len(SYMBOLS)))
+    np.add.at(amounts, (np.arange(len(species))[:, None], species), multiplicity)
+    return amounts
+
+
+def _listed_amounts(items: list[Any]) -> tuple[np.ndarray, list[str]]:
+    amounts, status = np.zeros((len(items), len(SYMBOLS))), [""] * len(items)
+    for row, item in enumerate(items):
+        try:
+            for number, amount in _parse(item):
+                amounts[row, number] += amount
+        except (KeyError, ValueError, TypeError, AttributeError):
+            status[row] = f"not a composition: {str(item)[:60]!r}"
+    return amounts, status
+
+
+def _parse(item: Any) -> Iterable[tuple[int, float]]:
+    if isinstance(item, str):
+        return _parse_formula(item)
+    composition = getattr(item, "composition", item)
+    return [(_atomic_number(key), float(amount)) for key, amount in composition.items()]
+
+
+def _atomic_number(key: Any) -> int:
+    if isinstance(key, str):
+        return ATOMIC_NUMBERS[key]
+    number = int(getattr(key, "Z", key))
+    if not 0 < number < len(SYMBOLS):  # pymatgen gives made-up elements made-up numbers
+        raise ValueError(f"no element {key}")
+    return number
+
+
+@lru_cache(maxsize=65536)
+def _parse_formula(formula: str) -> tuple[tuple[int, float], ...]:
+    """Element symbols and amounts; pymatgen reads what has brackets. Raises ValueError or KeyError."""
+    parts = SIMPLE_FORMULA.findall(formula)
+    if not parts or "".join(symbol + amount for symbol, amount in parts) != formula.strip():
+        from pymatgen.core import Composition
+
+        return tuple((_atomic_number(e), float(a)) for e, a in Composition(formula).items())
+    return tuple((ATOMIC_NUMBERS[symbol], float(amount or 1)) for symbol, amount in parts)
+
+
+def _sparse(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m, 119) -> atomic numbers (m, w) and fractions (m, w), each row's elements first, then zeros."""
+    width = max(int((dense > 0).sum(axis=1).max(initial=0)), 1)
+    numbers = np.argsort(dense <= 0, axis=1, kind="stable")[:, :width]
+    values = np.take_along_axis(dense, numbers, axis=1)
+    return np.where(values > 0, numbers, 0).astype(np.uint8), values
+
+
+def _system_masks(numbers: np.ndarray) -> list[int]:
+    """A chemical system as an integer with one bit per element, for each row of atomic numbers."""
+    numbers = numbers.astype(np.uint64)
+    one = np.uint64(1)
+    low = np.where((numbers > 0) & (numbers < 64), one << (numbers % 64), 0).astype(np.uint64)
+    high = np.where(numbers >= 64, one << (numbers % 64), 0).astype(np.uint64)
+    low, high = np.bitwise_or.reduce(low, axis=1), np.bitwise_or.reduce(high, axis=1)
+    return [int(a) | int(b) << 64 for a, b in zip(low, high, strict=True)]
+
+
+def _group_by_system(numbers: np.ndarray) -> dict[int, np.ndarray]:
+    groups: dict[int, list[int]] = {}
+    for row, system in enumerate(_system_masks(numbers)):
+        groups.setdefault(system, []).append(row)
+    return {system: np.array(rows) for system, rows in groups.items()}
+
+
+def _group_rows(dense: np.ndarray) -> dict[int, list[int]]:
+    """Rows of each chemical system; rows without a composition are in none."""
+    groups = _group_by_system(_sparse(dense)[0]) if len(dense) else {}
+    groups.pop(0, None)
+    return {system: rows.tolist() for system, rows in groups.items()}
+
+
+def _elements(system: int) -> list[int]:
+    return [z for z in range(1, len(SYMBOLS)) if system >> z & 1]
+
+
+def _open_text(path: Path) -> Any:
+    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
+    reader = csv.DictReader(file)
+    missing = {"formula", "energy_per_atom"} - set(reader.fieldnames or ())
+    if missing:
+        raise UserError(f"{path}: no column {' or '.join(sorted(missing))} (has: {reader.fieldnames})")
+    formulas, energies = [], []
+    for row in reader:
+        try:
+            energies.append(float(row["energy_per_atom"]))
+        except (TypeError, ValueError):
+            energies.append(np.nan)
+        if not np.isfinite(energies[-1]):
+            raise UserError(f"{path}, line {reader.line_num}: energy_per_atom is {row['energy_per_atom']!r}")
+        formulas.append(row["formula"] or "")
+    return _named(path, formulas, energies)
+
+
+def _read_entries(file: Any, path: Path) -> ReferenceHull:
+    data = json.load(file)
+    entries = data.get("entries") if isinstance(data, dict) else data
+    if not isinstance(entries, list):
+        raise UserError(f'{path}: neither a list of entries nor {{"entries": [...]}}')
+    compositions, energies = [], []
+    for row, entry in enumerate(entries):
+        try:
+            composition = entry.get("composition") or _structure_composition(entry["structure"])
+            energy = float(entry["energy"]) + float(entry.get("correction") or 0.0)
+            energies.append(energy / sum(composition.values()))
+        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{path}, entry {row + 1}: no composition and energy in it ({error!r})") from error
+        compositions.append(composition)
+    return _named(path, compositions, energies)
+
+
+def _structure_composition(structure: dict[str, Any]) -> dict[str, float]:
+    amounts: dict[str, float] = {}
+    for site in structure["sites"]:
+        for species in site["species"]:
+            amounts[species["element"]] = amounts.get(species["element"], 0.0) + species["occu"]
+    return amounts
+
+
+def _named(path: Path, compositions: list[Any], energies: list[float]) -> ReferenceHull:
+    try:
+        return ReferenceHull.from_compositions(compositions, energies)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,235 @@
+"""Hull distances against pymatgen's PhaseDiagram and against the Materials Project's own."""
+
+import bz2
+import csv
+import gzip
+import json
+from itertools import product
+
+import h5py
+import numpy as np
+import pytest
+
+from cfrl.elements import ATOMIC_NUMBERS
+from cfrl.errors import UserError
+from cfrl.hull import ReferenceHull, build_hull, fractions
+
+SYMBOLS = ["Li", "Fe", "P", "O", "Na", "U", "Cl"]  # U lies beyond bit 64 of a chemical system
+
+
+def random_phases(symbols, n, seed):
+    """n random compounds within up to len(symbols) elements, and one phase of each element."""
+    rng = np.random.default_rng(seed)
+    amounts = rng.integers(0, 5, (n, len(symbols))) * (rng.random((n, len(symbols))) < 0.6)
+    amounts = amounts[amounts.sum(1) > 0]
+    formulas = list(symbols)
+    formulas += ["".join(f"{s}{a}" for s, a in zip(symbols, row, strict=True) if a) for row in amounts]
+    mixing = -2.0 * (1 - (amounts / amounts.sum(1, keepdims=True)).max(1))
+    energies = np.concatenate([rng.normal(-4, 1, len(symbols)), mixing - 4 + rng.normal(0, 1, len(amounts))])
+    return formulas, energies
+
+
+def pymatgen_distances(formulas, energies, queries, query_energies):
+    from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+    from pymatgen.core import Composition
+
+    compositions = [Composition(f) for f in formulas]
+    entries = [PDEntry(c, e * c.num_atoms) for c, e in zip(compositions, energies, strict=True)]
+    diagram = PhaseDiagram(entries)
+    hull = [diagram.get_hull_energy_per_atom(Composition(q)) for q in queries]
+    return np.asarray(query_energies) - np.array(hull)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7])
+def test_distances_agree_with_pymatgen(k):
+    symbols = SYMBOLS[-k:]
+    formulas, energies = random_phases(symbols, 40, seed=k)
+    queries, query_energies = random_phases(symbols, 30, seed=100 + k)
+    result = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
+    expected = pymatgen_distances(formulas, energies, queries, query_energies)
+    np.testing.assert_allclose(result.e_above_hull, expected, atol=1e-7)
+    assert (result.e_above_hull < -0.01).any() or k == 1
+    assert result.status == [""] * len(queries)
+
+
+def test_facets_and_linear_program_are_one_hull(monkeypatch):
+    formulas, energies = random_phases(SYMBOLS[:5], 60, seed=3)
+    queries, query_energies = random_phases(SYMBOLS[:5], 60, seed=4)
+    facets = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
+    monkeypatch.setattr("cfrl.hull.MAX_FACET_ELEMENTS", 1)
+    program = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
+    np.testing.assert_allclose(facets.e_above_hull, program.e_above_hull, atol=1e-9)
+
+
+def test_counts_only_phases_of_the_chemical_system():
+    hull = ReferenceHull.from_compositions(["Li", "O", "Li2O", "Fe", "FeO", "Li2O2"], [-2, -5, -5, -8, -7, -4])
+    result = hull.e_above_hull(["LiO", "Fe", "LiFeO2"], [-4.0, -8.5, -7.0])
+    assert result.num_references.tolist() == [4, 1, 6]
+    # LiO sits between Li2O (x_O = 1/3) and O: -5 on both ends, above it by 1; Fe half an eV below its reference
+    np.testing.assert_allclose(result.e_above_hull[:2], [1.0, -0.5])
+
+
+def test_a_system_without_compounds_is_the_line_between_its_elements():
+    hull = ReferenceHull.from_compositions(["Li", "Fe", "LiFe"], [-2.0, -8.0, -4.0])
+    np.testing.assert_allclose(hull.e_above_hull(["LiFe3"], [-6.0]).e_above_hull, [0.5])
+
+
+def test_trouble_is_a_status_of_that_crystal_alone():
+    hull = ReferenceHull.from_compositions(["Li", "O", "Li2O"], [-2, -5, -5])
+    result = hull.e_above_hull(["Li2O", "LiXe", "CsXeO", "nonsense!", "Li2O", ""], [-5, -1, -1, -1, np.nan, -1])
+    assert result.status[0] == ""
+    assert result.status[1] == "no reference for element Xe"
+    assert result.status[2] == "no reference for element Xe, Cs"
+    assert "nonsense!" in result.status[3]
+    assert result.status[4] == "no energy"
+    assert result.status[5]
+    assert np.isnan(result.e_above_hull[1:]).all()
+    assert result.e_above_hull[0] == pytest.approx(0)
+
+
+def test_no_crystals_give_no_distances():
+    result = ReferenceHull.from_compositions(["Li"], [-2.0]).e_above_hull([], [])
+    assert (len(result.e_above_hull), result.status) == (0, [])
+
+
+def test_compositions_are_read_from_everything_that_has_one():
+    from pymatgen.core import Composition, Lattice, Structure
+
+    from cfrl.crystal import CrystalBatch
+
+    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    array = np.zeros((1, 119))
+    array[0, [11, 17]] = 3
+    sources = [["NaCl"], ["Na2(Cl)2"], [Composition("NaCl")], [salt], [{"Na": 1, 17: 1}], array]
+    for source in [*sources, CrystalBatch.from_structures([salt])]:
+        found, status = fractions(source)
+        assert status == [""]
+        assert found[0, 11] == found[0, 17] == 0.5
+        assert found.sum() == 1
+
+
+def test_reference_survives_a_round_trip_through_hdf5(tmp_path):
+    formulas, energies = random_phases(SYMBOLS, 50, seed=0)
+    hull = ReferenceHull.from_compositions(formulas, energies, "chgnet-0.3.0")
+    hull.save(tmp_path / "hull.h5", {"source": "random"})
+    again = ReferenceHull.load(tmp_path / "hull.h5")
+    assert again.energy_scale == "chgnet-0.3.0"
+    assert again.elements == sorted(ATOMIC_NUMBERS[s] for s in SYMBOLS)
+    queries, query_energies = random_phases(SYMBOLS, 20, seed=1)
+    first, second = (h.e_above_hull(queries, query_energies).e_above_hull for h in (hull, again))
+    assert np.array_equal(first, second)
+    with h5py.File(tmp_path / "hull.h5") as file:
+        assert file.attrs["source"] == "random"
+
+
+def test_pruning_keeps_the_hull_where_it_is():
+    formulas, energies = random_phases(SYMBOLS[:4], 200, seed=5)
+    hull = ReferenceHull.from_compositions(formulas, energies, "x")
+    small = hull.near_hull(0.0)
+    assert len(small) < len(hull) / 2
+    queries, query_energies = random_phases(SYMBOLS[:4], 50, seed=6)
+    full, pruned = (h.e_above_hull(queries, query_energies).e_above_hull for h in (hull, small))
+    np.testing.assert_allclose(full, pruned, atol=1e-9)
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [(".json", open), (".json.gz", gzip.open), (".json.bz2", bz2.open)])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_computed_entries_are_a_reference(tmp_path, suffix, opener, wrapped):
+    from pymatgen.core import Lattice, Structure
+    from pymatgen.entries.computed_entries import ComputedEntry, ComputedStructureEntry
+
+    cell = Structure(Lattice.cubic(3), ["O", "O"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    entries = [ComputedEntry("Li2", -4.0), ComputedStructureEntry(cell, -10.0)]
+    entries.append(ComputedEntry("Li4O2", -27.0, correction=-3.0))
+    data = [e.as_dict() for e in entries]
+    path = tmp_path / f"entries{suffix}"
+    with opener(path, "wt") as file:
+        json.dump({"entries": data} if wrapped else data, file)
+    hull = ReferenceHull.load(path, energy_scale="mp2020")
+    assert hull.energy_scale == "mp2020"
+    np.testing.assert_allclose(hull.e_above_hull(["Li2O"], [-4.9]).e_above_hull, [0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "formula,energy\nLi,-1\n", "energy_per_atom"),
+        ("b.csv", "formula,energy_per_atom\nLi,-1\nO,\n", "line 3"),
+        ("c.csv", "formula,energy_per_atom\nLi,-1\nXyz,-2\n", "phase 2"),
+        ("d.csv", "formula,energy_per_atom\n", "no reference phases"),
+        ("e.csv.gz", "plain text", "not a readable"),
+        ("f.json", "{", "not a readable"),
+        ("g.json", '[{"energy": 1.0}]', "entry 1"),
+        ("h.json", '{"a": 1}', "list of entries"),
+        ("i.h5", "no HDF5", "not a readable"),
+        ("j.txt", "", ".csv"),
+    ],
+)
+def test_bad_references_are_told_in_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        ReferenceHull.load(tmp_path / name)
+    assert words in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_foreign_hdf5(tmp_path):
+    with pytest.raises(UserError, match="no such"):
+        ReferenceHull.load(tmp_path / "none.csv")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    with pytest.raises(UserError, match="not a reference hull"):
+        ReferenceHull.load(tmp_path / "other.h5")
+
+
+def test_mismatch_of_scales_is_told():
+    hull = ReferenceHull.from_compositions(["Li"], [-2.0], "mp2020")
+    assert hull.mismatch("mp2020") == ""
+    assert "chgnet-0.3.0" in hull.mismatch("chgnet-0.3.0")
+    assert "mp2020" in hull.mismatch("chgnet-0.3.0")
+
+
+def test_build_hull_takes_the_potentials_energies():
+    from pymatgen.core import Lattice, Structure
+
+    from cfrl.potentials import load_potential
+
+    potential = load_potential("chgnet", "cpu")
+    sodium = Structure(Lattice.cubic(4.2), ["Na", "Na"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    chlorine = Structure(Lattice.cubic(5.0), ["Cl", "Cl"], [[0, 0, 0], [0.4, 0, 0]])
+    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    unknown = Structure(Lattice.cubic(3.3), ["Po"], [[0, 0, 0]])
+    hull, status = build_hull([sodium, chlorine, salt, unknown], potential)
+    assert len(hull) == 3
+    assert hull.energy_scale == potential.name
+    assert [bool(s) for s in status] == [False, False, False, True]
+    energy = potential.compute([salt]).energy
+    np.testing.assert_allclose(hull.e_above_hull([salt], energy).e_above_hull, [0.0], atol=1e-6)
+    with pytest.raises(UserError, match="Po"):
+        build_hull([unknown], potential)
+
+
+def test_distances_agree_with_the_materials_project(shared):
+    path = shared / "data" / "mp_energies.csv.gz"
+    hull = ReferenceHull.load(path, energy_scale="mp2020")
+    with gzip.open(path, "rt") as file:
+        rows = list(csv.DictReader(file))[::400]
+    formulas = [r["formula"] for r in rows]
+    result = hull.e_above_hull(formulas, [float(r["energy_per_atom"]) for r in rows])
+    database = np.array([float(r["e_above_hull"]) for r in rows])
+    known = np.isfinite(result.e_above_hull)
+    assert known.mean() > 0.97
+    assert np.nanmin(result.e_above_hull) > -1e-9  # every phase is in the reference itself
+    assert np.median(np.abs(result.e_above_hull - database)[known]) < 0.005
+
+
+def test_every_subset_of_a_large_system_counts():
+    """13 elements: subsets are no longer looked up one by one."""
+    from cfrl.elements import SYMBOLS as ALL
+
+    symbols = ALL[11:24]
+    pairs = [a + b for a, b in product(symbols, symbols) if a < b]
+    hull = ReferenceHull.from_compositions([*symbols, *pairs], [-1.0] * 13 + [-1.5] * len(pairs))
+    result = hull.e_above_hull(["".join(symbols)], [-1.0])
+    assert result.num_references[0] == 13 + len(pairs)
+    np.testing.assert_allclose(result.e_above_hull, [0.5])

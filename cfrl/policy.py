@@ -1,0 +1,177 @@
+"""Objectives of reinforcement fine-tuning: pure functions of tensors, no model, no loop, no state.
+
+A crystal C is drawn in space group G with log-probability `log_prob`, the sum of its factors (wyckoff, species,
+coords, lattice; also space_group where the prior over G is learned). What is maximised is
+
+    J = E[r(C)] - beta * KL(policy || base),        whose optimum is p*(C) ~ p_base(C) exp(r(C) / beta)
+
+(arXiv 2504.02367). Sampling, scoring and the optimiser live in `finetune.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+ALGORITHMS = ("ppo", "grpo", "rloo", "dpo")
+
+
+# ---------------------------------------------------------------------------------------------------- KL
+
+
+def kl_k3(log_ratio: Tensor) -> Tensor:
+    """KL(policy || base) seen from one sample of the policy: exp(-d) - 1 + d >= 0, d = log policy/base.
+
+    Its mean is the mean of d (because E[base/policy] = 1) and, near the base, its variance is far smaller
+    (J. Schulman, "Approximating KL divergence", 2020).
+    """
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def kl_estimate(log_ratio: Tensor) -> Tensor:
+    """KL(policy || base) from samples of the policy; `log_ratio` (n, factors) is log policy - log base. -> ().
+
+    d + c (exp(-d) - 1) has the mean of d for every c: c = 1 is `kl_k3`, best near the base; c = 0 is best far
+    from it, where exp(-d) has a heavy tail. Each factor takes the c in [0, 1] of least variance. The ratio of
+    one factor alone also has mean 1 (the product over its tokens is a martingale), so factors add up.
+    """
+    control = torch.expm1(-log_ratio)
+    centred = control - control.mean(0)
+    weight = -(centred * log_ratio).sum(0) / centred.square().sum(0).clamp(min=1e-30)
+    return (log_ratio + weight.clamp(0, 1) * control).mean(0).sum()
+
+
+def kl_loss(log_prob: Tensor, log_prob_old: Tensor, log_prob_base: Tensor) -> Tensor:
+    """KL(policy || base) as a loss, (n,), for samples of the old policy: (policy / old) * `kl_k3`.
+
+    The ratio is what makes the gradient right, (policy / old) d grad log policy. `kl_k3` alone has the gradient
+    of the opposite divergence, KL(base || policy).
+    """
+    return torch.exp(log_prob - log_prob_old) * kl_k3(log_prob - log_prob_base)
+
+
+def adapt_beta(beta: float, kl: float, target: float, rate: float = 0.3) -> float:
+    """The next beta of a proportional controller that holds the KL near `target` (arXiv 1909.08593, sec. 2.2)."""
+    error = min(max(kl / target - 1.0, -1.0), 1.0)
+    return beta * (1.0 + rate * error)
+
+
+# ---------------------------------------------------------------------------------------------------- rewards
+
+
+def shaped_reward(
+    reward: Tensor, log_prob: Tensor, log_prob_base: Tensor, beta: float, entropy: Tensor | float = 0.0
+) -> Tensor:
+    """What one sample of the policy adds to J: r - beta (log policy - log base) - sum_f entropy_f log policy_f.
+
+    Args:
+        reward: (n,).
+        log_prob: (n, factors) under the policy that drew the samples.
+        log_prob_base: (n, factors).
+        beta: weight of the KL, in units of the reward; 0 where the KL is in the loss.
+        entropy: (factors,) or a number: weight of the entropy of each factor. In the reward, not in the loss:
+            -log p at a sample has no mean gradient, and this form also holds for continuous factors.
+    """
+    kl = (log_prob - log_prob_base).sum(1)
+    return reward - beta * kl - (entropy * log_prob).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------- advantages
+
+
+def rloo_advantage(score: Tensor) -> Tensor:
+    """Score minus the mean score of all the others, (n,) -> (n,) (arXiv 2402.14740)."""
+    n = len(score)
+    return (score - score.mean()) * (n / max(n - 1, 1))
+
+
+def grpo_advantage(score: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
+    """Score standardised within its group (arXiv 2402.03300, sec. 4.1.2); the group is the space group.
+
+    A group of one, which has no spread, takes mean and standard deviation of the batch.
+
+    Args:
+        score: (n,).
+        group: (n,) int64, any labels.
+        eps: added to the standard deviation.
+    """
+    _, index, size = torch.unique(group, return_inverse=True, return_counts=True)
+    mean = torch.zeros_like(size, dtype=score.dtype).index_add(0, index, score) / size
+    square = torch.zeros_like(mean).index_add(0, index, (score - mean[index]).square())
+    std = torch.sqrt(square / (size - 1).clamp(min=1))
+    alone = (size == 1)[index]
+    batch_std = score.std() if len(score) > 1 else torch.zeros_like(score.sum())
+    centre = torch.where(alone, score.mean(), mean[index])
+    return (score - centre) / (torch.where(alone, batch_std, std[index]) + eps)
+
+
+def advantages(algorithm: str, score: Tensor, space_group: Tensor, baseline: float) -> tuple[Tensor, Tensor]:
+    """Advantages of the crystals given their space groups, and of the space groups themselves: (n,), (n,).
+
+    They differ for GRPO: a baseline that depends on the group leaves no signal about which group to choose.
+    """
+    if algorithm == "grpo":
+        return grpo_advantage(score, space_group), grpo_advantage(score, torch.zeros_like(space_group))
+    advantage = rloo_advantage(score) if algorithm == "rloo" else score - baseline
+    return advantage, advantage
+
+
+# ---------------------------------------------------------------------------------------------------- objectives
+
+
+def clipped_surrogate(log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), (n,): to be maximised (arXiv 1707.06347, eq. 7)."""
+    ratio = torch.exp(log_prob - log_prob_old)
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def is_clipped(log_prob: Tensor, log_prob_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """(n,) bool: samples that the clipping of `clipped_surrogate` keeps from any further gradient."""
+    ratio = torch.exp(log_prob - log_prob_old)
+    return torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)
+
+
+def importance_weight(log_prob: Tensor, log_prob_drawn: Tensor, limit: float) -> Tensor:
+    """Weight of a replayed sample: min(policy / policy that drew it, limit), (n,).
+
+    Times `clipped_surrogate` (whose ratio starts at 1) this is decoupled PPO (arXiv 2110.00641).
+    """
+    return torch.exp(log_prob - log_prob_drawn).clamp(max=limit)
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, base_chosen: Tensor, base_rejected: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta * (difference of log policy/base, chosen - rejected)), (pairs,) (arXiv 2305.18290, eq. 7)."""
+    return -logsigmoid(beta * ((chosen - base_chosen) - (rejected - base_rejected)))
+
+
+def preference_pairs(reward: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
+    """Pairs (chosen, rejected) of one group and different reward, (pairs, 2) indices into `reward`.
+
+    Every crystal is matched with one random partner of its group, so that a batch of n gives at most n pairs.
+    """
+    order = torch.argsort(torch.rand(len(reward), generator=generator))
+    order = order[torch.argsort(group[order].cpu(), stable=True)]  # shuffled within each group
+    sorted_group = group[order.to(group.device)].cpu()
+    _, index, size = torch.unique_consecutive(sorted_group, return_inverse=True, return_counts=True)
+    start = (torch.cumsum(size, 0) - size)[index]
+    partner = start + (torch.arange(len(order)) - start + 1) % size[index]  # the next one around the group
+    a, b = order.to(reward.device), order[partner].to(reward.device)
+    better = reward[a] > reward[b]
+    pairs = torch.stack([torch.where(better, a, b), torch.where(better, b, a)], 1)
+    pairs = pairs[reward[a] != reward[b]]
+    return torch.unique(pairs, dim=0)  # a group of two names its one pair twice
+
+
+# ---------------------------------------------------------------------------------------------------- space groups
+
+
+def floored_log_prob(logits: Tensor, base_log_prob: Tensor, floor: float) -> Tensor:
+    """Log of floor * base + (1 - floor) * softmax(logits), (groups,): no group falls below `floor` of its base share.
+
+    The floor is part of the policy, so that ratios and KL need no correction for it.
+    """
+    if floor == 0:
+        return torch.log_softmax(logits, 0)
+    weight = torch.as_tensor(floor, dtype=logits.dtype)
+    return torch.logaddexp(base_log_prob + weight.log(), torch.log_softmax(logits, 0) + torch.log1p(-weight))

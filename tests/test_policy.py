@@ -1,0 +1,306 @@
+"""Objectives against closed forms: exact sums over a small policy, finite differences, and sampled optimisation."""
+
+import math
+
+import pytest
+import torch
+
+from cfrl.policy import (
+    adapt_beta,
+    advantages,
+    clipped_surrogate,
+    dpo_loss,
+    floored_log_prob,
+    grpo_advantage,
+    importance_weight,
+    is_clipped,
+    kl_estimate,
+    kl_k3,
+    kl_loss,
+    preference_pairs,
+    rloo_advantage,
+    shaped_reward,
+)
+
+GROUPS, OUTCOMES, BETA = 3, 6, 0.5
+
+
+class Toy:
+    """A policy over `OUTCOMES` things in each of `GROUPS` space groups, with a base policy and a reward."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        shape = (GROUPS, OUTCOMES)
+        self.base = torch.randn(shape, generator=rng, dtype=torch.float64).log_softmax(1)
+        self.reward = torch.randn(shape, generator=rng, dtype=torch.float64)
+        self.group_base = torch.randn(GROUPS, generator=rng, dtype=torch.float64).log_softmax(0)
+        self.logits = self.base.clone().requires_grad_()
+        self.rng = rng
+
+    def optimum(self, beta: float = BETA) -> torch.Tensor:
+        return (self.base + self.reward / beta).softmax(1)
+
+    def log_prob(self) -> torch.Tensor:
+        return self.logits.log_softmax(1)
+
+    def objective(self, beta: float = BETA) -> torch.Tensor:
+        """E[r] - beta KL, groups equally likely, by summation."""
+        log_prob = self.log_prob()
+        return (log_prob.exp() * (self.reward - beta * (log_prob - self.base))).sum(1).mean()
+
+    def draw(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        group = torch.randint(GROUPS, (n,), generator=self.rng)
+        probs = self.log_prob().detach().exp()[group]
+        return group, torch.multinomial(probs, 1, generator=self.rng).squeeze(1)
+
+
+def all_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    group, outcome = torch.meshgrid(torch.arange(GROUPS), torch.arange(OUTCOMES), indexing="ij")
+    return group.flatten(), outcome.flatten()
+
+
+def tune(algorithm: str, kl: str, epochs: int = 2, steps: int = 250, n: int = 384) -> Toy:
+    """The loop of `finetune` on the toy."""
+    toy = Toy()
+    optimiser = torch.optim.Adam([toy.logits], lr=0.1)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / steps))
+    baseline = 0.0
+    for _ in range(steps):
+        group, outcome = toy.draw(n)
+        old, base = toy.log_prob().detach()[group, outcome], toy.base[group, outcome]
+        beta = BETA if kl == "reward" else 0.0
+        score = shaped_reward(toy.reward[group, outcome], old[:, None], base[:, None], beta)
+        baseline += 0.2 * (float(score.mean()) - baseline)
+        advantage, _ = advantages(algorithm, score, group, baseline)
+        for _ in range(epochs):
+            now = toy.log_prob()[group, outcome]
+            loss = -clipped_surrogate(now, old, advantage, 0.2).mean()
+            if kl == "loss":
+                loss = loss + BETA * kl_loss(now, old, base).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        decay.step()
+    return toy
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kl"), [("ppo", "reward"), ("ppo", "loss"), ("grpo", "reward"), ("rloo", "reward"), ("rloo", "loss")]
+)
+def test_sampled_optimisation_reaches_the_closed_form_optimum(algorithm, kl):
+    toy = tune(algorithm, kl)
+    total_variation = 0.5 * (toy.log_prob().detach().exp() - toy.optimum()).abs().sum(1)
+    start = 0.5 * (toy.base.exp() - toy.optimum()).abs().sum(1)
+    assert start.max() > 0.5  # there was something to learn
+    assert total_variation.max() < 0.04
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+@pytest.mark.parametrize("kl", ["reward", "loss"])
+def test_on_policy_gradient_is_that_of_the_objective(kl, entropy):
+    """Summed over all outcomes with their probabilities, the surrogate's gradient is that of J, term by term."""
+    toy = Toy(1)
+    with torch.no_grad():
+        toy.logits += 0.5 * torch.randn(toy.logits.shape, generator=toy.rng, dtype=torch.float64)
+    group, outcome = all_pairs()
+    now, base = toy.log_prob()[group, outcome], toy.base[group, outcome]
+    old = now.detach()
+    score = shaped_reward(
+        toy.reward[group, outcome], old[:, None], base[:, None], BETA if kl == "reward" else 0.0, entropy
+    )
+    gain = clipped_surrogate(now, old, score - 0.7, 0.2)  # any baseline
+    if kl == "loss":
+        gain = gain - BETA * kl_loss(now, old, base)
+    (gradient,) = torch.autograd.grad((old.exp() * gain).sum() / GROUPS, toy.logits)
+
+    exact = toy.objective() - entropy * (toy.log_prob().exp() * toy.log_prob()).sum(1).mean()
+    (expected,) = torch.autograd.grad(exact, toy.logits)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_naive_k3_loss_would_have_the_wrong_gradient():
+    """Why `kl_loss` carries the ratio: without it the gradient is that of KL(base || policy)."""
+    toy = Toy(2)
+    with torch.no_grad():
+        toy.logits += torch.randn(toy.logits.shape, generator=toy.rng, dtype=torch.float64)
+    group, outcome = all_pairs()
+    now, base = toy.log_prob()[group, outcome], toy.base[group, outcome]
+    weights = now.detach().exp() / GROUPS
+    (naive,) = torch.autograd.grad((weights * kl_k3(now - base)).sum(), toy.logits, retain_graph=True)
+    (right,) = torch.autograd.grad((weights * kl_loss(now, now.detach(), base)).sum(), toy.logits)
+    (reverse,) = torch.autograd.grad((toy.base.exp() * (toy.base - toy.log_prob())).sum() / GROUPS, toy.logits)
+    torch.testing.assert_close(naive, reverse, atol=1e-12, rtol=1e-9)
+    assert (naive - right).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("objective", ["surrogate", "kl_loss", "k3", "dpo", "floor", "kl_estimate"])
+def test_gradients_against_finite_differences(objective):
+    rng = torch.Generator().manual_seed(3)
+    old, base, advantage = torch.randn(3, 8, generator=rng, dtype=torch.float64)
+    now = (old + 0.1 * torch.randn(8, generator=rng, dtype=torch.float64)).requires_grad_()
+    functions = {
+        "surrogate": lambda x: clipped_surrogate(x, old, advantage, 0.2),
+        "kl_loss": lambda x: kl_loss(x, old, base),
+        "k3": lambda x: kl_k3(x - base),
+        "dpo": lambda x: dpo_loss(x[:4], x[4:], base[:4], base[4:], 0.3),
+        "floor": lambda x: floored_log_prob(x, base.log_softmax(0), 0.1),
+        "kl_estimate": lambda x: kl_estimate((x - base).view(4, 2)),
+    }
+    assert torch.autograd.gradcheck(functions[objective], (now,))
+
+
+def test_clipping():
+    ratio = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5] * 2, dtype=torch.float64)
+    advantage = torch.tensor([1.0] * 5 + [-1.0] * 5, dtype=torch.float64)
+    now, old = ratio.log().requires_grad_(), torch.zeros(10, dtype=torch.float64)
+    gain = clipped_surrogate(now, old, advantage, 0.2)
+    expected = [0.5, 0.9, 1.0, 1.1, 1.2, -0.8, -0.9, -1.0, -1.1, -1.5]
+    torch.testing.assert_close(gain, torch.tensor(expected, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(gain.sum(), now)
+    assert torch.equal(gradient == 0, is_clipped(now, old, advantage, 0.2))
+    assert is_clipped(now, old, advantage, 0.2).nonzero().flatten().tolist() == [4, 5]
+
+
+def test_dpo_recovers_the_optimum_from_bradley_terry_preferences():
+    """Preferences with probability sigmoid(r1 - r2) make the optimum of DPO p0 exp(r / beta), exactly."""
+    toy = Toy(4)
+    first, second = torch.meshgrid(torch.arange(OUTCOMES), torch.arange(OUTCOMES), indexing="ij")
+    preferred = torch.sigmoid(toy.reward[:, :, None] - toy.reward[:, None, :])
+    optimiser = torch.optim.LBFGS([toy.logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        now = toy.log_prob()
+        loss = dpo_loss(now[:, first], now[:, second], toy.base[:, first], toy.base[:, second], BETA)
+        mean = (preferred * loss).mean()
+        mean.backward()
+        return mean
+
+    optimiser.step(closure)
+    torch.testing.assert_close(toy.log_prob().detach().exp(), toy.optimum(), atol=1e-5, rtol=1e-4)
+
+
+def test_replay_weights_correct_for_the_policy_that_drew():
+    """E_drawn[w A grad log policy] over a part S of all outcomes is the policy's own gradient of E[A 1_S]."""
+    toy = Toy(5)
+    drawn = torch.randn(toy.logits.shape, generator=toy.rng, dtype=torch.float64).log_softmax(1)
+    group, outcome = all_pairs()
+    best = toy.reward[group, outcome] > 0.3
+    now = toy.log_prob()[group, outcome]
+    advantage = toy.reward[group, outcome] - 0.1
+    weight = importance_weight(now.detach(), drawn[group, outcome], limit=math.inf)
+    gain = weight * clipped_surrogate(now, now.detach(), advantage, 0.2) * best
+    (gradient,) = torch.autograd.grad((drawn[group, outcome].exp() * gain).sum(), toy.logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((now.exp() * advantage * best).sum(), toy.logits)
+    torch.testing.assert_close(gradient, expected)
+    assert importance_weight(now.detach(), drawn[group, outcome], limit=1.5).max() == 1.5
+
+
+def test_kl_estimates_are_unbiased_and_the_fitted_one_is_best():
+    rng = torch.Generator().manual_seed(6)
+    for shift in (0.05, 0.5, 2.0):  # policy N(shift, 1) against base N(0, 1): KL = shift^2 / 2 for each factor
+        x = shift + torch.randn(4000, 200, 2, generator=rng, dtype=torch.float64)
+        log_ratio = 0.5 * (x**2 - (x - shift) ** 2)
+        exact = shift**2  # two factors
+        fitted = torch.stack([kl_estimate(sample) for sample in log_ratio])
+        k1 = log_ratio.sum(2).mean(1)
+        k3 = kl_k3(log_ratio).sum(2).mean(1)
+        assert abs(float(k1.mean()) - exact) < 5 * float(k1.std()) / math.sqrt(len(k1))
+        if shift < 1:  # beyond, k3's own variance is too heavy-tailed for this check
+            assert abs(float(k3.mean()) - exact) < 5 * float(k3.std()) / math.sqrt(len(k3))
+        assert abs(float(fitted.mean()) - exact) < 0.05 * exact  # the fit leaves a bias of order 1/n
+        assert float(fitted.std()) < 1.02 * min(float(k1.std()), float(k3.std()))
+
+
+def test_one_factor_alone_keeps_the_mean_of_its_ratio():
+    """Two dependent steps: exp(-d) of each factor has mean one, so that per-factor estimates may be added."""
+    toy = Toy(7)
+    marginal, base_marginal = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.3, 0.2])
+    probs = (marginal[:, None] * toy.optimum()).double()
+    first = (marginal.log() - base_marginal.log()).double()[:, None].expand(3, OUTCOMES)
+    second = toy.optimum().log() - toy.base
+    for d in (first, second, first + second):
+        assert float((probs * torch.exp(-d)).sum()) == pytest.approx(1)
+        assert float((probs * kl_k3(d)).sum()) == pytest.approx(float((probs * d).sum()))
+
+
+def test_leave_one_out_advantage():
+    score = torch.tensor([1.0, 4.0, 7.0, -2.0], dtype=torch.float64)
+    expected = [s - (score.sum() - s) / 3 for s in score]
+    torch.testing.assert_close(rloo_advantage(score), torch.stack(expected))
+    assert rloo_advantage(score[:1]).tolist() == [0.0]
+
+
+def test_group_advantage_standardises_within_groups_and_falls_back_to_the_batch():
+    score = torch.tensor([1.0, 5.0, 3.0, 10.0, -4.0, 2.0], dtype=torch.float64)
+    group = torch.tensor([225, 7, 225, 62, 7, 225])
+    advantage = grpo_advantage(score, group)
+    for label in (225, 7):
+        members = score[group == label]
+        expected = (members - members.mean()) / members.std()
+        torch.testing.assert_close(advantage[group == label], expected, atol=1e-5, rtol=1e-5)
+    alone = (score[3] - score.mean()) / score.std()
+    torch.testing.assert_close(advantage[3], alone, atol=1e-5, rtol=1e-5)
+    assert grpo_advantage(score[:1], group[:1]).tolist() == [0.0]
+    assert torch.equal(grpo_advantage(torch.ones(4), torch.tensor([1, 1, 2, 3])), torch.zeros(4))  # no spread
+
+
+def test_learned_space_groups_reach_their_own_optimum():
+    """The joint policy over (G, C) has the optimum p0(G) Z(G) over groups, with every algorithm's second advantage."""
+    toy = Toy(8)
+    log_z = torch.logsumexp(toy.base + toy.reward / BETA, 1)
+    expected = (toy.group_base + log_z).softmax(0)
+    for algorithm in ("ppo", "grpo", "rloo"):
+        logits = toy.group_base.clone().requires_grad_()
+        optimiser = torch.optim.Adam([logits], lr=0.05)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / 300))
+        best, baseline = toy.optimum(), 0.0
+        for _ in range(300):
+            now = logits.log_softmax(0)
+            group = torch.multinomial(now.detach().exp(), 384, replacement=True, generator=toy.rng)
+            outcome = torch.multinomial(best[group], 1, generator=toy.rng).squeeze(1)
+            log_prob = torch.stack([best.log()[group, outcome], now.detach()[group]], 1)
+            log_prob_base = torch.stack([toy.base[group, outcome], toy.group_base[group]], 1)
+            score = shaped_reward(toy.reward[group, outcome], log_prob, log_prob_base, BETA)
+            baseline += 0.2 * (float(score.mean()) - baseline)
+            _, advantage = advantages(algorithm, score, group, baseline)
+            loss = -clipped_surrogate(now[group], now.detach()[group], advantage, 0.2).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            decay.step()
+        assert 0.5 * float((logits.detach().softmax(0) - expected).abs().sum()) < 0.04, algorithm
+
+
+def test_floor_holds_under_any_logits():
+    base = torch.randn(9, generator=torch.Generator().manual_seed(9), dtype=torch.float64).log_softmax(0)
+    logits = torch.tensor([60.0] + [-60.0] * 8, dtype=torch.float64)
+    log_prob = floored_log_prob(logits, base, 0.1)
+    assert float(log_prob.exp().sum()) == pytest.approx(1)
+    assert (log_prob.exp() >= 0.1 * base.exp() - 1e-12).all()
+    torch.testing.assert_close(floored_log_prob(base, base, 0.1), base)  # untuned: the base itself
+    torch.testing.assert_close(floored_log_prob(logits, base, 0.0), logits.log_softmax(0))
+
+
+def test_preference_pairs_stay_in_their_group_and_point_up():
+    rng = torch.Generator().manual_seed(10)
+    reward = torch.randint(4, (60,), generator=rng).double()
+    group = torch.randint(12, (60,), generator=rng)
+    pairs = preference_pairs(reward, group, rng)
+    chosen, rejected = pairs.T
+    assert len(pairs) > 20
+    assert (reward[chosen] > reward[rejected]).all()
+    assert torch.equal(group[chosen], group[rejected])
+    assert len(torch.unique(pairs, dim=0)) == len(pairs)
+    assert len(preference_pairs(reward, torch.arange(60), rng)) == 0  # nobody to compare with
+    assert len(preference_pairs(torch.ones(60), group, rng)) == 0  # nothing to prefer
+
+
+def test_adaptive_beta_finds_the_target():
+    """With KL = c / beta^2 (a linear response), the controller settles where KL meets its target."""
+    beta = 1.0
+    for _ in range(60):
+        beta = adapt_beta(beta, kl=0.3 / beta**2, target=4.0)
+    assert 0.3 / beta**2 == pytest.approx(4.0, rel=0.02)
+    assert adapt_beta(1.0, kl=1e9, target=1.0) == pytest.approx(1.3)  # bounded steps both ways
+    assert adapt_beta(1.0, kl=0.0, target=1.0) == pytest.approx(0.7)

@@ -131,9 +131,7 @@ class Potential(ABC):
             features=np.full((n, self.feature_size), np.nan) if features else None,
         )
 
-    def _batches(
-        self, structures: list[Any], status: list[str]
-    ) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+    def _batches(self, structures: list[Any], status: list[str]) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
         """Yield (crystals done after this batch, [(row, graph), ...]); the next graphs are built meanwhile."""
         chunks = self._chunks(structures)
         with ThreadPoolExecutor(1) as worker:

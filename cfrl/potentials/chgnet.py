@@ -62,9 +62,7 @@ class CHGNetPotential(Potential):
     def evaluate(self, graphs: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
         task = "e" + "f" * (forces or stress) + "s" * stress
         final = []
-        hook = self.model.readout_norm.register_forward_hook(
-            lambda module, inputs, output: final.append(output)
-        )
+        hook = self.model.readout_norm.register_forward_hook(lambda module, inputs, output: final.append(output))
         try:
             with torch.set_grad_enabled(forces or stress):
                 out = self.model([g.to(self.device) for g in graphs], task=task, return_atom_feas=features)

@@ -6,7 +6,7 @@ the tables behind it are in symmetry.py, files in storage.py.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,9 +74,7 @@ class CrystalBatch:
     def __len__(self) -> int:
         return len(self.space_group)
 
-    def __getitem__(
-        self, index: int | slice | Tensor | np.ndarray | Sequence[int] | Sequence[bool]
-    ) -> "CrystalBatch":
+    def __getitem__(self, index: "int | slice | Tensor | np.ndarray | Sequence[int]") -> "CrystalBatch":
         """Rows by slice, index or mask; an integer gives a batch of one."""
         if isinstance(index, (int, np.integer)):
             index = range(len(self))[index]  # raises IndexError, so that iteration ends
@@ -84,13 +82,9 @@ class CrystalBatch:
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.device)
             index = index if index.dtype == torch.bool else index.long()
-        ids = self.ids
+        ids = None if self.ids is None else np.array(self.ids, dtype=object)
         if ids is not None:
-            ids = (
-                ids[index]
-                if isinstance(index, slice)
-                else [ids[i] for i in torch.arange(len(self))[index.cpu()]]
-            )
+            ids = ids[index if isinstance(index, slice) else index.cpu().numpy()].tolist()
         return self._map(lambda tensor: tensor[index], ids)
 
     def _map(self, function: Any, ids: list[str] | None) -> "CrystalBatch":
@@ -109,9 +103,7 @@ class CrystalBatch:
     def device(self) -> torch.device:
         return self.wyckoff.device
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> "CrystalBatch":
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "CrystalBatch":
         """Move to a device; dtype applies to coordinates and lattice (properties stay float64)."""
         moved = self._map(lambda tensor: tensor.to(device=device), self.ids)
         if dtype is None:
@@ -146,10 +138,7 @@ class CrystalBatch:
         sites = max(batch.wyckoff.shape[1] for batch in batches)
         padded = [batch._pad(sites) for batch in batches]
         names = dict.fromkeys(name for batch in batches for name in batch.properties)
-        unknown = [
-            torch.full((len(batch),), torch.nan, dtype=torch.float64, device=batch.device)
-            for batch in batches
-        ]
+        unknown = [torch.full((len(batch),), torch.nan, dtype=torch.float64, device=batch.device) for batch in batches]
         has_ids = all(batch.ids is not None for batch in batches)
         return CrystalBatch(
             torch.cat([batch.space_group for batch in padded]),
@@ -158,7 +147,7 @@ class CrystalBatch:
             torch.cat([batch.frac_coords for batch in padded]),
             torch.cat([batch.lattice for batch in padded]),
             [name for batch in batches for name in batch.ids] if has_ids else None,
-            {k: torch.cat([b.properties.get(k, nan) for b, nan in zip(batches, unknown)]) for k in names},
+            {k: torch.cat([b.properties.get(k, nan) for b, nan in zip(batches, unknown, strict=True)]) for k in names},
         )
 
     @staticmethod
@@ -191,7 +180,7 @@ class CrystalBatch:
         return self.multiplicity.sum(-1)
 
     def atoms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Every atom of every conventional cell: frac_coords (N, 3), atomic number, crystal, site (N,) each."""
+        """Every atom of the conventional cells: frac_coords (N, 3); atomic number, crystal, site, each (N,)."""
         frac, crystal, site = symmetry.expand_orbits(self.space_group, self.wyckoff, self.frac_coords)
         return frac, self.species[crystal, site], crystal, site
 
@@ -210,10 +199,10 @@ class CrystalBatch:
         return mass * DALTON_PER_CUBIC_ANGSTROM / self.volumes()
 
     def formulas(self) -> list[str]:
-        """Reduced formulas by electronegativity, such as BaTiO3; elements stay O and polyanions are not grouped."""
+        """Reduced formulas in order of electronegativity, such as BaTiO3; polyanions are not grouped."""
         return [
-            _reduced_formula(zip(species, counts))
-            for species, counts in zip(self.species.tolist(), self.multiplicity.tolist())
+            _reduced_formula(species, counts)
+            for species, counts in zip(self.species.tolist(), self.multiplicity.tolist(), strict=True)
         ]
 
     def shortest_distances(self) -> Tensor:
@@ -222,7 +211,7 @@ class CrystalBatch:
         Every representative against every atom of its crystal in 27 cells: exact whenever the result is
         below the smallest height of the cell, else an upper bound. Infinite for a crystal without atoms.
         """
-        frac, _, crystal, site = self.atoms()
+        frac, _, crystal, _ = self.atoms()
         per_crystal = self.num_atoms
         first_atom = per_crystal.cumsum(0) - per_crystal
         row, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
@@ -246,9 +235,9 @@ class CrystalBatch:
         return shortest.sqrt()
 
     def valid(self, min_distance: float = 0.5) -> Tensor:
-        """Physically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms closer than min_distance.
+        """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
 
-        min_distance in angstrom. Says nothing of stability.
+        min_distance in angstrom. Says nothing of stability, nor of chemistry.
         """
         lengths, angles = self.lattice[:, :3], self.lattice[:, 3:]
         half_sum = angles.sum(-1, keepdim=True) / 2
@@ -271,37 +260,62 @@ class CrystalBatch:
     @staticmethod
     def from_units(
         units: Sequence[AsymmetricUnit],
-        ids: list[str] | None = None,
-        properties: dict[str, Any] | None = None,
+        ids: Sequence[str] | None = None,
+        properties: Mapping[str, Any] | None = None,
+        dropped: dict[int, str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "CrystalBatch":
-        """Pad what `symmetry.analyse` gave into a batch."""
+        """A batch of what `symmetry.analyse` found: representatives chosen, sites ordered.
+
+        A unit whose points do not fit its letters is left out and noted in `dropped` (row -> reason).
+
+        Raises SymmetryError for such a unit when there is no `dropped`.
+        """
         n, s = len(units), max((len(unit.wyckoff) for unit in units), default=0)
         wyckoff, species = np.zeros((2, n, s), dtype=np.int64)
-        frac_coords = np.zeros((n, s, 3))
+        points, lattice = np.zeros((n, s, 3)), np.zeros((n, 6))
         for i, unit in enumerate(units):
             sites = len(unit.wyckoff)
-            wyckoff[i, :sites], species[i, :sites], frac_coords[i, :sites] = unit[1:4]
-        lattice = np.array([unit.lattice for unit in units]).reshape(n, 6)
-        return CrystalBatch(
+            wyckoff[i, :sites], species[i, :sites], points[i, :sites] = unit[1:4]
+            lattice[i] = unit.lattice
+        batch = CrystalBatch(
             torch.tensor([unit.space_group for unit in units], dtype=torch.long),
             torch.from_numpy(wyckoff),
             torch.from_numpy(species),
-            torch.from_numpy(frac_coords).to(dtype),
-            torch.from_numpy(lattice).to(dtype),
-            ids,
-            {
-                name: torch.as_tensor(values, dtype=torch.float64)
-                for name, values in (properties or {}).items()
-            },
+            torch.from_numpy(points),
+            torch.from_numpy(lattice),
+            None if ids is None else list(ids),
+            {name: torch.as_tensor(values, dtype=torch.float64) for name, values in (properties or {}).items()},
         )
+        batch, distance = batch._with_representatives()
+        off = (distance > symmetry.ON_POSITION).any(-1)
+        reason = "symmetry not consistent: an atom lies off its Wyckoff position"
+        if off.any() and dropped is None:
+            raise SymmetryError(f"structure {int(off.nonzero()[0])}: {reason}")
+        if off.any():
+            dropped.update(dict.fromkeys(off.nonzero()[:, 0].tolist(), reason))
+            batch = batch[~off]
+        coords = symmetry.project_coords(batch.space_group, batch.wyckoff, batch.frac_coords.to(dtype))
+        return replace(batch, frac_coords=coords, lattice=batch.lattice.to(dtype))
+
+    def _with_representatives(self) -> tuple["CrystalBatch", Tensor]:
+        """With each orbit's canonical representative and ordered sites; and how far each site was off, (n, s)."""
+        coords, distance = symmetry.representatives(self.space_group, self.wyckoff, self.frac_coords)
+        order = symmetry.sort_sites(self.wyckoff, coords)
+        batch = replace(
+            self,
+            wyckoff=self.wyckoff.gather(1, order),
+            species=self.species.gather(1, order),
+            frac_coords=coords.take_along_dim(order[..., None], 1),
+        )
+        return batch, distance
 
     @staticmethod
     def from_structures(
         structures: Sequence["Structure"],
         symprec: float = 0.01,
         ids: Sequence[str] | None = None,
-        properties: dict[str, Any] | None = None,
+        properties: Mapping[str, Any] | None = None,
         errors: Literal["raise", "skip"] = "raise",
         dropped: dict[int, str] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -313,22 +327,26 @@ class CrystalBatch:
 
         Raises SymmetryError for such a structure with errors="raise".
         """
-        units, kept = [], []
+        units, rows, reasons = [], [], {}
         for row, structure in enumerate(structures):
             try:
                 units.append(_analyse_structure(structure, symprec))
-                kept.append(row)
+                rows.append(row)
             except SymmetryError as error:
                 if errors == "raise":
                     raise SymmetryError(f"structure {row}: {error}") from error
-                if dropped is not None:
-                    dropped[row] = str(error)
-        kept_ids = None if ids is None else [ids[row] for row in kept]
-        kept_properties = {
-            name: torch.as_tensor(values, dtype=torch.float64)[kept]
-            for name, values in (properties or {}).items()
-        }
-        return CrystalBatch.from_units(units, kept_ids, kept_properties, dtype)
+                reasons[row] = str(error)
+        off: dict[int, str] = {}
+        batch = CrystalBatch.from_units(
+            units,
+            None if ids is None else [ids[row] for row in rows],
+            {name: torch.as_tensor(values)[rows] for name, values in (properties or {}).items()},
+            None if errors == "raise" else off,
+            dtype,
+        )
+        if dropped is not None:
+            dropped.update(reasons | {rows[i]: reason for i, reason in off.items()})
+        return batch
 
     def to_structures(self) -> list["Structure"]:
         """Conventional cells as pymatgen structures; `structure.properties` holds space group and id."""
@@ -349,9 +367,7 @@ class CrystalBatch:
         """As `from_structures`, for periodic ASE atoms."""
         from pymatgen.io.ase import AseAtomsAdaptor
 
-        return CrystalBatch.from_structures(
-            [AseAtomsAdaptor.get_structure(a) for a in atoms], symprec, **kwargs
-        )
+        return CrystalBatch.from_structures([AseAtomsAdaptor.get_structure(a) for a in atoms], symprec, **kwargs)
 
     def to_atoms(self) -> list["Atoms"]:
         """Conventional cells as ASE atoms."""
@@ -368,7 +384,7 @@ class CrystalBatch:
         frac, numbers, _, _ = batch.atoms()
         ends = batch.num_atoms.cumsum(0).tolist()[:-1]
         cells = np.split(frac.numpy(), ends), np.split(numbers.numpy(), ends)
-        return zip(batch.lattice_matrix().numpy(), *cells) if len(self) else iter(())
+        return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
 
 
 def _analyse_structure(structure: "Structure", symprec: float) -> AsymmetricUnit:
@@ -380,11 +396,11 @@ def _analyse_structure(structure: "Structure", symprec: float) -> AsymmetricUnit
     return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec)
 
 
-def _reduced_formula(sites: Iterable[tuple[int, int]]) -> str:
+def _reduced_formula(species: list[int], counts: list[int]) -> str:
     amounts: Counter[str] = Counter()
-    for species, count in sites:
-        if species and count:
-            amounts[SYMBOLS[species]] += count
+    for number, count in zip(species, counts, strict=True):
+        if number and count:
+            amounts[SYMBOLS[number]] += count
     divisor = gcd(*amounts.values()) or 1
     parts = sorted(amounts.items(), key=lambda item: FORMULA_RANK[item[0]])
     return "".join(f"{symbol}{amount // divisor if amount != divisor else ''}" for symbol, amount in parts)

@@ -30,11 +30,13 @@ MAX_SITES = 20
 TABLES_PATH = Path(__file__).parent / "assets" / "wyckoff.npz"
 
 _TRANSLATION_DENOMINATOR = 24
-_ROUNDING = 10_000  # coordinates that differ by less than 1e-4 count as equal when descriptions are ordered
-_SNAP_TOLERANCE = 2e-3  # fractional; how far a refined atom may lie from its Wyckoff position
+ON_POSITION = 1e-4  # fractional; a point this close to its Wyckoff position lies on it
+_ROUNDING = 10_000  # coordinates that differ by less than 1e-4 count as equal where points are ordered
+_KEY_END = _ROUNDING**3  # larger than the order key of any point
+_ZERO_TOLERANCE = 1e-6  # a coordinate this close below 1 is 0
 
-# last space group, independent lattice parameters, parameter that each of (a, b, c, alpha, beta, gamma) copies,
-# angles fixed by symmetry (degrees)
+# last space group of the system, independent ones of (a, b, c, alpha, beta, gamma), the length that each of
+# a, b, c copies, angles fixed by symmetry (degrees)
 _LATTICE_SYSTEMS = (
     (2, (0, 1, 2, 3, 4, 5), (0, 1, 2), {}),  # triclinic
     (15, (0, 1, 2, 4), (0, 1, 2), {3: 90.0, 5: 90.0}),  # monoclinic, unique axis b
@@ -143,7 +145,7 @@ def letter_index(letter: str) -> int:
 
 
 def multiplicity(space_group: Tensor, wyckoff: Tensor) -> Tensor:
-    """Atoms per conventional cell of each site: (n,), (n, s) -> (n, s); 0 for empty sites and unknown letters."""
+    """Atoms per conventional cell of each site, (n,), (n, s) -> (n, s); 0 where the letter does not exist."""
     return tables(wyckoff.device).multiplicity[space_group[:, None], wyckoff]
 
 
@@ -158,14 +160,17 @@ def project_coords(space_group: Tensor, wyckoff: Tensor, frac_coords: Tensor) ->
 
     Free coordinates are kept (wrapped), the others computed from them; empty sites become 0.
     """
-    t = tables(frac_coords.device)
-    matrix = t.project_matrix[space_group[:, None], wyckoff].to(frac_coords.dtype)
-    shift = t.project_shift[space_group[:, None], wyckoff].to(frac_coords.dtype)
+    return _project(tables(frac_coords.device), space_group[:, None], wyckoff, frac_coords)
+
+
+def _project(t: WyckoffTables, space_group: Tensor, wyckoff: Tensor, frac_coords: Tensor) -> Tensor:
+    matrix = t.project_matrix[space_group, wyckoff].to(frac_coords.dtype)
+    shift = t.project_shift[space_group, wyckoff].to(frac_coords.dtype)
     return wrap((matrix * frac_coords[..., None, :]).sum(-1) + shift)
 
 
 def constrain_lattice(space_group: Tensor, lattice: Tensor) -> Tensor:
-    """Fill in the lattice parameters that symmetry ties or fixes: (n,), (n, 6) -> (n, 6); angstrom, degrees."""
+    """Fill in what symmetry ties or fixes: (n,), (n, 6) -> (n, 6); angstrom and degrees."""
     t = tables(lattice.device)
     copied = lattice.gather(-1, t.lattice_source[space_group])
     angle = t.lattice_angle[space_group].to(lattice.dtype)
@@ -173,7 +178,7 @@ def constrain_lattice(space_group: Tensor, lattice: Tensor) -> Tensor:
 
 
 def lattice_matrix(lattice: Tensor) -> Tensor:
-    """Lattice vectors as rows, (n, 6) -> (n, 3, 3) in angstrom, oriented as pymatgen does (c along z, a in xz)."""
+    """Lattice vectors as rows, (n, 6) -> (n, 3, 3), angstrom; oriented as in pymatgen (c along z, a in xz)."""
     a, b, c = lattice[..., :3].unbind(-1)
     alpha, beta, gamma = lattice[..., 3:].deg2rad().unbind(-1)
     cos_gamma_star = (alpha.cos() * beta.cos() - gamma.cos()) / (alpha.sin() * beta.sin())
@@ -195,12 +200,8 @@ def expand_orbits(space_group: Tensor, wyckoff: Tensor, frac_coords: Tensor) -> 
     t = tables(frac_coords.device)
     count = t.multiplicity[space_group[:, None], wyckoff].flatten()
     row = torch.repeat_interleave(count)  # (N,) crystal * s + site
-    first = (count.cumsum(0) - count)[row]
-    triplet = (
-        t.offset[space_group[:, None], wyckoff].flatten()[row]
-        + torch.arange(len(row), device=row.device)
-        - first
-    )
+    first = t.offset[space_group[:, None], wyckoff].flatten() - (count.cumsum(0) - count)
+    triplet = first[row] + torch.arange(len(row), device=row.device)
     rotation = t.rotations.to(frac_coords.dtype)[triplet]
     translation = t.translations.to(frac_coords.dtype)[triplet]
     frac = wrap((rotation * frac_coords.flatten(0, 1)[row][:, None, :]).sum(-1) + translation)
@@ -208,13 +209,56 @@ def expand_orbits(space_group: Tensor, wyckoff: Tensor, frac_coords: Tensor) -> 
     return frac, row // num_sites, row % num_sites
 
 
+def representatives(space_group: Tensor, wyckoff: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """From any point of each orbit to the one that describes it: (n,), (n, s), (n, s, 3) -> (n, s, 3), (n, s).
+
+    Of the points of the orbit that lie on the first triplet of the Wyckoff position, the smallest by x, y, z
+    (to within 1e-4). The second tensor says how far, in fractional units, the nearest point of the orbit is
+    from the first triplet: beyond ON_POSITION the letter is wrong and the representative means nothing.
+    """
+    n, s = wyckoff.shape
+    t = tables(points.device)
+    general = t.num_letters[space_group][:, None] * (wyckoff > 0)
+    images, crystal, site = expand_orbits(space_group, general, points)
+    row = crystal * s + site
+    letter = wyckoff.flatten()[row]
+    projected = _project(t, space_group[crystal], letter, images)
+    distance = projected - images
+    distance = (distance - distance.round()).abs().amax(-1)
+    nearest = _scatter_min(row, distance, n * s)
+    key = _order_key(projected).where(distance < ON_POSITION, _KEY_END)
+    chosen = (key == _scatter_min(row, key, n * s)[row]).nonzero()[:, 0]
+    smallest = torch.zeros_like(points).flatten(0, 1)
+    smallest[row[chosen]] = projected[chosen]
+    smallest = torch.where(smallest > 1 - _ZERO_TOLERANCE, 0, smallest).unflatten(0, (n, s))
+    return project_coords(space_group, wyckoff, smallest), nearest.unflatten(0, (n, s))
+
+
+def sort_sites(wyckoff: Tensor, frac_coords: Tensor) -> Tensor:
+    """The order of sites by letter, then x, y, z (to within 1e-4), empty ones last: (n, s), (n, s, 3) -> (n, s)."""
+    letter = torch.where(wyckoff > 0, wyckoff, NUM_LETTERS)
+    return (letter * _KEY_END + _order_key(frac_coords)).argsort(dim=-1, stable=True)
+
+
+def _scatter_min(row: Tensor, values: Tensor, size: int) -> Tensor:
+    """The smallest value of each row; 0 for rows without any."""
+    result = torch.zeros(size, dtype=values.dtype, device=values.device)
+    return result.scatter_reduce_(0, row, values, "amin", include_self=False)
+
+
+def _order_key(frac_coords: Tensor) -> Tensor:
+    """An integer that orders points (..., 3) by x, then y, then z modulo 1, each rounded to 1e-4."""
+    x, y, z = (frac_coords * _ROUNDING).round().long().remainder(_ROUNDING).unbind(-1)
+    return (x * _ROUNDING + y) * _ROUNDING + z
+
+
 class AsymmetricUnit(NamedTuple):
-    """A crystal in the published representation, as numpy arrays; see `analyse`."""
+    """Space group and orbits of one crystal, as plain numpy; CrystalBatch.from_units makes a batch of many."""
 
     space_group: int
     wyckoff: np.ndarray  # (s,) int64
     species: np.ndarray  # (s,) int64
-    frac_coords: np.ndarray  # (s, 3)
+    points: np.ndarray  # (s, 3) any atom of each orbit, fractional coordinates in the standard setting
     lattice: np.ndarray  # (6,) conventional cell, angstrom and degrees
 
 
@@ -225,12 +269,11 @@ def analyse(
     symprec: float = 0.01,
     max_sites: int = MAX_SITES,
 ) -> AsymmetricUnit:
-    """Find the space group with moyo and describe the crystal in the standard setting.
+    """Find the space group with moyo and list the orbits in the standard setting.
 
     lattice (3, 3) rows in angstrom, frac_coords (N, 3), numbers (N,) atomic numbers, symprec in angstrom.
-    Each orbit is given by its point that satisfies the first coordinate triplet of its Wyckoff position
-    and, of these, has the smallest (x, y, z); sites are ordered by letter, then x, y, z. Among equivalent
-    origins and axes of the space group moyo's choice stands.
+    Among the equivalent origins and axes of the space group moyo's choice stands. Cheap enough to call per
+    structure in worker processes; choosing and ordering the representatives is left to the batch.
 
     Raises SymmetryError when moyo finds no symmetry or the crystal has more than max_sites sites.
     """
@@ -247,64 +290,21 @@ def analyse(
         raise SymmetryError(f"too many sites: {len(orbit_atoms)} inequivalent sites, at most {max_sites} fit")
     letters, mapping = found.wyckoffs, found.mapping_std_prim
     wyckoff = np.array([letter_index(letters[i]) for i in orbit_atoms])
-    species = np.asarray(numbers, dtype=np.int64)[orbit_atoms]
+    expected, present = _arrays()["multiplicity"][found.number, wyckoff].sum(), len(found.std_cell.numbers)
+    if expected != present:
+        raise SymmetryError(f"symmetry not consistent: {present} atoms for positions of {expected}")
     basis, primitive = np.array(found.std_cell.basis), found.prim_std_cell
-    positions = np.array(primitive.positions)[[mapping[i] for i in orbit_atoms]]
-    positions = positions @ np.array(primitive.basis) @ np.linalg.inv(basis)
-
-    frac_coords, key = _representatives(found.number, wyckoff, positions)
-    expected = _arrays()["multiplicity"][found.number, wyckoff].sum()
-    if expected != len(found.std_cell.numbers):
-        raise SymmetryError(
-            f"symmetry not consistent: {len(found.std_cell.numbers)} atoms on {expected} positions"
-        )
-    order = np.lexsort((key, wyckoff))
-    return AsymmetricUnit(
-        found.number,
-        wyckoff[order],
-        species[order],
-        frac_coords[order],
-        _lattice_parameters(found.number, basis),
-    )
-
-
-def _representatives(
-    space_group: int, wyckoff: np.ndarray, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of each orbit, given by any of its points (s, 3), the smallest point on the first triplet, and its rank."""
-    t = _arrays()
-    general = t["num_letters"][space_group]
-    begin = t["offset"][space_group, general]
-    operations = slice(begin, begin + t["multiplicity"][space_group, general])
-    orbit = positions @ t["rotations"][operations].transpose(0, 2, 1) + t["translations"][operations][:, None]
-    orbit = orbit.transpose(1, 0, 2)  # (s, operations, 3)
-    matrix, shift = t["project_matrix"][space_group, wyckoff], t["project_shift"][space_group, wyckoff]
-    projected = orbit @ matrix.transpose(0, 2, 1) + shift[:, None]
-    distance = orbit - projected
-    distance = np.abs(distance - np.rint(distance)).max(-1)
-    key = np.where(distance < _SNAP_TOLERANCE, _lexicographic_key(projected), np.inf)
-    best = key.argmin(-1)[:, None]
-    key = np.take_along_axis(key, best, -1)[:, 0]
-    if np.isinf(key).any():
-        raise SymmetryError(
-            "symmetry not consistent: an atom lies off its Wyckoff position; try a smaller symprec"
-        )
-    frac_coords = np.take_along_axis(projected, best[..., None], 1)[:, 0]
-    frac_coords = frac_coords - np.floor(frac_coords)
-    frac_coords[frac_coords >= 1 - 0.5 / _ROUNDING] = 0.0
-    return frac_coords, key
-
-
-def _lexicographic_key(frac_coords: np.ndarray) -> np.ndarray:
-    """One number that orders points (..., 3) by wrapped x, then y, then z, each rounded to 1e-4."""
-    digits = np.rint(frac_coords * _ROUNDING) % _ROUNDING
-    return (digits[..., 0] * _ROUNDING + digits[..., 1]) * _ROUNDING + digits[..., 2]
+    points = np.array(primitive.positions)[[mapping[i] for i in orbit_atoms]]
+    points = points @ np.array(primitive.basis) @ np.linalg.inv(basis)
+    species = np.asarray(numbers, dtype=np.int64)[orbit_atoms]
+    return AsymmetricUnit(found.number, wyckoff, species, points, _lattice_parameters(found.number, basis))
 
 
 def _lattice_parameters(space_group: int, basis: np.ndarray) -> np.ndarray:
     """a, b, c, alpha, beta, gamma of basis rows, exact where symmetry fixes them."""
-    lengths = np.linalg.norm(basis, axis=1)
-    metric = basis @ basis.T / np.outer(lengths, lengths)
-    angles = np.degrees(np.arccos(metric[[1, 0, 0], [2, 2, 1]]))
-    parameters = torch.from_numpy(np.concatenate([lengths, angles]))
-    return constrain_lattice(torch.tensor([space_group]), parameters[None])[0].numpy()
+    lengths = np.sqrt((basis * basis).sum(1))
+    cosines = (basis[[1, 0, 0]] * basis[[2, 2, 1]]).sum(1) / (lengths[[1, 0, 0]] * lengths[[2, 2, 1]])
+    parameters = np.concatenate([lengths, np.degrees(np.arccos(cosines))])
+    t = _arrays()
+    angle = t["lattice_angle"][space_group]
+    return np.where(np.isnan(angle), parameters[t["lattice_source"][space_group]], angle)

@@ -26,7 +26,7 @@ def letter_index(letter: str) -> int:
 
 
 def check_first_triplet(rotation: np.ndarray, translation: np.ndarray, name: str) -> None:
-    """The first triplet must be a projection whose tied coordinates are integer combinations of earlier free ones.
+    """The first triplet must be a projection: tied coordinates are integer combinations of earlier free ones.
 
     Then it can be read as a map from coordinates to coordinates, and a lattice translation of a free
     coordinate moves the tied ones by lattice translations too: nothing is ambiguous modulo 1.
@@ -49,7 +49,8 @@ def wyckoff_arrays() -> dict[str, np.ndarray]:
         for position in positions:
             rotation = np.array([op.rotation_matrix for op in position.ops])
             shift = np.array([op.translation_vector for op in position.ops]) * DENOMINATOR
-            assert np.allclose(rotation, rotation.round()) and np.allclose(shift, shift.round())
+            assert np.allclose(rotation, rotation.round())
+            assert np.allclose(shift, shift.round())
             check_first_triplet(rotation[0], shift[0], f"{number}{position.letter}")
             multiplicity[number, letter_index(position.letter)] = len(position.ops)
             rotations.append(rotation.round().astype(np.int8))

@@ -74,9 +74,71 @@ class SampleConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 
+@dataclass
+class FinetuneConfig:
+    """Tune a model towards a reward."""
+
+    reward: str = option("ehull", "What to maximise: an expression of rewards (`cfrl rewards` lists them).")
+    algorithm: str = option("ppo", "ppo, grpo (space group as prompt), rloo (leave-one-out) or dpo (pairs).")
+    model: str = option("", "Model to tune: empty for the embedded default; a weights file or a run folder.")
+    steps: int = option(50, "Rounds of sampling, scoring and updating.")
+    time_limit: float = option(0.0, "Minutes after which the run ends as if its steps were done; 0: no limit.")
+    batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
+    sample_batch: int = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    epochs: int = option(2, "Passes over each step's crystals.")
+    minibatch: int = option(64, "Crystals (dpo: pairs) per optimiser step.")
+    micro_batch: int = option(64, "Crystals per backward pass; gradients of a minibatch are accumulated.")
+    lr: float = option(1e-4, "Learning rate of Adam.")
+    clip_gradient: float = option(1.0, "Largest norm of the gradient.")
+    clip_ratio: float = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
+    clip_advantage: float = option(5.0, "Largest size of an advantage; 0: no limit.")
+    baseline_decay: float = option(0.8, "Decay of the running mean that is PPO's baseline.")
+    standardize: bool = option(
+        True, "Count rewards in standard deviations of the first step's, so that beta suits any reward."
+    )
+    beta: float = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
+    kl: str = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
+    target_kl: float = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
+    max_kl: float = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
+    max_step_kl: float = option(1.0, "End a step's epochs once the policy is this many nats from its start; 0: never.")
+    entropy_wyckoff: float = option(0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat.")
+    entropy_species: float = option(0.0, "Bonus for the entropy of elements.")
+    entropy_coords: float = option(0.0, "Bonus for the entropy of coordinates.")
+    entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice.")
+    penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
+    diversity: int = option(
+        4, "A fingerprint (formula, space group, Wyckoff letters) seen more often than this earns less; 0: never."
+    )
+    replay: int = option(0, "Earlier best crystals that join each step's batch, weighted for the change of policy.")
+    replay_size: int = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
+    replay_clip: float = option(2.0, "Largest weight of a replayed crystal.")
+    space_group: str = option("", "Empty: as the model was trained; `uniform`; or only these, e.g. `221,225`.")
+    learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
+    space_group_lr: float = option(0.03, "Learning rate of the space groups' logits.")
+    space_group_floor: float = option(0.1, "Each space group keeps this part of its share; needs learn_space_groups.")
+    elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
+    max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    temperature: float = option(1.0, "Of the sampler, as in `cfrl sample`.")
+    top_p: float = option(1.0, "Of the sampler, as in `cfrl sample`.")
+    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
+    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.")
+    hull: str = option("", "Reference hull, .h5 or .csv; empty: the embedded one.")
+    caution: float = option(
+        -1.0, "Subtract so many ensemble spreads from predicted properties; negative: the reward's own."
+    )
+    rollouts: str = option("", "dpo: learn from the rewards in this file instead of sampling.")
+    dataset: str = option("", "Pre-training data: watch the validation loss on it, and measure novelty against it.")
+    validate_every: int = option(5, "Steps between validation losses.")
+    evaluate: int = option(256, "Fresh crystals of the model before and after that are compared at the end; 0: none.")
+    checkpoint_minutes: float = option(1.0, "Minutes between checkpoints (one is also written at the end).")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = option(0, "Seed of sampling and of the order of updates.")
+
+
 SECTIONS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "sample": SampleConfig,
+    "finetune": FinetuneConfig,
 }
 
 

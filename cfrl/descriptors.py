@@ -27,7 +27,8 @@ _ROTATION_KINDS = ((1, 3), (1, -1), (1, 0), (1, 1), (1, 2), (-1, -3), (-1, 1), (
 
 def element_descriptors() -> Tensor:
     """(119, k) by atomic number, zero for 0 and beyond lawrencium: period, group, shell fillings, common
-    oxidation states, and standardised electronegativity, radius, ionisation energy, electron affinity and Mendeleev number (0, the mean, where unknown).
+    oxidation states, and standardised electronegativity, radius, ionisation energy, electron affinity and
+    Mendeleev number (0, the mean, where unknown).
     """
     with ELEMENTS_PATH.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -187,7 +187,7 @@ class CrystalTransformer(nn.Module):
         self.config = config
         d, e = config.model_size, config.embed_size
         if config.descriptors:
-            self.space_group_embedding = DescribedEmbedding(space_group_descriptors(), e)
+            self.space_group_embedding = DescribedEmbedding(space_group_descriptors()[1:], e)
             self.species_embedding = DescribedEmbedding(element_descriptors(), e)
             self.register_buffer("site_descriptors", site_descriptors(), persistent=False)  # (231, 28, k)
             self.site_project = nn.Linear(self.site_descriptors.shape[-1], e, bias=False)
@@ -195,7 +195,7 @@ class CrystalTransformer(nn.Module):
             self.wyckoff_query = nn.Linear(d, e)
             self.first_wyckoff_query = nn.Linear(config.h0_size, e)
         else:
-            self.space_group_embedding = nn.Embedding(231, e)
+            self.space_group_embedding = nn.Embedding(230, e)
             self.species_embedding = nn.Embedding(NUM_ELEMENTS, e)
         self.wyckoff_embedding = nn.Embedding(NUM_LETTERS, e)
         self.first_hidden = nn.Linear(e, config.h0_size)
@@ -250,7 +250,7 @@ class CrystalTransformer(nn.Module):
         return self.coords_in[axis](torch.cat([self._group(space_group, coordinate), waves], -1))
 
     def _group(self, space_group: Tensor, like: Tensor) -> Tensor:
-        embedding = self.space_group_embedding(space_group)  # (B, 1, e)
+        embedding = self.space_group_embedding(space_group - 1)  # (B, 1, e)
         return embedding.expand(*like.shape, embedding.shape[-1])
 
     def _site_embedding(self, space_group: Tensor, wyckoff: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ class CrystalTransformer(nn.Module):
 
     def first_wyckoff_logits(self, space_group: Tensor) -> Tensor:
         """(B, 28) logits of the first site's letter; space_group (B,)."""
-        hidden = F.gelu(self.first_hidden(self.space_group_embedding(space_group)), approximate="tanh")
+        hidden = F.gelu(self.first_hidden(self.space_group_embedding(space_group - 1)), approximate="tanh")
         logits = self.first_wyckoff(hidden)
         if self.config.descriptors:
             logits = logits + self._match_sites(self.first_wyckoff_query(hidden).unsqueeze(1), space_group)[:, 0]

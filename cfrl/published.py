@@ -1,0 +1,161 @@
+"""Reads checkpoints of the published JAX/Haiku code (CrystalFormer) into our model, without jax.
+
+Pickles can run code, so only what such a checkpoint is made of is let through: numpy arrays, the wrapper that jax
+arrays unpickle through, and optimiser states, which are read as inert tuples and dropped.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfrl.errors import UserError
+from cfrl.model import CrystalTransformer, ModelConfig
+
+# heads x key size cannot be told apart from the shapes alone; these are the sizes that were published
+HEADS_OF_WIDTH = {1024: 16, 256: 8, 32: 2}
+COORD_COMPONENTS_OF_WIDTH = {1024: 16, 256: 16, 32: 8}
+
+
+class _Inert(tuple):
+    """Stands for an optimiser state: keeps nothing, runs nothing."""
+
+    def __new__(cls, *_: Any) -> _Inert:
+        return super().__new__(cls)
+
+
+def _jax_array(function: Any, arguments: tuple, state: tuple, _aval: Any) -> np.ndarray:
+    array = function(*arguments)
+    array.__setstate__(state)
+    return array
+
+
+def _numpy_reconstruct(_cls: type, shape: tuple, code: bytes) -> np.ndarray:
+    return np.ndarray.__new__(np.ndarray, shape, code)
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("jax._src.array", "_reconstruct_array"): _jax_array,
+    ("numpy._core.multiarray", "_reconstruct"): _numpy_reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _numpy_reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("optax._src.base", "EmptyState"): _Inert,
+    ("optax._src.transform", "ScaleByAdamState"): _Inert,
+    ("optax._src.transform", "ScaleByScheduleState"): _Inert,
+    ("optax._src.transform", "ScaleByScheduleStates"): _Inert,
+    ("optax._src.clipping", "ClipByGlobalNormState"): _Inert,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of arrays needs")
+        return _ALLOWED[module, name]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
+    """Parameters of a published checkpoint as `{"module/name": array}`.
+
+    Raises:
+        UserError: unreadable, or holding anything but arrays.
+    """
+    try:
+        content = _Unpickler(io.BytesIO(Path(path).read_bytes())).load()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise UserError(f"{path}: refused as a checkpoint: {error}") from error
+    parameters = content.get("params") if isinstance(content, Mapping) else None
+    if not isinstance(parameters, Mapping) or not all(isinstance(m, Mapping) for m in parameters.values()):
+        raise UserError(f"{path}: no 'params' of modules in it; is it a CrystalFormer checkpoint (epoch_*.pkl)?")
+    flat = {f"{module}/{name}": array for module, names in parameters.items() for name, array in names.items()}
+    bad = [name for name, array in flat.items() if not (isinstance(array, np.ndarray) and array.dtype.kind == "f")]
+    if bad:
+        raise UserError(f"{path}: parameter {bad[0]} is not an array of numbers")
+    return flat
+
+
+def import_published(
+    parameters: Mapping[str, np.ndarray], num_heads: int | None = None, coord_components: int | None = None
+) -> CrystalTransformer:
+    """The model with these parameters, its sizes read off their shapes, scored as the published code does.
+
+    Args:
+        parameters: "module/name" -> array, named as the published code names them.
+        num_heads: attention heads; None: as published for this width (shapes show only heads x key size).
+        coord_components: mixture size of a coordinate; None: as published for this width.
+
+    Raises:
+        UserError: parameters are missing, too many, or of shapes that do not fit together.
+    """
+    try:
+        config = _config(parameters, num_heads, coord_components)
+        weights = _translate(parameters, config.num_layers)
+    except KeyError as error:
+        raise UserError(f"not a CrystalFormer checkpoint: parameter {error} is missing") from error
+    model = CrystalTransformer(config)
+    weights["space_group_log_prob"] = model.space_group_log_prob
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"not a CrystalFormer checkpoint: {error}") from error
+    return model.eval()
+
+
+def _config(p: Mapping[str, np.ndarray], num_heads: int | None, coord_components: int | None) -> ModelConfig:
+    embed_size = p["~/a_embeddings"].shape[1]
+    inner = p["multi_head_attention/query/w"].shape[1]
+    num_heads = num_heads or HEADS_OF_WIDTH.get(inner)
+    coord_components = coord_components or COORD_COMPONENTS_OF_WIDTH.get(inner)
+    if num_heads is None or coord_components is None or inner % num_heads:
+        raise UserError(f"heads x key size is {inner}; give --num-heads (a divisor) and --coord-components")
+    num_layers = (sum(name.endswith("/scale") for name in p) - 1) // 2
+    head = p[f"linear_{7 + 2 * num_layers}/w"]
+    return ModelConfig(
+        embed_size=embed_size,
+        h0_size=p["linear/w"].shape[1],
+        model_size=head.shape[0],
+        num_layers=num_layers,
+        num_heads=num_heads,
+        key_size=inner // num_heads,
+        fourier=(p["linear_4/w"].shape[0] - embed_size) // 2,
+        coord_components=coord_components,
+        lattice_components=(head.shape[1] - 119) // 13,
+        likelihood="published",
+    )
+
+
+def _translate(p: Mapping[str, np.ndarray], num_layers: int) -> dict[str, Tensor]:
+    """Our parameter names; the published code counts linear layers and norms in the order of their making."""
+    weights: dict[str, Tensor] = {}
+
+    def take(ours: str, theirs: str, weight: str = "w", bias: str = "b") -> None:
+        weights[f"{ours}.weight"] = torch.from_numpy(p[f"{theirs}/{weight}"].astype(np.float32).T.copy())
+        weights[f"{ours}.bias"] = torch.from_numpy(p[f"{theirs}/{bias}"].astype(np.float32))
+
+    for ours, theirs in (("space_group", "g"), ("species", "a"), ("wyckoff", "w")):
+        weights[f"{ours}_embedding.weight"] = torch.from_numpy(p[f"~/{theirs}_embeddings"].astype(np.float32))
+    linears = ["first_hidden", "first_wyckoff", "wyckoff_in", "species_in", *(f"coords_in.{k}" for k in range(3))]
+    linears += [f"blocks.{i}.mlp.{k}" for i in range(num_layers) for k in (0, 2)] + ["head"]
+    norms = [f"blocks.{i}.{part}" for i in range(num_layers) for part in ("norm_attention", "norm_mlp")] + ["norm"]
+    for i, ours in enumerate(linears):
+        take(ours, _numbered("linear", i))
+    for i, ours in enumerate(norms):
+        take(ours, _numbered("layer_norm", i), "scale", "offset")
+    for i in range(num_layers):
+        for ours, theirs in (("query", "query"), ("key", "key"), ("value", "value"), ("out", "linear")):
+            take(f"blocks.{i}.attention.{ours}", f"{_numbered('multi_head_attention', i)}/{theirs}")
+    return weights
+
+
+def _numbered(name: str, i: int) -> str:
+    return f"{name}_{i}" if i else name

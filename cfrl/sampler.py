@@ -144,7 +144,7 @@ def sample(
     prior = space_group_prior(model, space_group, max_atoms)
     model_was_training = model.training
     model.eval()
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         groups = torch.multinomial(prior.exp(), n, replacement=True) if n else torch.zeros(0, dtype=torch.long)
         batches = []
         for part in groups.split(batch_size):
@@ -214,7 +214,7 @@ def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | No
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Random state of its own, so that sampling neither depends on nor disturbs the caller's."""
     if seed is None:
         yield

@@ -201,7 +201,7 @@ class CrystalBatch:
     def formulas(self) -> list[str]:
         """Reduced formulas in order of electronegativity, such as BaTiO3; polyanions are not grouped."""
         return [
-            _reduced_formula(species, counts)
+            reduced_formula(species, counts)
             for species, counts in zip(self.species.tolist(), self.multiplicity.tolist(), strict=True)
         ]
 
@@ -396,7 +396,8 @@ def _analyse_structure(structure: "Structure", symprec: float) -> AsymmetricUnit
     return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec)
 
 
-def _reduced_formula(species: list[int], counts: list[int]) -> str:
+def reduced_formula(species: list[int], counts: list[int]) -> str:
+    """Such as BaTiO3, from atomic numbers and how many atoms each stands for; zeros are left out."""
     amounts: Counter[str] = Counter()
     for number, count in zip(species, counts, strict=True):
         if number and count:

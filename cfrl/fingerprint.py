@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from cfrl import symmetry
+from cfrl.crystal import CrystalBatch, reduced_formula
 from cfrl.elements import SYMBOLS
 
 if TYPE_CHECKING:
@@ -38,22 +40,29 @@ _RADIUS = 2.2  # of the neighbour search, in units of (volume per atom)^(1/3): 4
 _OTHER_HAND = {78: 76, 95: 91, 96: 92, 145: 144, 153: 151, 154: 152, 170: 169, 172: 171, 179: 178, 181: 180, 213: 212}
 
 
-def fingerprint(formula: str, space_group: int, wyckoff: Iterable[int], species: Iterable[int]) -> str:
-    """Formula, space group and Wyckoff sequence, such as ``BaTiO3|221|Ba:a Ti:b O:c``.
+def fingerprint(space_group: int, wyckoff: Sequence[int], species: Sequence[int]) -> str:
+    """Formula, space group and Wyckoff sequence of a crystal, such as ``BaTiO3|221|Ba:a Ti:b O:c``.
 
     The sequence is the first among those that other origins and axes of the space group give (its Euclidean
     normaliser), so that it does not depend on how the crystal is described; nor on its hand.
 
     Args:
-        formula: the reduced formula.
         space_group: 1..230.
-        wyckoff: (s,) letters, 1 = 'a'; zeros are left out.
+        wyckoff: (s,) letters, 1 = 'a'; zeros are empty sites.
         species: (s,) atomic numbers.
     """
-    sites = [(int(w), int(z)) for w, z in zip(wyckoff, species, strict=True) if w]
+    multiplicity = _multiplicity()[space_group]
+    sites = [(w, z) for w, z in zip(wyckoff, species, strict=True) if w]
     sequence = min(sorted((new[w - 1], z) for w, z in sites) for new in _letter_maps(space_group))
+    formula = reduced_formula([z for _, z in sites], [multiplicity[w] for w, _ in sites])
     group = _OTHER_HAND.get(space_group, space_group)
     return f"{formula}|{group}|" + " ".join(f"{SYMBOLS[z]}:{letter}" for letter, z in sequence)
+
+
+def fingerprints(crystals: CrystalBatch) -> list[str]:
+    """`fingerprint` of every crystal of a batch."""
+    rows = zip(crystals.space_group.tolist(), crystals.wyckoff.tolist(), crystals.species.tolist(), strict=True)
+    return [fingerprint(*row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -216,6 +225,12 @@ def _matcher() -> StructureMatcher:
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
     return StructureMatcher()
+
+
+@cache
+def _multiplicity() -> list[list[int]]:
+    """Atoms per conventional cell, [space_group][letter]."""
+    return symmetry.tables().multiplicity.tolist()
 
 
 @cache

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -25,6 +26,7 @@ Settings: defaults, then cfrl.toml of the working folder, then flags. Results go
 folder under runs/."""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+COMMANDS = "Commands, in the order of the work"
 # The five commands stand first in the help, in the order of the work; groups follow.
 data_app = typer.Typer(help="Datasets: import, fetch, look into.", no_args_is_help=True)
 model_app = typer.Typer(help="Model files: import published weights, look into.", no_args_is_help=True)
@@ -35,13 +37,15 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
 
     def wrap(command: Callable) -> Callable:
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
-        generated = [_flag(f, get_type_hints(cls)[f.name]) for f in fields(cls)]
+        kinds = get_type_hints(cls)
+        flagged = [f for f in fields(cls) if kinds[f.name] is not dict]  # tables are for cfrl.toml alone
+        generated = [_flag(f, kinds[f.name]) for f in flagged]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *own, *generated]
 
         @functools.wraps(command)
         def call(ctx: typer.Context, **values: Any) -> Any:
-            settings = {f.name: values.pop(f.name) for f in fields(cls)}
+            settings = {f.name: values.pop(f.name) for f in flagged}
             given = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
             return command(config=config.resolve(cls, given), **values)
 
@@ -97,14 +101,110 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-@app.command()
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.command(rich_help_panel=COMMANDS)
+@configured(config.PretrainConfig)
+def pretrain(
+    config: config.PretrainConfig,
+    resume: Annotated[str, typer.Option(help="Go on with this run folder, exactly where it stopped.")] = "",
+) -> None:
+    """Train the transformer on a dataset of crystals.
+
+    Example: cfrl pretrain --dataset mp_20.h5 --epochs 50. Under torchrun it trains on several devices:
+    torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20.
+    """
+    from cfrl.pretrain import pretrain as run
+
+    run(config, Path(resume) if resume else None)
+
+
+@app.command(rich_help_panel=COMMANDS)
 @configured(config.SampleConfig)
 def sample(
     config: config.SampleConfig,
-    output: Annotated[str, typer.Option("-o", "--output", help="Write to .h5, .csv, .extxyz, .zip or a folder.")] = "",
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="A .h5, .csv, .extxyz, .zip of CIFs, or a folder of CIFs.")
+    ] = "",
 ) -> None:
-    """Generate crystals."""
-    print(config, output)
+    """Generate crystals, by space group and elements if wanted.
+
+    Example: cfrl sample -n 1000 --space-group 225 --elements Ba,Ti,O -o crystals.csv
+    """
+    from cfrl.sampler import run_sample
+
+    run_sample(config, output, _console())
+
+
+@model_app.command("import")
+def model_import(
+    checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
+    dataset: Annotated[str, typer.Option(help="Take the space-group distribution from this dataset.")] = "",
+    num_heads: Annotated[int, typer.Option(help="Attention heads; 0: as published for this width.")] = 0,
+    coord_components: Annotated[int, typer.Option(help="Mixture size of a coordinate; 0: as published.")] = 0,
+) -> None:
+    """Read published JAX weights (no jax needed; the pickle is read by a restricted unpickler).
+
+    Example: cfrl model import epoch_005500.pkl -o alex-20.safetensors
+    """
+    from cfrl.published import run_import
+
+    run_import(checkpoint, output, dataset, num_heads or None, coord_components or None, _console())
+
+
+@model_app.command("info")
+def model_info(
+    model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing for the default.")] = "",
+) -> None:
+    """Sizes, training data and figures of a model file."""
+    from cfrl.model import describe_model
+
+    _console().print(describe_model(model))
+
+
+@data_app.command("import")
+@configured(config.DataConfig)
+def data_import(
+    config: config.DataConfig,
+    inputs: Annotated[list[str], typer.Argument(help="CSV, CIF, extxyz, POSCAR (.vasp), JSON, zips, folders, .h5.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The dataset to write, an .h5 file.")],
+) -> None:
+    """Make a dataset of structure files; dropped rows go to a table beside it."""
+    from cfrl.data import run_import
+
+    run_import(inputs, output, config, console=_console())
+
+
+@data_app.command("fetch")
+@configured(config.DataConfig)
+def data_fetch(
+    config: config.DataConfig,
+    name: Annotated[str, typer.Argument(help="mp-20, alex-20, mpts-52, perov-5, carbon-24, or one of cfrl.toml.")],
+) -> None:
+    """Download a public dataset and prepare it; its name then works wherever a dataset is asked for."""
+    from cfrl.data import run_fetch
+
+    path = run_fetch(name, config, _console())
+    print(f"'{name}' is ready ({path})")
+
+
+@data_app.command("info")
+def data_info(dataset: Annotated[str, typer.Argument(help="An .h5 file, a fetched name, or `prototypes`.")]) -> None:
+    """Show what a dataset holds."""
+    from cfrl.data import run_info
+
+    run_info(dataset, _console())
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
 
 
 app.add_typer(data_app, name="data")

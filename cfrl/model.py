@@ -23,6 +23,7 @@ from cfrl.crystal import CrystalBatch
 from cfrl.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.errors import UserError
+from cfrl.files import atomic_file
 from cfrl.symmetry import tables
 
 NUM_ELEMENTS = 119  # with 0 = empty
@@ -466,6 +467,12 @@ def unscale_lattice(scaled: Tensor, num_atoms: Tensor) -> Tensor:
     return torch.cat([scaled[..., :3] * size, torch.rad2deg(scaled[..., 3:])], -1)
 
 
+def space_group_shares(space_group: Tensor) -> Tensor:
+    """(231,) log of the share of each space group among crystals, by number."""
+    counts = torch.bincount(space_group, minlength=231).float()
+    return (counts / counts.sum()).log()
+
+
 def _sum(values: Tensor, where: Tensor) -> Tensor:
     """Sum over the second axis of the values that count."""
     return values.masked_fill(~where, 0).sum(1)
@@ -505,14 +512,12 @@ def save_model(
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if dtype is not None:
         weights = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in weights.items()}
     header = {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config)), **(info or {})}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata=header)
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        save_file(weights, temporary, metadata=header)
 
 
 def read_header(path: str | Path) -> dict[str, str]:
@@ -565,3 +570,16 @@ def model_path(model: str | Path | None) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such model; give a weights file, a run folder, or nothing for the default")
     return path
+
+
+def describe_model(model: str | Path | None) -> str:
+    """Sizes, training data and figures of a model file, for people. Raises UserError where there is none."""
+    path = model_path(model)
+    header = read_header(path)
+    network = load_model(path)
+    lines = [f"{path}: {sum(p.numel() for p in network.parameters()):,} parameters"]
+    lines += [f"  {name} = {value}" for name, value in asdict(network.config).items()]
+    shares = network.space_group_log_prob.exp()
+    lines.append(f"  space groups in training: {int((shares > 0).sum())}; most often {shares.topk(5).indices.tolist()}")
+    lines += [f"  {name}: {value}" for name, value in header.items() if name not in ("format", "config") and value]
+    return "\n".join(lines)

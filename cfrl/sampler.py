@@ -7,17 +7,25 @@ users call: it also chooses space groups, seeds, and draws impossible crystals a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from cfrl.config import SampleConfig
 from cfrl.crystal import CrystalBatch
+from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
 from cfrl.elements import atomic_number
 from cfrl.errors import UserError
-from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, unscale_lattice
+from cfrl.export import export_crystals
+from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, load_model, unscale_lattice
+from cfrl.progress import progress_bar
+from cfrl.runs import RunFolder
 from cfrl.symmetry import constrain_lattice, tables
 
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
@@ -222,3 +230,60 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:
+    """`cfrl sample`: generates crystals, writes them, and says what they are like.
+
+    Args:
+        config: settings.
+        output: file or folder to write (see `export`); empty: `crystals.h5` in a new run folder.
+
+    Raises:
+        UserError: bad settings, no such model, nowhere to write.
+    """
+    console = console or Console(quiet=True)
+    model = load_model(config.model, choose_device(config.device))
+    path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
+    with progress_bar("sampling", config.n, console) as advance:
+        crystals = sample(
+            model,
+            config.n,
+            space_group=_numbers(config.space_group),
+            elements=config.elements.split(",") if config.elements else None,
+            max_atoms=config.max_atoms or None,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            keep_invalid=config.keep_invalid,
+            min_distance=config.min_distance,
+            batch_size=config.batch_size,
+            progress=advance,
+        )
+    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    _describe(crystals, console)
+    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _numbers(text: str) -> list[int] | None:
+    try:
+        return [int(word) for word in text.split(",")] if text else None
+    except ValueError as error:
+        raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
+
+
+def _describe(crystals: CrystalBatch, console: Console) -> None:
+    if not len(crystals):
+        return
+    draws, valid = crystals.properties["draws"].sum(), crystals.properties["valid"].sum()
+    # Every crystal's last draw is the only one of its draws that can have been valid.
+    console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
+    if valid < len(crystals):
+        console.print(f"{len(crystals) - valid:.0f} invalid crystals are among them (valid = 0)")
+    formulas = Counter(crystals.formulas())
+    console.print(
+        f"{len(formulas)} distinct formulas in {len(set(crystals.space_group.tolist()))} space groups; "
+        f"{crystals.num_sites.double().mean():.1f} sites and {crystals.num_atoms.double().mean():.1f} atoms a cell"
+    )
+    console.print("for instance " + ", ".join(list(formulas)[:8]))

@@ -1,0 +1,361 @@
+"""`cfrl pretrain`: maximum likelihood on a dataset of crystals.
+
+What happens at a step depends on the settings and the step's number alone (data order, dropout and augmentation are
+seeded by it), so a resumed run continues exactly as if it had never stopped. Under `torchrun` every process takes its
+share of each batch (DDP).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from cfrl.config import PretrainConfig, nearest, read_run_config
+from cfrl.crystal import CrystalBatch
+from cfrl.data import load_dataset
+from cfrl.devices import processes
+from cfrl.errors import UserError
+from cfrl.files import provenance
+from cfrl.model import FACTORS, PRESETS, CrystalTransformer, load_model, save_model, space_group_shares
+from cfrl.runs import RunFolder
+from cfrl.symmetry import equivalent_descriptions
+
+BUCKET = 50  # batches among which crystals are sorted by length
+
+
+def pretrain(config: PretrainConfig, resume: Path | None = None, root: str = "runs") -> RunFolder:
+    """Trains a model; returns the run folder, whose `model.safetensors` is the best one by validation loss.
+
+    Args:
+        config: settings; with `resume` they are read from the run folder instead.
+        resume: an interrupted run to go on with.
+        root: where the new run folder goes.
+
+    Raises:
+        UserError: bad settings, dataset or device.
+        KeyboardInterrupt: after a checkpoint was written.
+    """
+    if resume is not None:
+        run = RunFolder.open(resume)
+        config = read_run_config(PretrainConfig, run.path / "config.toml")
+    with processes(config.device) as (rank, world, device):
+        train, validation = _datasets(config)
+        if resume is None:
+            run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root) if rank == 0 else None
+        trainer = Trainer(config, train, validation, device, rank, world, run)
+        if resume is not None:
+            trainer.restore(run.load_checkpoint())
+        trainer.fit()
+    return run
+
+
+class Trainer:
+    """State and steps of one training; `fit` is the whole of it."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        train: CrystalBatch,
+        validation: CrystalBatch,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+        run: RunFolder | None = None,
+    ) -> None:
+        self.config, self.device, self.rank, self.world, self.run = config, device, rank, world, run
+        self.train, self.validation = train, validation
+        torch.manual_seed(config.seed)
+        self.model = initial_model(config, train).to(device)
+        self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
+        self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if config.ema else None
+        self.optimizer = _optimizer(self.model, config)
+        self.batches_per_epoch = math.ceil(len(train) / config.batch_size)
+        self.total_steps = config.epochs * self.batches_per_epoch
+        self.step = 0
+        self.best, self.best_epoch = math.inf, 0
+        self.sums: dict[str, float] = defaultdict(float)  # of the losses since they were last logged
+        self.console = Console(quiet=rank > 0)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Trains to the last epoch, an early stop, or Ctrl-C (which leaves a checkpoint)."""
+        self._announce()
+        saved = time.monotonic()
+        with self._progress() as (progress, task):
+            try:
+                while self.step < self.total_steps and not self._out_of_patience():
+                    epoch, first = divmod(self.step, self.batches_per_epoch)
+                    batches = epoch_batches(self.train.num_sites, self.config.batch_size, self.config.seed, epoch)
+                    for rows in batches[first:]:
+                        self._train_step(rows)
+                        progress.update(task, completed=self.step, loss=self._mean_loss())
+                        if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                            self.save()
+                            saved = time.monotonic()
+                    self._end_epoch(epoch + 1)
+            except KeyboardInterrupt:
+                self.save()
+                if self.run is not None:
+                    self.console.print(f"Stopped at step {self.step}. Go on: cfrl pretrain --resume {self.run.path}")
+                raise
+        self.save()
+        self._finish()
+
+    def _train_step(self, rows: Tensor) -> None:
+        began = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+        # A function of the step alone: nothing about randomness needs to be saved.
+        torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
+        mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
+        if self.config.augment:
+            mine = equivalent_descriptions(mine)
+        self.network.train()
+        with self._autocast():
+            scores = self.network(mine)
+        # DDP averages over processes; this makes it the mean over the whole batch, however it was shared out.
+        losses = {name: -scores[name].sum() * self.world / len(rows) for name in FACTORS}
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        for name in FACTORS:
+            self.sums[f"train/{name}"] += losses[name].item() * len(rows) / self.world
+        self.sums["gradient_norm"] += float(norm) * len(rows)
+        self.sums["crystals"] += len(rows)
+        self.sums["seconds"] += time.monotonic() - began
+
+    def _end_epoch(self, epoch: int) -> None:
+        if epoch % self.config.validate_every and self.step < self.total_steps:
+            return
+        metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self._training_metrics()}
+        if len(self.validation):
+            metrics |= self._validate()
+        judged = metrics.get("validation/loss", metrics["train/loss"])
+        if judged < self.best:
+            self.best, self.best_epoch = judged, epoch
+            if self.run is not None:
+                self._write_model(metrics)
+        if self.run is not None:
+            self.run.log(self.step, metrics)
+            self.console.print(_epoch_line(metrics, best=self.best_epoch == epoch))
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Mean negative log-probability of the validation crystals by the averaged weights, nats per crystal."""
+        model = self.averaged_model().eval()
+        with self._autocast():
+            scores = model.log_prob(self.validation)
+        means = {f"validation/{name}": -scores[name].double().mean().item() for name in FACTORS}
+        return {"validation/loss": sum(means.values()), **means}
+
+    def _training_metrics(self) -> dict[str, float]:
+        crystals = self.sums["crystals"]
+        means = {name: value / crystals for name, value in self.sums.items() if name not in ("crystals", "seconds")}
+        metrics = {"train/loss": self._mean_loss(), **means}
+        metrics["crystals_per_second"] = crystals / max(self.sums["seconds"], 1e-9)
+        self.sums.clear()
+        return metrics
+
+    def _mean_loss(self) -> float:
+        return sum(self.sums[f"train/{name}"] for name in FACTORS) / max(self.sums["crystals"], 1)
+
+    def _out_of_patience(self) -> bool:
+        epoch = self.step // self.batches_per_epoch
+        return bool(self.config.patience) and epoch - self.best_epoch >= self.config.patience
+
+    # ---- what is kept ------------------------------------------------------------------------------------------
+
+    def averaged_model(self) -> CrystalTransformer:
+        """The weights that are validated and shipped."""
+        return self.average.module if self.average is not None else self.model
+
+    def _average_weights(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
+        # The average is short at first, so that it does not remember the random start.
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def save(self) -> None:
+        """Writes the checkpoint (first process only)."""
+        if self.run is not None:
+            state = {
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict() if self.average is not None else None,
+                "optimizer": self.optimizer.state_dict(),
+                "sums": dict(self.sums),
+                **{name: getattr(self, name) for name in ("step", "best", "best_epoch")},
+            }
+            self.run.save_checkpoint(state)
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Continues from a checkpoint; None: from the start."""
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.sums = defaultdict(float, state["sums"])
+            self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]
+        if self.rank == 0:
+            self.run.truncate(self.step)
+
+    def _write_model(self, metrics: dict[str, float]) -> None:
+        dataset = Path(self.config.dataset)
+        info = {
+            "dataset": str(dataset.resolve()) if dataset.exists() else self.config.dataset,
+            "preset": self.config.preset,
+            "training_crystals": str(len(self.train)),
+            "metrics": json.dumps({name: round(value, 5) for name, value in metrics.items()}),
+            "provenance": json.dumps(provenance()),
+        }
+        save_model(self.averaged_model(), self.run.path / "model.safetensors", info)
+
+    def _finish(self) -> None:
+        if self.run is None:
+            return
+        plot = plot_losses(self.run)
+        self.run.finish()
+        self.console.print(f"Best epoch {self.best_epoch}: {self.best:.3f} nats per crystal.")
+        for path in (self.run.path / "model.safetensors", self.run.path / "metrics.csv", plot):
+            if path is not None:
+                self.console.print(f"  {path}", highlight=False)
+
+    # ---- odds and ends -----------------------------------------------------------------------------------------
+
+    def _autocast(self):
+        wanted = self.config.precision
+        if wanted not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"precision = '{wanted}': it is auto, float32 or bfloat16")
+        if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _announce(self) -> None:
+        size = sum(p.numel() for p in self.model.parameters())
+        self.console.print(
+            f"{len(self.train)} crystals to train on, {len(self.validation)} to validate; {size:,} parameters "
+            f"({self.config.preset}) on {self.device}; step {self.step} of {self.total_steps}"
+            + (f"; run {self.run.path}" if self.run is not None else "")
+        )
+
+    @contextmanager
+    def _progress(self) -> Iterator[tuple[Progress, TaskID]]:
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.2f}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, disable=self.rank > 0) as progress:
+            yield progress, progress.add_task("", total=self.total_steps, completed=self.step, loss=math.nan)
+
+
+def initial_model(config: PretrainConfig, train: CrystalBatch) -> CrystalTransformer:
+    """Random or given weights, and the space-group distribution of the training crystals.
+
+    Raises:
+        UserError: unknown preset, or weights that cannot be loaded.
+    """
+    if config.preset not in PRESETS:
+        raise UserError(f"unknown preset '{config.preset}'{nearest(config.preset, PRESETS)}; have {', '.join(PRESETS)}")
+    if config.init:
+        model = load_model(config.init)
+        architecture = model.config
+    else:
+        model, architecture = None, PRESETS[config.preset]
+    if config.dropout >= 0:
+        architecture = replace(architecture, dropout=config.dropout)
+    network = CrystalTransformer(architecture)
+    if model is not None:
+        network.load_state_dict(model.state_dict())
+    network.space_group_log_prob.copy_(space_group_shares(train.space_group))
+    return network
+
+
+def epoch_batches(num_sites: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """Row numbers of each batch of an epoch: shuffled, but crystals of like length together.
+
+    The shuffled crystals are sorted by length within stretches of `BUCKET` batches, so that padding is rare and the
+    order stays random; the batches are then shuffled again.
+    """
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+    order = torch.randperm(len(num_sites), generator=generator)
+    stretches = [rows[num_sites[rows].argsort(stable=True)] for rows in order.split(BUCKET * batch_size)]
+    batches = [batch for rows in stretches for batch in rows.split(batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def learning_rate(step: int, total: int, config: PretrainConfig) -> float:
+    """Linear warm-up, then a cosine down to `lr_final` of the peak."""
+    warmup = min(config.warmup, max(total // 10, 1))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    return config.lr * (config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def plot_losses(run: RunFolder) -> Path | None:
+    """Loss curves, total and by factor, as `loss.png`; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = run.metrics()
+    figure, axes = plt.subplots(1, 5, figsize=(16, 3.2), constrained_layout=True)
+    for axis, name in zip(axes, ("loss", *FACTORS), strict=True):
+        for split in ("train", "validation"):
+            if f"{split}/{name}" in metrics:
+                axis.plot(metrics["epoch"], metrics[f"{split}/{name}"], label=split)
+        axis.set(title=name, xlabel="epoch")
+    axes[0].set_ylabel("nats per crystal")
+    axes[0].legend()
+    path = run.path / "loss.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay acts on the matrices of linear layers, not on biases, norms and embeddings."""
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        (plain if parameter.dim() < 2 or "embedding.weight" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
+
+
+def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
+    limit = PRESETS.get(config.preset, PRESETS["default"]).max_sites - 1
+    train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
+    if not len(train):
+        raise UserError(f"{config.dataset}: no crystals to train on")
+    return tuple(part[part.num_sites <= limit] for part in (train, validation))
+
+
+def _epoch_line(metrics: dict[str, float], best: bool) -> str:
+    line = f"epoch {metrics['epoch']:4d}  train {metrics['train/loss']:7.3f}"
+    if "validation/loss" in metrics:
+        parts = "  ".join(f"{name} {metrics[f'validation/{name}']:.3f}" for name in FACTORS)
+        line += f"  validation {metrics['validation/loss']:7.3f} ({parts})"
+    return line + f"  {metrics['crystals_per_second']:.0f} crystals/s" + ("  best" if best else "")

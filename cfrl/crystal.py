@@ -255,6 +255,25 @@ class CrystalBatch:
         good[index] = self[index].shortest_distances() >= min_distance
         return good
 
+    def num_descriptions(self, mirror: bool = False) -> Tensor:
+        """How many ways, (n,), there are to describe each crystal by other origins and axes of its group.
+
+        With mirror=True also those of its mirror image (the same energy, the other hand).
+        """
+        t = symmetry.normalizer_tables(self.device)
+        return (t.count if mirror else t.proper_count)[self.space_group]
+
+    def described_as(self, choice: Tensor) -> "CrystalBatch":
+        """The same crystals from other origins and axes: choice (n,), 0 = as they are, below num_descriptions.
+
+        Letters, representatives, order of sites and, where axes are exchanged, the lattice change together.
+        """
+        wyckoff, points, lattice = symmetry.transform_sites(
+            self.space_group, self.wyckoff, self.frac_coords, self.lattice, choice
+        )
+        moved = replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
+        return moved._with_representatives()[0]
+
     # ---- to and from other libraries ----
 
     @staticmethod
@@ -319,6 +338,7 @@ class CrystalBatch:
         errors: Literal["raise", "skip"] = "raise",
         dropped: dict[int, str] | None = None,
         dtype: torch.dtype = torch.float32,
+        max_sites: int = symmetry.MAX_SITES,
     ) -> "CrystalBatch":
         """Find the symmetry of pymatgen structures with moyo (symprec in angstrom).
 
@@ -330,7 +350,7 @@ class CrystalBatch:
         units, rows, reasons = [], [], {}
         for row, structure in enumerate(structures):
             try:
-                units.append(_analyse_structure(structure, symprec))
+                units.append(_analyse_structure(structure, symprec, max_sites))
                 rows.append(row)
             except SymmetryError as error:
                 if errors == "raise":
@@ -387,13 +407,13 @@ class CrystalBatch:
         return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
 
 
-def _analyse_structure(structure: "Structure", symprec: float) -> AsymmetricUnit:
+def _analyse_structure(structure: "Structure", symprec: float, max_sites: int) -> AsymmetricUnit:
     if not structure.is_ordered:
         raise SymmetryError("disordered: a site is shared or partly occupied")
     numbers = [site.specie.Z for site in structure]
     if not all(isinstance(z, int) and 0 < z < len(SYMBOLS) for z in numbers):
         raise SymmetryError("a site holds something that is not an element")
-    return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec)
+    return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec, max_sites)
 
 
 def reduced_formula(species: list[int], counts: list[int]) -> str:

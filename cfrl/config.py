@@ -135,10 +135,48 @@ class FinetuneConfig:
     seed: int = option(0, "Seed of sampling and of the order of updates.")
 
 
+@dataclass
+class DataConfig:
+    """Import, fetch and look into datasets."""
+
+    symprec: float = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
+    max_sites: int = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
+    max_atoms: int = option(0, "Drop crystals with more atoms in the conventional cell; 0: no limit.")
+    validation: float = option(0.1, "Fraction of the crystals for validation, where the source has no splits.")
+    test: float = option(0.0, "Fraction of the crystals for test.")
+    split_by: str = option("row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits.")
+    seed: int = option(0, "Seed of the splits.")
+    workers: int = option(0, "Processes for parsing and symmetry; 0: one per core.")
+    sources: dict[str, Any] = option(
+        {}, 'More datasets to fetch, e.g. mine = { url = "https://...", sha256 = "..." }; a list for several files.'
+    )
+
+
+@dataclass
+class RetrieveConfig:
+    """Find the known materials that a tuned model points at."""
+
+    run: str = option("", "Fine-tuning run or tuned weights; empty: the newest fine-tuning run.")
+    base: str = option("", "Model before tuning; empty: the run's own.")
+    dataset: str = option("", "Known materials; empty: what the base model was trained on, else `prototypes`.")
+    split: str = option("", "Only this split of the dataset: train, validation or test; empty: all.")
+    top: int = option(100, "Crystals in the tables.")
+    rank: str = option("crystal", "By the likelihood ratio of the crystal, per site (site), or with its group (joint).")
+    samples: int = option(1000, "Crystals drawn from each model to see which known materials they meet; 0: none.")
+    property: str = option(
+        "", "Column that tells what is good, to judge the ranking (-NAME: low is good); empty: by the run's reward."
+    )
+    reward_crystals: int = option(1000, "Crystals of the dataset scored with the run's own reward; 0: none.")
+    seed: int = option(0, "Seed of the samples, and of the crystals that are scored and judged.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
 SECTIONS: dict[str, type] = {
+    "data": DataConfig,
     "pretrain": PretrainConfig,
     "sample": SampleConfig,
     "finetune": FinetuneConfig,
+    "retrieve": RetrieveConfig,
 }
 
 

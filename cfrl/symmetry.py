@@ -13,6 +13,7 @@ What a crystal is made of (CrystalBatch) lives in crystal.py; nothing here knows
 only by `analyse`.
 """
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,7 @@ class WyckoffTables:
     lattice_free (231, 6) bool: which of a, b, c, alpha, beta, gamma are independent.
     lattice_source (231, 6) int64: the parameter that each one copies.
     lattice_angle (231, 6): its value where symmetry fixes it (degrees), else NaN.
+    polar (231, 3) bool: the origin is arbitrary along this axis.
     rotations (t, 3, 3), translations (t, 3): all triplets of all positions, acting on the representative.
     offset (231, 28) int64: where the triplets of a position begin.
     """
@@ -79,18 +81,50 @@ class WyckoffTables:
     lattice_free: Tensor
     lattice_source: Tensor
     lattice_angle: Tensor
+    polar: Tensor
     rotations: Tensor
     translations: Tensor
     offset: Tensor
 
 
+@dataclass(frozen=True)
+class NormalizerTables:
+    """The other descriptions of a crystal: one operation for each coset of its group in the group's normaliser.
+
+    Other origins (in Fm-3m the shift by (1/2, 1/2, 1/2), which exchanges a and b) and other axes that leave
+    the shape of a general cell of the crystal system alone; in orthorhombic groups also permuted axes. Shifts
+    along polar axes are arbitrary and left out. The first operation of a group is the identity; then come
+    those that keep the hand of the crystal, then its mirror images.
+
+    count (231,), proper_count (231,) int64: descriptions, and those of the same hand.
+    offset (231,) int64: where the operations of a group begin.
+    rotations (m, 3, 3), translations (m, 3): acting on fractional coordinates.
+    letters (m, 28) int64: the Wyckoff position that each one becomes.
+    lengths (m, 3) int64: the old axis that each of the new a, b, c is.
+    """
+
+    count: Tensor
+    proper_count: Tensor
+    offset: Tensor
+    rotations: Tensor
+    translations: Tensor
+    letters: Tensor
+    lengths: Tensor
+
+
+@cache
+def _stored() -> dict[str, np.ndarray]:
+    with np.load(TABLES_PATH) as file:
+        return dict(file)
+
+
 @cache
 def _arrays() -> dict[str, np.ndarray]:
     """The fields of WyckoffTables as numpy arrays."""
-    with np.load(TABLES_PATH) as file:
-        multiplicity = file["multiplicity"].astype(np.int64)
-        rotations = file["rotations"].astype(np.float64)
-        translations = file["translations"] / _TRANSLATION_DENOMINATOR
+    stored = _stored()
+    multiplicity = stored["multiplicity"].astype(np.int64)
+    rotations = stored["rotations"].astype(np.float64)
+    translations = stored["translations"] / _TRANSLATION_DENOMINATOR
     offset = (np.cumsum(multiplicity) - multiplicity.ravel()).reshape(multiplicity.shape)
     exists = multiplicity > 0
     first = np.where(exists, offset, 0)
@@ -104,11 +138,22 @@ def _arrays() -> dict[str, np.ndarray]:
         "num_letters": exists.sum(-1),
         "project_matrix": matrix,
         "project_shift": translations[first] * exists[..., None],
+        "polar": _polar_axes(multiplicity, rotations, offset),
         "rotations": rotations,
         "translations": translations,
         "offset": offset,
         **_lattice_arrays(),
     }
+
+
+def _polar_axes(multiplicity: np.ndarray, rotations: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Axes that every operation of the group leaves alone."""
+    polar = np.zeros((NUM_SPACE_GROUPS + 1, 3), dtype=bool)
+    for group in range(1, NUM_SPACE_GROUPS + 1):
+        general = (multiplicity[group] > 0).sum()
+        begin = offset[group, general]
+        polar[group] = (rotations[begin : begin + multiplicity[group, general]] == np.eye(3)).all((0, 1))
+    return polar
 
 
 def _lattice_arrays() -> dict[str, np.ndarray]:
@@ -130,6 +175,32 @@ def _lattice_arrays() -> dict[str, np.ndarray]:
 def tables(device: str | torch.device = "cpu") -> WyckoffTables:
     """The Wyckoff tables on a device (cached)."""
     return WyckoffTables(**{name: torch.from_numpy(array).to(device) for name, array in _arrays().items()})
+
+
+@cache
+def normalizer_tables(device: str | torch.device = "cpu") -> NormalizerTables:
+    """The normalisers of all groups on a device (cached)."""
+    stored = _stored()
+    count = stored["normalizer_count"].astype(np.int64)
+    rotations = stored["normalizer_rotations"].astype(np.float64)
+    group = np.repeat(np.arange(NUM_SPACE_GROUPS + 1), count)
+    arrays = {
+        "count": count,
+        "proper_count": np.bincount(group[np.linalg.det(rotations) > 0], minlength=NUM_SPACE_GROUPS + 1),
+        "offset": np.cumsum(count) - count,
+        "rotations": rotations,
+        "translations": stored["normalizer_translations"] / _TRANSLATION_DENOMINATOR,
+        "letters": stored["normalizer_letters"].astype(np.int64),
+        "lengths": np.abs(rotations).argmax(-1),
+    }
+    return NormalizerTables(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+
+
+def normalizer_operations(space_group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotations (k, 3, 3), translations (k, 3) and letter maps (k, 28) of one group; see NormalizerTables."""
+    t = normalizer_tables()
+    rows = slice(int(t.offset[space_group]), int(t.offset[space_group] + t.count[space_group]))
+    return t.rotations[rows], t.translations[rows], t.letters[rows]
 
 
 def letter_name(wyckoff: int) -> str:
@@ -240,6 +311,22 @@ def sort_sites(wyckoff: Tensor, frac_coords: Tensor) -> Tensor:
     return (letter * _KEY_END + _order_key(frac_coords)).argsort(dim=-1, stable=True)
 
 
+def transform_sites(
+    space_group: Tensor, wyckoff: Tensor, frac_coords: Tensor, lattice: Tensor, choice: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Describe crystals from another origin or other axes; choice (n,) counts as NormalizerTables does.
+
+    Returns wyckoff (n, s), one point of each orbit (n, s, 3) and lattice (n, 6); sites keep their places, so
+    they are no longer ordered, and the points are not yet the representatives (see `representatives`).
+    """
+    t = normalizer_tables(frac_coords.device)
+    row = t.offset[space_group] + choice
+    rotation = t.rotations[row].to(frac_coords.dtype)
+    points = torch.einsum("nij,nsj->nsi", rotation, frac_coords) + t.translations[row].to(rotation)[:, None]
+    lengths = lattice[:, :3].gather(1, t.lengths[row])
+    return t.letters[row].gather(1, wyckoff), wrap(points), torch.cat([lengths, lattice[:, 3:]], -1)
+
+
 def _scatter_min(row: Tensor, values: Tensor, size: int) -> Tensor:
     """The smallest value of each row; 0 for rows without any."""
     result = torch.zeros(size, dtype=values.dtype, device=values.device)
@@ -277,12 +364,15 @@ def analyse(
 
     Raises SymmetryError when moyo finds no symmetry or the crystal has more than max_sites sites.
     """
-    from moyopy import Cell, MoyoDataset
-
-    cell = Cell(np.asarray(lattice).tolist(), np.asarray(frac_coords).tolist(), np.asarray(numbers).tolist())
+    if len(numbers) == 0:
+        raise SymmetryError("no atoms")
+    cell_type, dataset_type = _moyo()
+    cell = cell_type(np.asarray(lattice).tolist(), np.asarray(frac_coords).tolist(), np.asarray(numbers).tolist())
     try:
-        found = MoyoDataset(cell, symprec=symprec)
-    except ValueError as error:
+        found = dataset_type(cell, symprec=symprec)
+    except BaseException as error:  # a panic in moyo's Rust is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise SymmetryError(f"symmetry not found: {error}") from error
 
     orbit_atoms = np.unique(found.orbits)
@@ -298,6 +388,15 @@ def analyse(
     points = points @ np.array(primitive.basis) @ np.linalg.inv(basis)
     species = np.asarray(numbers, dtype=np.int64)[orbit_atoms]
     return AsymmetricUnit(found.number, wyckoff, species, points, _lattice_parameters(found.number, basis))
+
+
+@cache
+def _moyo() -> tuple[type, type]:
+    """moyo's classes, imported when needed; without its warnings on supercells, which do not concern us."""
+    from moyopy import Cell, MoyoDataset
+
+    logging.getLogger("moyo").setLevel(logging.ERROR)
+    return Cell, MoyoDataset
 
 
 def _lattice_parameters(space_group: int, basis: np.ndarray) -> np.ndarray:

@@ -171,12 +171,40 @@ class RetrieveConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 
+@dataclass
+class ScreenConfig:
+    """Find the crystals that deserve a DFT calculation."""
+
+    known: list[str] = option([], "A dataset or file of known crystals, for the novelty; may be given several times.")
+    validity: bool = option(True, "Check distances, volume, density and charge neutrality; invalid ones go no further.")
+    unique: bool = option(True, "Look for duplicates and for known crystals; duplicates go no further.")
+    relax: bool = option(True, "Relax positions and cell with the potential.")
+    stability: bool = option(True, "Compute energies and distances to the convex hull.")
+    properties: str = option("", "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`.")
+    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.")
+    hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
+    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
+    max_density: float = option(40.0, "g/cm^3; denser crystals are invalid.")
+    symprec: float = option(0.01, "Angstrom; tolerance of the symmetry search.")
+    free: bool = option(False, "Let the relaxation break the space group.")
+    fmax: float = option(0.05, "eV/angstrom; the relaxation ends when all forces are smaller.")
+    steps: int = option(200, "Steps of the relaxation at most.")
+    rank: str = option("ehull", "Smallest first: a column or an expression of columns, e.g. `-band_gap`.")
+    filter: str = option("", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3`.")
+    top: int = option(100, "Candidates written as CIF files, at most.")
+    dft: str = option("", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet).")
+    workers: int = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
+    chunk: int = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "pretrain": PretrainConfig,
     "sample": SampleConfig,
     "finetune": FinetuneConfig,
     "retrieve": RetrieveConfig,
+    "screen": ScreenConfig,
 }
 
 

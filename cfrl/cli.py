@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
@@ -38,7 +38,7 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
     def wrap(command: Callable) -> Callable:
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
         kinds = get_type_hints(cls)
-        flagged = [f for f in fields(cls) if kinds[f.name] is not dict]  # tables are for cfrl.toml alone
+        flagged = [f for f in fields(cls) if get_origin(kinds[f.name]) is not dict]  # tables are for cfrl.toml alone
         generated = [_flag(f, kinds[f.name]) for f in flagged]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *own, *generated]

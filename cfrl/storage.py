@@ -185,6 +185,17 @@ def open_crystals(path: str | Path) -> Iterator[h5py.File]:
         raise UserError(f"{path}: {reason} ({str(error).splitlines()[0]})") from error
 
 
+def split_code(name: str) -> int:
+    """The number that stands for "train", "validation" or "test" in `split`.
+
+    Raises:
+        UserError: another name.
+    """
+    if name not in SPLITS:
+        raise UserError(f"split '{name}' is none of {', '.join(SPLITS)}")
+    return SPLITS[name]
+
+
 def to_flat(padded: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Rows of a padded array (n, s, ...) one after the other: (sum of counts, ...)."""
     return padded[_filled(counts, padded.shape[1])]
@@ -251,9 +262,7 @@ def _read(file: h5py.File, split: str | None, start: int, stop: int | None) -> C
     )
     if split is None:
         return crystals
-    if split not in SPLITS:
-        raise UserError(f"split '{split}' is none of {', '.join(SPLITS)}")
-    return crystals[torch.from_numpy(file["split"][rows] == SPLITS[split])]
+    return crystals[torch.from_numpy(file["split"][rows] == split_code(split))]
 
 
 def _integers(values: np.ndarray) -> Tensor:

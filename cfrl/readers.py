@@ -1,0 +1,430 @@
+"""Structure files, one entry at a time: CSV, CIF, POSCAR, extxyz, pymatgen JSON; compressed, in folders or zips.
+
+Reading has two halves. `iter_entries` walks through files and cuts them into entries without understanding them;
+`parse` turns one entry into a cell with atoms. The first is cheap and runs in one process, the second runs in many.
+A file that cannot be read is a `UserError`; an entry that cannot be used is an `Unusable` with the reason.
+
+Finding the symmetry is not here: `symmetry.py`; datasets are made in `data.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+
+import numpy as np
+
+from cfrl.elements import ATOMIC_NUMBERS
+from cfrl.errors import UserError
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+ID_COLUMNS = ("material_id", "mat_id", "entry_id", "id")
+STRUCTURE_COLUMNS = ("cif", "structure")
+_MERGE_TOLERANCE = 1e-3  # atoms closer than this (fractional) are left to pymatgen, which merges or refuses them
+_IDEAL_TOLERANCE = 1e-4  # pymatgen's: coordinates so near (relatively) to 1/3 or 2/3 are those
+
+
+class Unusable(Exception):
+    """An entry that gives no cell with atoms; the message is `reason: detail`."""
+
+
+class Cell(NamedTuple):
+    """A crystal as it stands in a file."""
+
+    lattice: np.ndarray  # (3, 3) rows a, b, c in angstrom
+    frac_coords: np.ndarray  # (N, 3)
+    numbers: np.ndarray  # (N,) atomic numbers
+
+
+@dataclass
+class Entry:
+    """One structure of a file, not yet parsed.
+
+    file, row: where it stands; rows count from 1.
+    id: its name, "" if the file gives none.
+    kind: which parser understands `payload`.
+    values: further columns, numbers or strings.
+    split: code of `storage.SPLITS`, -1 if the file does not say.
+    """
+
+    file: str
+    row: int
+    id: str
+    kind: str
+    payload: Any
+    values: dict[str, Any] = field(default_factory=dict)
+    split: int = -1
+
+
+# ---- files -> entries ----
+
+
+def input_files(path: str | Path) -> list[Path]:
+    """The files to read: the path itself, or what a folder holds, sorted by name.
+
+    Raises:
+        UserError: a path that does not exist, has an unknown ending, or a folder without a structure file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in (*READERS, ".zip"))
+        if not found:
+            raise UserError(f"{path}: no structure file in this folder; known endings: {', '.join(READERS)}")
+        return found
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if _kind(path) not in (*READERS, ".zip"):
+        known = ", ".join((*READERS, ".zip", ".h5"))
+        raise UserError(f"{path}: unknown kind of file; known endings: {known}, and .gz, .bz2, .xz after them")
+    return [path]
+
+
+def iter_entries(path: Path, strict: bool = True) -> Iterator[tuple[int, Entry]]:
+    """Entries of a file, each with the number of the file's bytes that have been read so far.
+
+    Args:
+        path: one of `input_files`.
+        strict: raise if the file cannot be read; otherwise it becomes one unusable entry. (Members of a zip are
+            never strict: one bad file must not stop the others.)
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix != ".zip":
+        with _open(path) as raw:
+            for entry in _read(raw, str(path), strict):
+                yield raw.tell(), entry
+        return
+    done = 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir() and _kind(PurePath(m.filename)) in READERS]
+            if not members:
+                raise UserError(f"{path}: no structure file in this zip; known endings: {', '.join(READERS)}")
+            for member in members:
+                with archive.open(member) as raw:
+                    for entry in _read(raw, f"{path}/{member.filename}", strict=False):
+                        yield done, entry
+                done += member.compress_size
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: cannot be read as a zip: {error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _kind(path: PurePath) -> str:
+    """The ending that says what a file is, compression left aside."""
+    return (path.with_suffix("") if path.suffix in _DECOMPRESS else path).suffix.lower()
+
+
+def _read(raw: BinaryIO, name: str, strict: bool) -> Iterator[Entry]:
+    path = PurePath(name)
+    kind = _kind(path)
+    try:
+        stream = _DECOMPRESS[path.suffix](raw) if path.suffix in _DECOMPRESS else raw
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=_ERRORS.get(kind, "strict"), newline="") as text:
+            yield from READERS[kind](text, name)
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        UnicodeDecodeError,
+        csv.Error,
+        ValueError,
+        UserError,
+    ) as error:
+        message = str(error) if isinstance(error, UserError) else f"{name}: cannot be read as {kind[1:]}: {error}"
+        if strict:
+            raise UserError(message) from error
+        yield Entry(name, 1, path.stem, "unreadable", message)
+
+
+def _read_csv(text: TextIO, name: str) -> Iterator[Entry]:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.DictReader(text)
+    header = rows.fieldnames
+    if not header:
+        raise UserError(f"{name}: is empty")
+    structure = next((column for column in STRUCTURE_COLUMNS if column in header), None)
+    if structure is None:
+        have = ", ".join(column[:40] for column in header[:12])
+        raise UserError(f"{name}: has no column 'cif' (it has {have}); give the one that holds CIF text this name")
+    identity = next((column for column in ID_COLUMNS if column in header), None)
+    kept = [c for c in header if c not in (identity, "") and not c.startswith((structure, "cif", "Unnamed:"))]
+    for number, row in enumerate(rows, 1):
+        payload = row[structure] or ""
+        kind = "dict" if payload.lstrip().startswith("{") else "cif"
+        values = {column: row[column] or "" for column in kept}
+        yield Entry(name, number, row[identity] if identity else "", kind, payload, values)
+
+
+def _read_cif(text: TextIO, name: str) -> Iterator[Entry]:
+    content = text.read()
+    blocks = [block for block in re.split(r"(?m)^(?=data_)", content) if "_atom_site_fract_x" in block]
+    for number, block in enumerate(blocks if len(blocks) > 1 else [content], 1):
+        identity = _stem(name) if len(blocks) <= 1 else f"{_stem(name)}-{number}"
+        yield Entry(name, number, identity, "cif", block)
+
+
+def _read_poscar(text: TextIO, name: str) -> Iterator[Entry]:
+    yield Entry(name, 1, _stem(name), "poscar", text.read())
+
+
+def _read_extxyz(text: TextIO, name: str) -> Iterator[Entry]:
+    from ase.io.extxyz import key_val_str_to_dict
+
+    number = 0
+    while count := text.readline():
+        if not count.strip():
+            continue
+        number += 1
+        if not count.strip().isdigit():  # where the next frame begins is unknown
+            yield Entry(name, number, "", "unreadable", f"unparsable: '{count.strip()[:40]}' is not a number of atoms")
+            return
+        comment = text.readline()
+        frame = [count, comment, *(text.readline() for _ in range(int(count)))]
+        try:
+            info = key_val_str_to_dict(comment)
+        except (ValueError, KeyError, IndexError):
+            info = {}  # the parser will say what is wrong with the frame
+        values = _scalars({k: v for k, v in info.items() if k.lower() not in ("pbc", *ID_COLUMNS)})
+        yield Entry(name, number, _identity(info), "extxyz", "".join(frame), values)
+    if not number:
+        raise UserError(f"{name}: is empty")
+
+
+def _read_json(text: TextIO, name: str) -> Iterator[Entry]:
+    document = json.load(text)
+    if isinstance(document, dict):
+        document = document.get("entries", [document])
+    for number, record in enumerate(document, 1):
+        if not isinstance(record, dict):
+            yield Entry(name, number, "", "unreadable", "unparsable: not a structure")
+            continue
+        is_structure = "lattice" in record and "sites" in record
+        structure = record if is_structure else record.get("structure")
+        values = _record_values({} if is_structure else record, structure)
+        identity = _identity(record) or (_stem(name) if len(document) == 1 else "")
+        yield Entry(name, number, identity, "dict", structure, values)
+
+
+def _record_values(record: dict, structure: Any) -> dict[str, Any]:
+    """Numbers and strings of a JSON record, of its `data` too; `energy_per_atom` in eV of a computed entry."""
+    nested = [record, record.get("data"), structure.get("properties") if isinstance(structure, dict) else None]
+    values: dict[str, Any] = {}
+    for level in nested:
+        values |= _scalars({k: v for k, v in (level or {}).items() if k not in ID_COLUMNS and k[:1] not in "@"})
+    if isinstance(values.get("energy"), float) and isinstance(structure, dict) and structure.get("sites"):
+        energy = values["energy"] + (values.get("correction") or 0.0)
+        values.setdefault("energy_per_atom", energy / len(structure["sites"]))
+    return values
+
+
+def _scalars(mapping: dict[str, Any]) -> dict[str, Any]:
+    numbers = {k: float(v) for k, v in mapping.items() if isinstance(v, int | float | np.number | np.bool_)}
+    return numbers | {k: v for k, v in mapping.items() if isinstance(v, str)}
+
+
+def _identity(record: dict) -> str:
+    levels = [record, record["data"]] if isinstance(record.get("data"), dict) else [record]
+    return next((str(level[key]) for level in levels for key in ID_COLUMNS if level.get(key) is not None), "")
+
+
+def _stem(name: str) -> str:
+    path = PurePath(name)
+    return (path.with_suffix("") if path.suffix in _DECOMPRESS else path).stem
+
+
+_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+_ERRORS = {".cif": "replace", ".vasp": "replace"}  # their comments come in all encodings
+READERS: dict[str, Callable[[TextIO, str], Iterator[Entry]]] = {
+    ".csv": _read_csv,
+    ".cif": _read_cif,
+    ".extxyz": _read_extxyz,
+    ".xyz": _read_extxyz,
+    ".json": _read_json,
+    ".vasp": _read_poscar,
+}
+
+
+# ---- entry -> cell ----
+
+
+def parse(kind: str, payload: Any) -> Cell:
+    """The cell of an `Entry`.
+
+    Raises:
+        Unusable: `unparsable: ...` or `disordered: ...`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cell = _PARSERS[kind](payload)
+        except Unusable:
+            raise
+        except Exception as error:  # third-party parsers raise anything on broken input
+            raise Unusable(f"unparsable: {_one_line(error)}") from error
+    if not (np.isfinite(cell.lattice).all() and np.isfinite(cell.frac_coords).all()):
+        raise Unusable("unparsable: a coordinate or cell length is not a finite number")
+    if len(cell.numbers) == 0 or abs(np.linalg.det(cell.lattice)) < 1e-3:
+        raise Unusable("unparsable: no atoms, or a cell without volume")
+    return cell
+
+
+def to_structure(cell: Cell) -> Structure:
+    """The cell as a pymatgen structure."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure(Lattice(cell.lattice), cell.numbers.tolist(), cell.frac_coords)
+
+
+def _parse_cif(text: str) -> Cell:
+    if not text.strip():
+        raise Unusable("unparsable: empty")
+    cell = plain_cif(text)
+    if cell is not None:
+        return cell
+    from pymatgen.core import Structure
+
+    return _from_structure(Structure.from_str(text, fmt="cif"))
+
+
+_CELL = re.compile(r"^_cell_(?:length_[abc]|angle_(?:alpha|beta|gamma))[ \t]+(\S+)[ \t\r]*$", re.M)
+_ONLY_IDENTITY = re.compile(r"_symmetry_equiv_pos_as_xyz\s+1\s+'x, y, z'\s+(?:loop_|_)")
+_ATOMS = re.compile(
+    r"loop_\s+_atom_site_type_symbol\s+_atom_site_label\s+_atom_site_symmetry_multiplicity\s+_atom_site_fract_x\s+"
+    r"_atom_site_fract_y\s+_atom_site_fract_z\s+_atom_site_occupancy\s*\n(?P<rows>[^_#;]+)\Z"
+)
+_SYMBOL = re.compile(r"([A-Z][a-z]?)(?:\d*\.?\d*[+-])?$")
+
+
+def plain_cif(text: str) -> Cell | None:
+    """The cell of a CIF in the plain style that pymatgen writes (P 1, full occupancy), or None for any other.
+
+    About a hundred times faster than a full parser and equal to pymatgen's, whose rounding to thirds it shares.
+    """
+    parameters, atoms = _CELL.findall(text), _ATOMS.search(text)
+    if atoms is None or len(parameters) != 6 or text.count("data_") != 1 or not _ONLY_IDENTITY.search(text):
+        return None
+    words = atoms["rows"].split()
+    symbols = [_SYMBOL.match(word) for word in words[0::7]]
+    if len(words) % 7 or not all(symbol and symbol[1] in ATOMIC_NUMBERS for symbol in symbols):
+        return None
+    try:
+        lattice = lattice_from_parameters(*map(float, parameters))
+        frac = np.array([words[3::7], words[4::7], words[5::7]], dtype=np.float64).T
+        ordered = all(float(occupancy) == 1.0 for occupancy in words[6::7])
+    except ValueError:
+        return None
+    for third in (1 / 3, 2 / 3):
+        frac[np.abs(frac / third - 1) <= _IDEAL_TOLERANCE] = third
+    distance = frac[:, None] - frac
+    distance -= np.rint(distance)
+    apart = (np.abs(distance).max(-1) < _MERGE_TOLERANCE).sum() == len(frac)
+    numbers = np.array([ATOMIC_NUMBERS[symbol[1]] for symbol in symbols])
+    return Cell(lattice, frac, numbers) if ordered and apart else None
+
+
+def lattice_from_parameters(a: float, b: float, c: float, alpha: float, beta: float, gamma: float) -> np.ndarray:
+    """Rows a, b, c (3, 3), c along z, of lengths in angstrom and angles in degrees (pymatgen's orientation)."""
+    cos_alpha, cos_beta, cos_gamma = np.cos(np.radians([alpha, beta, gamma]))
+    sin_alpha, sin_beta = np.sin(np.radians([alpha, beta]))
+    cos_star = np.clip((cos_alpha * cos_beta - cos_gamma) / (sin_alpha * sin_beta), -1, 1)
+    sin_star = np.sqrt(1 - cos_star**2)
+    return np.array(
+        [
+            [a * sin_beta, 0.0, a * cos_beta],
+            [-b * sin_alpha * cos_star, b * sin_alpha * sin_star, b * cos_alpha],
+            [0.0, 0.0, c],
+        ]
+    )
+
+
+def _parse_poscar(text: str) -> Cell:
+    from pymatgen.core import Structure
+
+    return _from_structure(Structure.from_str(text, fmt="poscar"))
+
+
+def _parse_dict(payload: dict | str | None) -> Cell:
+    """A pymatgen Structure as its dictionary, or that written as JSON or as Python prints it."""
+    if isinstance(payload, str):
+        try:
+            payload = json.loads(payload)
+        except json.JSONDecodeError:
+            payload = ast.literal_eval(payload)
+    if not isinstance(payload, dict):
+        raise Unusable("unparsable: there is no structure")
+    species = [site["species"] for site in payload["sites"]]
+    if any(len(parts) != 1 or float(parts[0]["occu"]) != 1 for parts in species):
+        raise Unusable("disordered: a site is shared or partly occupied")
+    symbols = [parts[0]["element"] for parts in species]
+    unknown = [symbol for symbol in symbols if symbol not in ATOMIC_NUMBERS]
+    if unknown:
+        raise Unusable(f"unparsable: {unknown[0]} is not an element")
+    coords = np.array([site["abc"] for site in payload["sites"]], dtype=np.float64).reshape(-1, 3)
+    matrix = np.array(payload["lattice"]["matrix"], dtype=np.float64)
+    return Cell(matrix, coords, np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols]))
+
+
+def _parse_extxyz(text: str) -> Cell:
+    from ase.io import read
+
+    atoms = read(io.StringIO(text), format="extxyz")
+    if not atoms.pbc.all():
+        raise Unusable("unparsable: not periodic in three directions")
+    return Cell(atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)
+
+
+def _from_structure(structure: Structure) -> Cell:
+    if not structure.is_ordered:
+        raise Unusable("disordered: a site is shared or partly occupied")
+    symbols = [getattr(site.specie, "symbol", "?") for site in structure]
+    unknown = [symbol for symbol in symbols if symbol not in ATOMIC_NUMBERS]
+    if unknown:
+        raise Unusable(f"unparsable: {unknown[0]} is not an element")
+    numbers = np.array([ATOMIC_NUMBERS[symbol] for symbol in symbols])
+    return Cell(structure.lattice.matrix, structure.frac_coords, numbers)
+
+
+def _refuse(message: str) -> Cell:
+    raise Unusable(message if message.startswith("unparsable") else f"unparsable: {message}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_PARSERS: dict[str, Callable[[Any], Cell]] = {
+    "cif": _parse_cif,
+    "poscar": _parse_poscar,
+    "dict": _parse_dict,
+    "extxyz": _parse_extxyz,
+    "unreadable": _refuse,
+}

@@ -11,12 +11,10 @@ Agreement with comparing all pairs, and the rate: tests/test_fingerprint.py, tes
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -33,7 +31,6 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 MAX_CANDIDATES = 12
-_LETTER_MAPS = Path(__file__).parent / "assets" / "letter_maps.json"
 _NEIGHBOURS = 12  # distances per element in the descriptor
 _RADIUS = 2.2  # of the neighbour search, in units of (volume per atom)^(1/3): 45 atoms on average
 # Space groups in two hands, left to right. A crystal and its mirror image match.
@@ -53,10 +50,10 @@ def fingerprint(space_group: int, wyckoff: Sequence[int], species: Sequence[int]
     """
     multiplicity = _multiplicity()[space_group]
     sites = [(w, z) for w, z in zip(wyckoff, species, strict=True) if w]
-    sequence = min(sorted((new[w - 1], z) for w, z in sites) for new in _letter_maps(space_group))
+    sequence = min(sorted((new[w], z) for w, z in sites) for new in _letter_maps(space_group))
     formula = reduced_formula([z for _, z in sites], [multiplicity[w] for w, _ in sites])
     group = _OTHER_HAND.get(space_group, space_group)
-    return f"{formula}|{group}|" + " ".join(f"{SYMBOLS[z]}:{letter}" for letter, z in sequence)
+    return f"{formula}|{group}|" + " ".join(f"{SYMBOLS[z]}:{symmetry.letter_name(w)}" for w, z in sequence)
 
 
 def fingerprints(crystals: CrystalBatch) -> list[str]:
@@ -234,11 +231,6 @@ def _multiplicity() -> list[list[int]]:
 
 
 @cache
-def _letter_maps(space_group: int) -> list[str]:
-    """New letters of the positions a, b, ...: one string for each description of a crystal in this group."""
-    return _all_letter_maps().get(str(space_group)) or ["abcdefghijklmnopqrstuvwxyzA"]
-
-
-@cache
-def _all_letter_maps() -> dict[str, list[str]]:
-    return json.loads(_LETTER_MAPS.read_text(encoding="utf-8"))
+def _letter_maps(space_group: int) -> list[list[int]]:
+    """What each letter becomes, one list for each different effect of the normaliser."""
+    return symmetry.normalizer_operations(space_group)[2].unique(dim=0).tolist()

@@ -47,7 +47,9 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
         def call(ctx: typer.Context, **values: Any) -> Any:
             settings = {f.name: values.pop(f.name) for f in flagged}
             given = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-            return command(config=config.resolve(cls, given), **values)
+            # A run that is resumed brings its own settings; flags still win.
+            run = values.get("resume")
+            return command(config=config.resolve(cls, given, Path(run) / "config.toml" if run else None), **values)
 
         call.__signature__ = inspect.Signature(parameters)
         call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -138,6 +140,23 @@ def sample(
     from cfrl.sampler import run_sample
 
     run_sample(config, output, _console())
+
+
+@app.command(rich_help_panel=COMMANDS)
+@configured(config.FinetuneConfig)
+def finetune(
+    config: config.FinetuneConfig,
+    resume: Annotated[
+        str, typer.Option(help="Go on with this run folder, exactly where it stopped; flags change its settings.")
+    ] = "",
+) -> None:
+    """Tune a model towards a reward.
+
+    Example: cfrl finetune --reward "dielectric_bandgap - 2*ehull" --steps 100
+    """
+    from cfrl.finetune import finetune as run
+
+    run(config, resume=resume or None)
 
 
 @model_app.command("import")

@@ -1,0 +1,422 @@
+"""`cfrl finetune`: draw crystals, score them, move the policy towards the reward, repeat.
+
+`finetune` is the whole command, top to bottom. Objectives: `policy.py`. Drawing, scoring and the memory of earlier
+crystals: `rollouts.py`. What a checkpoint holds: `tuning.py`. What the user sees: `monitor.py`.
+Randomness is a function of (seed, step) alone, so that a resumed run goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cfrl import monitor, policy
+from cfrl.config import FinetuneConfig, nearest, read_run_config
+from cfrl.crystal import CrystalBatch
+from cfrl.errors import UserError
+from cfrl.fingerprint import fingerprints
+from cfrl.interrupt import stop_on_signal
+from cfrl.model import FACTORS
+from cfrl.rollouts import Rollout, chemical_systems, collect
+from cfrl.runs import RunFolder
+from cfrl.storage import read_columns, read_crystals, write_crystals
+from cfrl.tuning import RunLog, Tuning
+
+Scorer = Callable[[CrystalBatch], Any]
+Source = Callable[[torch.Generator, int], Rollout]
+VALIDATION_CRYSTALS = 512
+
+
+def finetune(
+    config: FinetuneConfig | None = None,
+    *,
+    reward: Scorer | None = None,
+    resume: str | Path | None = None,
+    root: str | Path = "runs",
+    quiet: bool = False,
+) -> RunFolder:
+    """Tune a model towards a reward.
+
+    Args:
+        config: the settings; default: those of the run that is resumed, else the defaults.
+        reward: what scores a batch of crystals; default: made of `config.reward` by `build_reward`.
+        resume: a run folder to go on with, instead of a new one.
+        root: where a new run folder is made.
+        quiet: show nothing.
+
+    Returns:
+        The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
+        also before.h5 and after.h5, fresh crystals of both models.
+
+    Raises:
+        UserError: a setting, a file or the reward is at fault; finished steps are saved.
+        KeyboardInterrupt: after Ctrl-C, once the step at hand is finished and saved.
+    """
+    if config is None:
+        config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
+    _check(config)
+    tuning = Tuning(config)
+    scorer = reward if reward is not None or config.rollouts else build_scorer(config, tuning)
+    source = _offline_source(config) if config.rollouts else _online_source(config, tuning, scorer)
+    validation = _validation_crystals(config)
+    run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
+    log = RunLog(run, tuning)
+    log.restore()
+
+    started = saved = time.monotonic()
+    reason = ""
+    with stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
+        while tuning.step < config.steps and not reason:
+            try:
+                crystals, status, metrics = _step(tuning, config, source)
+            except UserError as error:
+                log.save()
+                raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
+            if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
+                metrics |= _validate(tuning, validation)
+            log.add(crystals, status, metrics)
+            live.update(tuning.step, metrics)
+            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                log.save()
+                saved = time.monotonic()
+            reason = "Stopped." if stop.requested else _why_end(config, metrics, time.monotonic() - started)
+        log.save()
+        if stop.requested:
+            run.close()
+            live.say(f"Stopped after step {tuning.step}. Go on with: cfrl finetune --resume {run.path}")
+            raise KeyboardInterrupt
+        if reason:
+            live.say(f"{reason} The run ends after step {tuning.step} of {config.steps}.")
+        if config.evaluate and not config.rollouts:
+            live.say(f"Drawing {config.evaluate} fresh crystals from the model before and after.")
+            evaluate(tuning, config, scorer, run.path)
+    monitor.plot(run)
+    run.finish()
+    if not quiet:
+        monitor.summarise(run)
+    return run
+
+
+# ---- one step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What one step learns from, on the model's device: n crystals, of which the last may be replayed ones.
+
+    old, base: (n, 5) log-probabilities under the policy at the start of the step, and under the starting model.
+    advantage, group_advantage: (n,) of the crystal given its space group, and of the space group.
+    weight: (n,) 1, or the importance weight of a replayed crystal.
+    items: what is learned from at once: (m, 1) rows, or (m, 2) pairs of rows (chosen, rejected).
+    """
+
+    crystals: CrystalBatch
+    old: Tensor
+    base: Tensor
+    advantage: Tensor
+    group_advantage: Tensor
+    weight: Tensor
+    items: Tensor
+
+
+def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[CrystalBatch, list[str], dict[str, float]]:
+    """One round: the rows for rollouts.h5, their status, the metrics. If `source` raises, nothing has happened."""
+    seed = step_seed(config.seed, tuning.step + 1)
+    generator = torch.Generator().manual_seed(seed)
+    rollout = source(generator, seed)
+    n, seconds = len(rollout), rollout.seconds
+    keys = fingerprints(rollout.crystals)
+    new = len({key for key in keys if not tuning.memory.seen[key]})
+    tuning.memory.add(rollout, keys)
+
+    start = time.perf_counter()
+    replayed, replayed_keys = tuning.memory.replay(config.replay, generator)
+    crystals = CrystalBatch.cat([rollout.crystals, replayed]) if len(replayed) else rollout.crystals
+    old, entropies = tuning.log_probs_and_entropies(crystals)
+    base = tuning.log_probs_base(crystals)
+    seconds["likelihood"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    if tuning.scale is None:
+        tuning.scale = spread(rollout.reward) if config.standardize else 1.0
+    earned = tuning.memory.earned(crystals.properties["reward"], keys + replayed_keys)
+    batch, baseline = _prepare(tuning, config, crystals, earned.to(old.device), old, base, n, generator)
+    update = _update(tuning, config, batch, generator)
+    seconds["update"] = time.perf_counter() - start
+
+    metrics = {
+        **_reward_metrics(rollout),
+        **_divergence(old[:n] - base[:n], offline=bool(config.rollouts)),
+        **update,
+        **{f"entropy/{name}": float(values[:n].double().mean()) for name, values in entropies.items()},
+        "valid": float(rollout.crystals.properties["valid"].mean()),
+        "unique": len(set(keys)) / n,
+        "new": new / n,
+        "chemical_systems": len(set(chemical_systems(rollout.crystals))),
+        "space_groups": len(rollout.crystals.space_group.unique()),
+        "effective_space_groups": tuning.prior.effective(),
+        "penalty": tuning.memory.penalty,
+        "beta": tuning.beta,
+        "baseline": baseline,
+        **{f"seconds/{stage}": value for stage, value in seconds.items()},
+    }
+    written = replace(rollout.crystals, properties=dict(rollout.crystals.properties))
+    written.properties |= {
+        "reward": tuning.memory.with_penalty(rollout.reward),
+        "step": torch.full((n,), tuning.step + 1.0, dtype=torch.float64),
+        "log_prob": old[:n, : len(FACTORS)].sum(1).cpu(),
+        "log_prob_base": base[:n, : len(FACTORS)].sum(1).cpu(),
+    }
+    drawn = replace(rollout.crystals, properties={"reward": rollout.reward, "drawn": old[:n].sum(1).cpu()})
+    tuning.memory.keep_best(drawn, keys)
+    tuning.baseline = baseline
+    if config.target_kl and not config.rollouts:
+        tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], config.target_kl)
+    tuning.step += 1
+    return written, rollout.status, metrics
+
+
+def _prepare(
+    tuning: Tuning,
+    config: FinetuneConfig,
+    crystals: CrystalBatch,
+    earned: Tensor,
+    old: Tensor,
+    base: Tensor,
+    fresh: int,
+    generator: torch.Generator,
+) -> tuple[Batch, float]:
+    """Advantages, weights and what to learn from; and the next running mean."""
+    bonus = [getattr(config, f"entropy_{name}") for name in FACTORS] + [0.0]
+    beta = tuning.beta if config.kl == "reward" else 0.0
+    entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)
+    score = policy.shaped_reward(earned / tuning.scale, old, base, beta, entropy)
+    mean = float(score[:fresh].mean())
+    baseline = mean if tuning.baseline is None else tuning.baseline
+    group = crystals.space_group.to(old.device)
+    limit = config.clip_advantage or math.inf
+    advantage, group_advantage = (
+        a.clamp(-limit, limit) for a in policy.advantages(config.algorithm, score, group, baseline)
+    )
+    weight = torch.ones_like(earned)
+    if fresh < len(crystals):
+        drawn = crystals.properties["drawn"][fresh:].to(old.device)
+        weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, config.replay_clip)
+    items = torch.arange(len(crystals), device=old.device)[:, None]
+    if config.algorithm == "dpo":
+        # With fixed shares the policy is one of crystals given their space group: only those can be compared.
+        items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
+    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, weight, items)
+    return batch, config.baseline_decay * baseline + (1 - config.baseline_decay) * mean
+
+
+def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: torch.Generator) -> dict[str, float]:
+    """Several passes of minibatches over one batch; metrics of the last pass."""
+    parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
+    metrics: dict[str, float] = {}
+    for epoch in range(config.epochs):
+        sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
+        order = torch.randperm(len(batch.items), generator=generator).to(batch.items.device)
+        for chosen in order.split(config.minibatch):
+            tuning.optimiser.zero_grad(set_to_none=True)
+            for part in chosen.split(config.micro_batch):
+                loss, watched = _loss(tuning, config, batch, batch.items[part])
+                (loss.sum() / len(chosen)).backward()
+                for name, value in watched.items():
+                    sums[name] += float(value.sum()) / len(order)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip_gradient)
+            tuning.optimiser.step()
+            sums["gradient_norm"] += float(norm) * len(chosen) / len(order)
+        metrics = sums
+        metrics["epochs"] = epoch + 1
+        if config.max_step_kl and sums["step_kl"] > config.max_step_kl:
+            break
+    return metrics
+
+
+def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each item (m,), and what is watched of them, (m,) each."""
+    rows = items.flatten()
+    factors, old_factors, base_factors = tuning.log_probs(batch.crystals[rows]), batch.old[rows], batch.base[rows]
+    now, old, base = factors.sum(1), old_factors.sum(1), base_factors.sum(1)
+    advantage, weight = batch.advantage[rows], batch.weight[rows]
+    if config.algorithm == "dpo":
+        now_pairs, base_pairs = now.view(-1, 2), base.view(-1, 2)
+        loss = policy.dpo_loss(*now_pairs.unbind(1), *base_pairs.unbind(1), tuning.beta)
+        clipped = torch.zeros_like(now)
+    else:
+        crystal, crystal_old = factors[:, :-1].sum(1), old_factors[:, :-1].sum(1)
+        gain = policy.clipped_surrogate(crystal, crystal_old, advantage, config.clip_ratio)
+        clipped = policy.is_clipped(crystal, crystal_old, advantage, config.clip_ratio).double()
+        if tuning.prior.learn:
+            gain = gain + policy.clipped_surrogate(
+                factors[:, -1], old_factors[:, -1], batch.group_advantage[rows], config.clip_ratio
+            )
+        if config.kl == "loss":
+            gain = gain - tuning.beta * policy.kl_loss(now, old, base)
+        loss = -weight * gain
+    with torch.no_grad():
+        watched = {"ratio": torch.exp(now - old), "clip_fraction": clipped, "step_kl": policy.kl_k3(old - now)}
+        watched = {name: values.view(items.shape).mean(1) for name, values in watched.items()}
+    return loss, {"loss": loss.detach(), **watched}
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A seed for one step; steps of different runs do not share theirs."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def spread(reward: Tensor) -> float:
+    """Scale of rewards: half the way from the 16th to the 84th percentile, else their deviation, else 1. No NaN."""
+    known = reward[~torch.isnan(reward)].numpy()
+    if not len(known):
+        return 1.0
+    low, high = np.percentile(known, [16, 84])
+    return float((high - low) / 2 or known.std() or 1.0)
+
+
+def _reward_metrics(rollout: Rollout) -> dict[str, float]:
+    """Over the crystals with a score; names that are always there."""
+    known = rollout.reward[rollout.scored].numpy()
+    metrics = {"scored": len(known) / len(rollout)}
+    for name, function in (("mean", np.mean), ("median", np.median), ("std", np.std), ("max", np.max)):
+        metrics[f"reward/{name}"] = float(function(known)) if len(known) else math.nan
+    for name in rollout.terms:
+        values = rollout.crystals.properties[name]
+        metrics[f"reward/{name}"] = float(values.nanmean())
+    return metrics
+
+
+def _divergence(log_ratio: Tensor, offline: bool) -> dict[str, float]:
+    """KL(policy || starting model) in nats by factor and in all; unknown from crystals that the policy did not draw."""
+    names = (*FACTORS, "space_group")
+    parts = [math.nan if offline else float(policy.kl_estimate(log_ratio[:, i : i + 1])) for i in range(len(names))]
+    return {"kl": sum(parts), **{f"kl/{name}": part for name, part in zip(names, parts, strict=True)}}
+
+
+def _why_end(config: FinetuneConfig, metrics: dict[str, float], seconds: float) -> str:
+    """Why the run should end before its last step, or ""."""
+    if config.max_kl and metrics["kl"] > config.max_kl:
+        return (
+            f"The KL to the starting model is {metrics['kl']:.1f} nats, above max_kl = {config.max_kl:g}; raise beta."
+        )
+    if config.time_limit and seconds > 60 * config.time_limit:
+        return "The time limit is reached."
+    return ""
+
+
+# ---- where crystals come from ------------------------------------------------------------------------------------
+
+
+def _online_source(config: FinetuneConfig, tuning: Tuning, scorer: Scorer) -> Source:
+    """Fresh crystals of the policy."""
+
+    def draw_and_score(generator: torch.Generator, seed: int) -> Rollout:
+        groups = tuning.prior.sample(config.batch_size, generator)
+        return _collect(tuning.model, groups, tuning, config, scorer, seed)
+
+    return draw_and_score
+
+
+def _collect(
+    model: nn.Module, groups: Tensor, tuning: Tuning, config: FinetuneConfig, scorer: Scorer, seed: int
+) -> Rollout:
+    chunk, distance = config.sample_batch, config.min_distance
+    return collect(model, groups, tuning.options, scorer, seed=seed, chunk=chunk, min_distance=distance)
+
+
+def _offline_source(config: FinetuneConfig) -> Source:
+    """Crystals of a rollouts file with their rewards, `batch_size` of them at random per step.
+
+    Raises:
+        UserError: the file has no reward, or no two crystals of one space group differ in it.
+    """
+    crystals = read_crystals(config.rollouts)
+    reward = torch.from_numpy(read_columns(config.rollouts, ["reward"])["reward"])
+    crystals.properties = {"reward": reward, "valid": torch.ones_like(reward)}
+    if not len(policy.preference_pairs(reward.nan_to_num(-1e9), crystals.space_group, torch.Generator())):
+        raise UserError(f"{config.rollouts}: no two crystals of one space group differ in reward; nothing to prefer")
+
+    def pick(generator: torch.Generator, _seed: int) -> Rollout:
+        # Neighbours by space group come together: a random choice of single crystals would hold few pairs.
+        pairs = policy.preference_pairs(reward.nan_to_num(-1e9), crystals.space_group, generator)
+        few = torch.randperm(len(pairs), generator=generator)[: max(config.batch_size // 2, 1)]
+        rows = crystals[pairs[few].unique()].trim()
+        return Rollout(rows, ["" if known else "no score" for known in ~torch.isnan(rows.properties["reward"])], [])
+
+    return pick
+
+
+def build_scorer(config: FinetuneConfig, tuning: Tuning) -> Scorer:
+    """The reward that the settings describe."""
+    from cfrl.rewards import RewardContext, build_reward
+
+    context = RewardContext(
+        potential=config.potential,
+        hull=config.hull or None,
+        dataset=config.dataset or None,
+        device=tuning.model.device,
+        caution=None if config.caution < 0 else config.caution,
+    )
+    return build_reward(config.reward, context=context)
+
+
+# ---- watching and judging ----------------------------------------------------------------------------------------
+
+
+def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
+    """Some of the dataset's validation split (of all its crystals where it has none)."""
+    if not config.dataset:
+        return None
+    from cfrl.data import load_dataset
+
+    crystals = load_dataset(config.dataset, split="validation")
+    crystals = crystals if len(crystals) else load_dataset(config.dataset)
+    order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
+    return crystals[order[:VALIDATION_CRYSTALS]]
+
+
+@torch.no_grad()
+def _validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
+    """Mean -log P of known crystals, nats: what the model forgets on the way."""
+    fits = crystals.num_sites < tuning.model.config.max_sites
+    scores = tuning.model.log_prob(crystals[fits])
+    means = {f"validation/{name}": -float(scores[name].double().mean()) for name in FACTORS}
+    return {"validation/loss": sum(means.values()), **means}
+
+
+def evaluate(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, folder: Path) -> None:
+    """Draw and score fresh crystals of the starting model and of the policy; same seeds, a file each."""
+    seed = step_seed(config.seed, 0)
+    before, after = (tuning.base, tuning.prior.base), (tuning.model, tuning.prior.log_prob())
+    for name, (model, shares) in (("before.h5", before), ("after.h5", after)):
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.multinomial(shares.detach().exp().cpu(), config.evaluate, replacement=True, generator=generator)
+        rollout = _collect(model, groups, tuning, config, scorer, seed)
+        write_crystals(folder / name, rollout.crystals, columns={"status": rollout.status})
+
+
+def _check(config: FinetuneConfig) -> None:
+    """Settings that exclude each other or lie outside their range. Raises UserError."""
+    for name, known in (("algorithm", policy.ALGORITHMS), ("kl", ("reward", "loss"))):
+        value = getattr(config, name)
+        if value not in known:
+            raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
+    if config.rollouts and config.algorithm != "dpo":
+        raise UserError("rollouts: only --algorithm dpo learns from a file; the others need fresh crystals")
+    for name in ("steps", "batch_size", "sample_batch", "epochs", "minibatch", "micro_batch", "validate_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
+    for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} = {getattr(config, name):g} must be above 0")
+    if not 0 <= config.space_group_floor < 1:
+        raise UserError(f"space_group_floor = {config.space_group_floor:g} must be at least 0 and below 1")

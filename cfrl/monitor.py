@@ -1,0 +1,241 @@
+"""What one sees of a fine-tuning run: live figures while it runs, plots and a summary when it ends.
+
+Everything shown is read from the run folder's files or from the metrics of a step; nothing here changes a run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live as RichLive
+from rich.table import Table
+
+from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, save
+from cfrl.model import FACTORS
+from cfrl.runs import RunFolder
+from cfrl.storage import read_columns, read_crystals
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 40  # characters of a sparkline
+BEST = 8  # crystals listed in the summary
+
+
+class Live:
+    """A table that follows the run in a terminal; elsewhere one line per step.
+
+    Args:
+        run: shown by its path.
+        steps: of the whole run.
+        quiet: show nothing.
+    """
+
+    def __init__(self, run: RunFolder, steps: int, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet, highlight=False)
+        self.path, self.steps = run.path, steps
+        self.history: dict[str, list[float]] = defaultdict(list)
+        self._live = RichLive(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Live:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show one step."""
+        now = time.monotonic()
+        self.history["seconds/step"].append(now - self._last)
+        self._last = now
+        for name, value in metrics.items():
+            self.history[name].append(value)
+        if self._live:
+            self._live.update(self._table(step), refresh=True)
+        else:
+            m = metrics
+            self.console.print(
+                f"step {step}/{self.steps}  reward {m['reward/mean']:.4g} (median {m['reward/median']:.4g})"
+                f"  kl {m['kl']:.2f}  valid {m['valid']:.0%}  scored {m['scored']:.0%}  unique {m['unique']:.0%}"
+                f"  {self.history['seconds/step'][-1]:.1f} s",
+                soft_wrap=True,
+            )
+
+    def _table(self, step: int) -> Table:
+        table = Table(title=f"step {step} of {self.steps}   {self.path}", title_justify="left", box=None)
+        for heading, justify in (("", "left"), ("first", "right"), ("now", "right"), ("", "left")):
+            table.add_column(heading, justify=justify)
+        shown = ["reward/mean", "reward/median", *self._terms(), "kl", "beta", "ratio", "clip_fraction"]
+        shown += ["valid", "scored", "unique", "new", "chemical_systems", "effective_space_groups"]
+        shown += [f"entropy/{name}" for name in FACTORS] + ["validation/loss"]
+        for name in shown:
+            if values := self.history.get(name):
+                table.add_row(name, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
+        stages = ("sample", "score", "likelihood", "update", "step")
+        took = "  ".join(f"{s} {self.history[f'seconds/{s}'][-1]:.2f}" for s in stages if self.history[f"seconds/{s}"])
+        table.add_row("seconds", "", "", took)
+        return table
+
+    def _terms(self) -> list[str]:
+        return reward_terms(self.history)
+
+
+def reward_terms(metrics: Mapping[str, object]) -> list[str]:
+    """Metrics `reward/<term>` of the single terms."""
+    summary = {f"reward/{name}" for name in ("mean", "median", "std", "max")}
+    return [name for name in metrics if name.startswith("reward/") and name not in summary]
+
+
+def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
+    """Bars of the values' course, averaged into at most `width` columns; a gap where all are NaN."""
+    columns = [np.array(part) for part in np.array_split(np.asarray(values, dtype=float), min(width, len(values)))]
+    means = [float(part[np.isfinite(part)].mean()) if np.isfinite(part).any() else math.nan for part in columns]
+    known = [m for m in means if math.isfinite(m)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((m - low) * scale)] if math.isfinite(m) else " " for m in means)
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+
+def plot(run: RunFolder) -> None:
+    """Courses of the run as PNG and SVG in its folder, and before/after where fresh crystals were drawn."""
+    m = {name: np.array(values) for name, values in run.metrics().items()}
+    if not len(m.get("step", ())):
+        return
+
+    def course(name: str, title: str, label: str, lines: Mapping[str, str]) -> Figure:
+        shown = [(metric, text) for metric, text in lines.items() if metric in m and np.isfinite(m[metric]).any()]
+        series = [
+            Series(m["step"], m[metric], text, "line", PALETTE[i % len(PALETTE)])
+            for i, (metric, text) in enumerate(shown)
+        ]
+        return Figure(name, title, "step", label, series)
+
+    figures = [
+        course("reward", "Reward", "reward", {"reward/mean": "mean", "reward/median": "median"}),
+        course("kl", "Distance to the starting model", "KL (nats)", {"kl": "all"} | {f"kl/{f}": f for f in FACTORS}),
+        course("entropy", "Entropy", "nats per crystal", {f"entropy/{f}": f for f in FACTORS}),
+        course(
+            "diversity", "Diversity", "share of a batch", {name: name for name in ("valid", "scored", "unique", "new")}
+        ),
+        course("validation", "Forgetting", "validation loss (nats per crystal)", {"validation/loss": ""}),
+        course(
+            "seconds",
+            "Time per step",
+            "seconds",
+            {f"seconds/{s}": s for s in ("sample", "score", "likelihood", "update")},
+        ),
+    ]
+    for name in reward_terms(m):
+        term = name.removeprefix("reward/")
+        figures.append(course(f"term-{_file_name(term)}", term, term, {name: ""}))
+    figures += [pareto] if (pareto := _pareto(run)) else []
+    for figure in figures:
+        if figure.series:
+            save(figure, run.path)
+
+
+def _pareto(run: RunFolder) -> Figure | None:
+    """Dielectric constant against band gap of fresh crystals before and after, if the reward knows both."""
+    figure = Figure("pareto", "Band gap and dielectric constant", "band gap (eV)", "dielectric constant", log_y=True)
+    for name, label, color in (("before", "before", GREY), ("after", "after", BLUE)):
+        if not (run.path / f"{name}.h5").exists():
+            return None
+        columns = read_columns(run.path / f"{name}.h5")
+        gap, dielectric = (_first(columns, word) for word in ("band_gap", "dielectric"))
+        if gap is None or dielectric is None:
+            return None
+        figure.series.append(Series(gap, dielectric, label, "points", color))
+        front = _front(gap, dielectric)
+        figure.series.append(Series(gap[front], dielectric[front], "", "line", ORANGE if name == "after" else GREY))
+    return figure
+
+
+def _first(columns: Mapping[str, np.ndarray], word: str) -> np.ndarray | None:
+    """The column of that name, alone or as the last part of a dotted name."""
+    names = [name for name in columns if name.split(".")[-1] in (word, f"{word}_total", f"{word}_electronic")]
+    return columns[names[0]] if names else None
+
+
+def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rows of which no other row has more of both, by falling x."""
+    order = [row for row in np.argsort(-x) if np.isfinite(x[row]) and np.isfinite(y[row])]
+    best, rows = -math.inf, []
+    for row in order:
+        if y[row] > best:
+            best = y[row]
+            rows.append(row)
+    return np.array(rows, dtype=int)
+
+
+def _file_name(term: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in term)
+
+
+# ---- summary -----------------------------------------------------------------------------------------------------
+
+
+def summarise(run: RunFolder) -> None:
+    """Print fresh crystals before and after, the best crystals of the run, and where everything lies."""
+    console = Console(highlight=False)
+    if (run.path / "after.h5").exists():
+        console.print(_comparison(run))
+    if (run.path / "rollouts.h5").exists():
+        console.print(_best(run))
+    for path in sorted(run.path.glob("*")):
+        if path.suffix in (".safetensors", ".h5", ".csv", ".png"):
+            console.print(f"  {path}", soft_wrap=True)
+
+
+def _comparison(run: RunFolder) -> Table:
+    before, after = (read_columns(run.path / name) for name in ("before.h5", "after.h5"))
+    n = len(after["reward"])
+    table = Table(title=f"{n} fresh crystals of each model", title_justify="left", box=None)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    hidden = {"split", "status", "ids", "valid", "reward"}
+    rows = [("valid", np.mean, "valid", "{:.0%}"), ("reward, mean", np.nanmean, "reward", "{:.4g}")]
+    rows += [("reward, median", np.nanmedian, "reward", "{:.4g}")]
+    rows += [(f"{name}, median", np.nanmedian, name, "{:.4g}") for name in after if name not in hidden]
+    for label, function, name, form in rows:
+        values = [columns[name] for columns in (before, after)]
+        if all(np.isfinite(v).any() for v in values):
+            table.add_row(label, *(form.format(function(v)) for v in values))
+    return table
+
+
+def _best(run: RunFolder) -> Table:
+    columns = read_columns(run.path / "rollouts.h5")
+    scored = np.flatnonzero(columns["status"] == "")
+    order = scored[np.argsort(-columns["reward"][scored], kind="stable")]
+    crystals = read_crystals(run.path / "rollouts.h5")
+    formulas = crystals[order[: 50 * BEST]].formulas()
+    first = {formula: row for formula, row in zip(reversed(formulas), reversed(order[: 50 * BEST]), strict=True)}
+    best = sorted(first.items(), key=lambda item: -columns["reward"][item[1]])[:BEST]
+    terms = [name for name in columns if name not in _BOOKKEEPING]
+    table = Table(title="Best crystals of the run", title_justify="left", box=None)
+    for heading in ("formula", "space group", "reward", *terms, "step"):
+        table.add_column(heading, justify="left" if heading == "formula" else "right")
+    for formula, row in best:
+        values = [f"{columns[name][row]:.4g}" for name in ("reward", *terms)]
+        table.add_row(formula, str(int(crystals.space_group[row])), *values, f"{columns['step'][row]:.0f}")
+    return table
+
+
+_BOOKKEEPING = {"split", "status", "ids", "valid", "reward", "step", "log_prob", "log_prob_base"}

@@ -1,0 +1,196 @@
+"""The state of a fine-tuning run: what changes from step to step, and how it is kept on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfrl.config import FinetuneConfig
+from cfrl.crystal import CrystalBatch
+from cfrl.devices import choose_device
+from cfrl.distributions import SamplerOptions
+from cfrl.errors import UserError
+from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
+from cfrl.policy import floored_log_prob
+from cfrl.rollouts import Memory
+from cfrl.runs import RunFolder
+from cfrl.sampler import parse_elements, space_group_prior
+from cfrl.storage import append_crystals, read_columns
+
+
+class SpaceGroupPrior(nn.Module):
+    """P(G), fixed or tuned: floor * base + (1 - floor) * softmax(logits) over the groups that may occur.
+
+    Args:
+        base_log_prob: (231,) the starting shares; -inf for groups that may not occur.
+        learn: whether the logits are tuned.
+        floor: part of its starting share that every group keeps.
+    """
+
+    def __init__(self, base_log_prob: Tensor, learn: bool, floor: float) -> None:
+        super().__init__()
+        self.learn, self.floor = learn, floor
+        self.register_buffer("groups", base_log_prob.isfinite().nonzero()[:, 0])
+        self.register_buffer("base", base_log_prob.double())
+        self.logits = nn.Parameter(self.base[self.groups], requires_grad=learn)
+
+    def log_prob(self) -> Tensor:
+        """(231,) float64."""
+        if not self.learn:
+            return self.base
+        tuned = floored_log_prob(self.logits, self.base[self.groups], self.floor)
+        return torch.full_like(self.base, -torch.inf).index_put((self.groups,), tuned)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n,) space groups, on the CPU."""
+        shares = self.log_prob().detach().exp().cpu()
+        return torch.multinomial(shares, n, replacement=True, generator=generator)
+
+    def effective(self) -> float:
+        """exp(entropy): how many groups are in use."""
+        log_prob = self.log_prob().detach()[self.groups]
+        return float(torch.exp(-(log_prob.exp() * log_prob).sum()))
+
+
+class Tuning:
+    """Weights, space-group shares, optimiser, memory, beta, baseline, scale of the reward, and the step count.
+
+    The model stays in evaluation mode: with dropout the policy that is updated would not be the one that drew.
+
+    Raises:
+        UserError: no such model, device, element, space group or penalty.
+    """
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        device = choose_device(config.device)
+        self.base = load_model(config.model, device).requires_grad_(False)
+        self.model = load_model(config.model, device)
+        elements = parse_elements(config.elements.split(",")) if config.elements else None
+        self.options = SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
+        shares = starting_shares(self.model, config.space_group, config.max_atoms)
+        self.prior = SpaceGroupPrior(shares, config.learn_space_groups, config.space_group_floor).to(device)
+        groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
+        if config.learn_space_groups:
+            groups.append({"params": [self.prior.logits], "lr": config.space_group_lr})
+        self.optimiser = torch.optim.Adam(groups)
+        self.memory = Memory(
+            config.penalty, 0 if config.rollouts else config.diversity, config.replay_size if config.replay else 0
+        )
+        self.header = {"base_model": str(model_path(config.model).resolve()) if config.model else "default"}
+        self.header |= {name: getattr(config, name) for name in ("reward", "algorithm", "space_group", "elements")}
+        self.beta, self.step = config.beta, 0
+        self.baseline: float | None = None
+        self.scale: float | None = None
+
+    # ---- likelihoods: (n, 5) float64, the four factors of log P(C | G), and log P(G) where that is tuned ----
+
+    def log_probs(self, crystals: CrystalBatch) -> Tensor:
+        """Under the policy, with gradients."""
+        return self._columns(self.model.log_prob(crystals, self.options), crystals, self.prior.log_prob())
+
+    @torch.no_grad()
+    def log_probs_and_entropies(self, crystals: CrystalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Under the policy, and the entropy (n,) of each factor along the crystals."""
+        scores = self.model.log_prob(crystals, self.options, entropy=True)
+        entropies = {name: scores[f"entropy/{name}"] for name in FACTORS}
+        return self._columns(scores, crystals, self.prior.log_prob()), entropies
+
+    @torch.no_grad()
+    def log_probs_base(self, crystals: CrystalBatch) -> Tensor:
+        """Under the starting model; not cut to its own nucleus, which the policy may well leave."""
+        scores = self.base.log_prob(crystals, replace(self.options, top_p=1.0))
+        return self._columns(scores, crystals, self.prior.base)
+
+    def _columns(self, scores: dict[str, Tensor], crystals: CrystalBatch, group_log_prob: Tensor) -> Tensor:
+        group = group_log_prob[crystals.space_group.to(group_log_prob.device)]
+        group = group if self.prior.learn else torch.zeros_like(group)
+        return torch.stack([*(scores[name].double() for name in FACTORS), group], 1)
+
+    # ---- files ----
+
+    def save_model(self, path: Path) -> None:
+        """Write the policy as a model file."""
+        save_model(self.policy(), path, {**self.header, "step": str(self.step)})
+
+    def policy(self) -> CrystalTransformer:
+        """A copy of the policy, with the learned shares of the space groups."""
+        model = CrystalTransformer(self.model.config).to(self.model.device).eval()
+        model.load_state_dict(self.model.state_dict())
+        if self.prior.learn:
+            model.space_group_log_prob.copy_(self.prior.log_prob().detach())
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "prior", "optimiser", "memory")}
+        return parts | {name: getattr(self, name) for name in ("beta", "baseline", "scale", "step")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in ("model", "prior", "optimiser", "memory"):
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("beta", "baseline", "scale", "step"):
+            setattr(self, name, state[name])
+
+
+def starting_shares(model: CrystalTransformer, space_group: str, max_atoms: int) -> Tensor:
+    """(231,) log-probabilities of the space groups before tuning; -inf where none is drawn.
+
+    Args:
+        space_group: "" (as the model was trained), "uniform" (over the groups it was trained on), or numbers.
+
+    Raises:
+        UserError: anything else, or groups that do not fit into `max_atoms`.
+    """
+    if space_group in ("", "uniform"):
+        shares = space_group_prior(model, None, max_atoms or None)
+        return torch.where(shares.isfinite(), 0.0, shares).log_softmax(0) if space_group else shares
+    try:
+        numbers = [int(word) for word in space_group.split(",")]
+    except ValueError as error:
+        raise UserError(f"space_group '{space_group}': give numbers such as 221,225, or uniform") from error
+    return space_group_prior(model, numbers, max_atoms or None)
+
+
+class RunLog:
+    """Metrics, rollouts and checkpoints of a run, so ordered that a kill between any two writes does no harm.
+
+    Rows of rollouts wait in memory and are written right before the checkpoint that knows of them. If a kill comes
+    between, the steps that are done again give the same rows, and are not written twice.
+    """
+
+    def __init__(self, run: RunFolder, tuning: Tuning) -> None:
+        self.run, self.tuning = run, tuning
+        self.path = run.path / "rollouts.h5"
+        self.waiting: list[tuple[CrystalBatch, list[str]]] = []
+        self.written = 0
+
+    def restore(self) -> None:
+        """Go on from the run's checkpoint, if there is one."""
+        state = self.run.load_checkpoint()
+        if state is not None:
+            self.tuning.load_state_dict(state)
+        self.run.truncate(self.tuning.step)
+        if self.path.exists():
+            self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
+
+    def add(self, crystals: CrystalBatch, status: list[str], metrics: dict[str, float]) -> None:
+        """One step."""
+        self.run.log(self.tuning.step, metrics)
+        if self.tuning.step > self.written:
+            self.waiting.append((crystals, status))
+
+    def save(self) -> None:
+        """Rollouts, checkpoint, model file."""
+        if self.waiting:
+            status = [reason for _, part in self.waiting for reason in part]
+            crystals = CrystalBatch.cat(part for part, _ in self.waiting)
+            append_crystals(self.path, crystals, columns={"status": status})
+            self.written = self.tuning.step
+            self.waiting.clear()
+        self.run.save_checkpoint(self.tuning.state_dict())
+        self.tuning.save_model(self.run.path / "model.safetensors")

@@ -41,14 +41,18 @@ class RunFolder:
         self._board: Any = None
 
     @classmethod
-    def create(cls, command: str, tag: str = "", config: Any = None, root: str | Path = "runs") -> RunFolder:
+    def create(
+        cls, command: str, tag: str = "", config: Any = None, root: str | Path = "runs", path: str | Path = ""
+    ) -> RunFolder:
         """A new folder `root/<date>-<time>-<command>[-<tag>]`, with the settings (a dataclass) in `config.toml`.
 
+        `path` names the folder instead.
+
         Raises:
-            UserError: it cannot be made.
+            UserError: it cannot be made, or `path` holds something already.
         """
         tag = re.sub(r"[^\w.+]+", "_", tag).strip("_")[:80]
-        path = _new_folder(Path(root), f"{command}-{tag}" if tag else command)
+        path = _named_folder(Path(path)) if path else _new_folder(Path(root), f"{command}-{tag}" if tag else command)
         with atomic_file(path / "config.toml") as temp:
             temp.write_text(to_toml({command: config} if config is not None else {}), encoding="utf-8")
         with atomic_file(path / "run.json") as temp:
@@ -218,6 +222,16 @@ def _new_folder(root: Path, name: str) -> Path:
             stamp += timedelta(seconds=1)
         except OSError as error:
             raise UserError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _named_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"{path}: is not empty; name another folder, or go on with --resume")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from error
+    return path
 
 
 def _csv_line(values: Sequence[Any]) -> str:

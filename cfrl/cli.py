@@ -47,15 +47,29 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
         def call(ctx: typer.Context, **values: Any) -> Any:
             settings = {f.name: values.pop(f.name) for f in flagged}
             given = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-            # A run that is resumed brings its own settings; flags still win.
-            run = values.get("resume")
-            return command(config=config.resolve(cls, given, Path(run) / "config.toml" if run else None), **values)
+            file = None
+            if values.get("resume"):  # the run brings its own settings; flags still win
+                values["resume"] = _run_to_resume(values["resume"], command.__name__)
+                file = Path(values["resume"]) / "config.toml"
+            return command(config=config.resolve(cls, given, file), **values)
 
         call.__signature__ = inspect.Signature(parameters)
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 
     return wrap
+
+
+def _run_to_resume(run: str, command: str) -> str:
+    from cfrl.runs import RunFolder, newest_run
+
+    if run != "last":
+        return str(RunFolder.open(run).path)
+    newest = newest_run(command)
+    if newest is None:
+        raise UserError(f"there is no {command} run under runs/ to go on with")
+    print(f"Going on with {newest.path}")
+    return str(newest.path)
 
 
 def _flag(f: Field, kind: Any) -> inspect.Parameter:
@@ -113,7 +127,9 @@ def _console() -> Any:
 @configured(config.PretrainConfig)
 def pretrain(
     config: config.PretrainConfig,
-    resume: Annotated[str, typer.Option(help="Go on with this run folder, exactly where it stopped.")] = "",
+    resume: Annotated[
+        str, typer.Option(help="Go on with this run folder (`last`: the newest), exactly where it stopped.")
+    ] = "",
 ) -> None:
     """Train the transformer on a dataset of crystals.
 
@@ -147,7 +163,8 @@ def sample(
 def finetune(
     config: config.FinetuneConfig,
     resume: Annotated[
-        str, typer.Option(help="Go on with this run folder, exactly where it stopped; flags change its settings.")
+        str,
+        typer.Option(help="Go on with this run folder (`last`: the newest), exactly; flags change its settings."),
     ] = "",
 ) -> None:
     """Tune a model towards a reward.

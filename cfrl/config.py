@@ -147,7 +147,7 @@ class DataConfig:
     split_by: str = option("row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits.")
     seed: int = option(0, "Seed of the splits.")
     workers: int = option(0, "Processes for parsing and symmetry; 0: one per core.")
-    sources: dict[str, Any] = option(  # noqa: RUF009
+    sources: dict[str, Any] = option(
         {}, 'More datasets to fetch, e.g. mine = { url = "https://...", sha256 = "..." }; a list for several files.'
     )
 

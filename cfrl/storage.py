@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 import h5py
@@ -69,10 +68,11 @@ def write_crystals(
         UserError: the file cannot be written.
         ValueError: a column of another length than the crystals.
     """
-    with atomic_file(path) as temp, h5py.File(temp, "w") as file:
+    with atomic_file(path) as temp, _in_memory(temp, "w") as file:
         file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, **provenance(), **(attrs or {}))
         _create(file, "offsets", np.zeros(1, dtype=np.int64))
         _append(file, _flatten(crystals, columns or {}, split))
+        _save(file, temp)
 
 
 def append_crystals(
@@ -95,10 +95,9 @@ def append_crystals(
         return write_crystals(path, crystals, columns=columns, split=split)
     with open_crystals(path):
         pass
-    with atomic_file(path) as temp:
-        copyfile(path, temp)
-        with h5py.File(temp, "r+") as file:
-            _append(file, _flatten(crystals, columns or {}, split))
+    with atomic_file(path) as temp, _in_memory(path, "r+") as file:
+        _append(file, _flatten(crystals, columns or {}, split))
+        _save(file, temp)
 
 
 def read_crystals(path: str | Path, split: str | None = None, start: int = 0, stop: int | None = None) -> CrystalBatch:
@@ -211,6 +210,16 @@ def to_padded(flat: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _filled(counts: np.ndarray, width: int) -> np.ndarray:
     return np.arange(width) < counts[:, None]
+
+
+def _in_memory(path: Path, mode: str) -> h5py.File:
+    """A file that is changed in memory alone: where the disk is full, HDF5 itself fails in pieces, not cleanly."""
+    return h5py.File(path, mode, driver="core", backing_store=False, block_size=1 << 22)
+
+
+def _save(file: h5py.File, path: Path) -> None:
+    file.flush()
+    path.write_bytes(file.id.get_file_image())
 
 
 def _check(file: h5py.File, path: Path) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+POOLING = ("mean", "std", "min", "max")
 MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
 MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal
 MAX_ENERGY = 100.0  # eV/atom; beyond any crystal, only extrapolation gives it
-MAX_VOLUME = 10_000.0  # cubic angstrom per atom; a gas, not a crystal
+MIN_VOLUME, MAX_VOLUME = 0.1, 10_000.0  # cubic angstrom per atom; a flat cell, a gas
 
 
 class UnusableCrystal(ValueError):
@@ -209,6 +210,8 @@ class Potential(ABC):
 
 def check_crystal(structure: Any, elements: frozenset[int], cutoff: float) -> None:
     """Raise UnusableCrystal for what no potential can evaluate, before any graph is built."""
+    if not len(structure):
+        raise UnusableCrystal("no atoms")
     if not structure.is_ordered:
         raise UnusableCrystal("disordered sites")
     unknown = sorted({e.symbol for e in structure.composition.elements if e.Z not in elements})
@@ -217,12 +220,27 @@ def check_crystal(structure: Any, elements: frozenset[int], cutoff: float) -> No
     if not (np.isfinite(structure.lattice.matrix).all() and np.isfinite(structure.frac_coords).all()):
         raise UnusableCrystal("cell or coordinates are not finite")
     volume = structure.lattice.volume / len(structure)
-    if not volume > 0 or min(structure.lattice.abc) < MIN_DISTANCE:
+    if not MIN_VOLUME < volume < MAX_VOLUME:
+        raise UnusableCrystal(f"volume of {volume:.3g} A^3 per atom")
+    if min(structure.lattice.abc) < MIN_DISTANCE:
         raise UnusableCrystal(f"atoms closer than {MIN_DISTANCE} A")
-    if volume > MAX_VOLUME:
-        raise UnusableCrystal(f"volume of {volume:.0f} A^3 per atom")
     if len(structure) / volume * 4 / 3 * np.pi * cutoff**3 > MAX_NEIGHBOURS:
         raise UnusableCrystal(f"more than {MAX_NEIGHBOURS} neighbours")
+
+
+def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:
+    """Features of atoms -> of crystals, the four of POOLING after one another.
+
+    layer (r, f): each row stands for `size` (r,) atoms of crystal number `crystal` (r,). Returns (n, 4 f).
+    """
+    index = crystal[:, None].expand_as(layer)
+    zeros = layer.new_zeros(n, layer.shape[1])
+    size = size[:, None].to(layer)
+    atoms = zeros.scatter_add(0, index, size.expand_as(layer))
+    mean = zeros.scatter_add(0, index, size * layer) / atoms
+    variance = zeros.scatter_add(0, index, size * (layer - mean[crystal]) ** 2) / atoms
+    low, high = (zeros.scatter_reduce(0, index, layer, r, include_self=False) for r in ("amin", "amax"))
+    return torch.cat([mean, variance.sqrt(), low, high], 1)
 
 
 def _implausible(part: Evaluation, i: int) -> str:

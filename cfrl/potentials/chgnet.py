@@ -16,20 +16,19 @@ import torch
 from torch import Tensor
 
 from cfrl.errors import UserError
-from cfrl.potentials.base import Evaluation, Potential
+from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
 from cfrl.potentials.folded import FoldedGraph, SymmetricCell, fold
 
 VERSIONS = ("0.3.0", "0.2.0", "r2scan")
 # MPtrj, the training set, holds no Po, At, Rn, Fr or Ra: their embeddings exist but were never trained.
 ELEMENTS = frozenset(range(1, 95)) - frozenset(range(84, 89))
-POOLING = ("mean", "std", "min", "max")
 
 
 class CHGNetPotential(Potential):
     """CHGNet with its pretrained weights.
 
     Features: for two layers (the atoms' features before the last convolution, which predict magnetic moments,
-    and the final normalised ones, which predict energies) the mean, standard deviation, minimum and maximum
+    and the final ones, which predict energies) the mean, standard deviation, minimum and maximum
     over the atoms of 64 numbers each: `features.reshape(n, 2, 4, 64)`. They do not depend on the choice of
     cell.
     """
@@ -75,7 +74,7 @@ class CHGNetPotential(Potential):
             status=[""] * len(graphs),
             forces=_forces(graphs, atoms, _numpy(gradients.pop(0))) if forces else None,
             stress=_stress(graphs, _numpy(gradients.pop(0))) if stress else None,
-            features=_numpy(torch.cat([_pool(layer, batch) for layer in layers], 1)) if features else None,
+            features=np.concatenate([batch.pool(layer) for layer in layers], 1) if features else None,
         )
 
     def _forward(self, batch: _Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -105,7 +104,8 @@ class CHGNetPotential(Potential):
             angle = angle + update_angles.twoBody_bond(inputs)
         magnetic = atom
         atom = _convolve(model.atom_conv_layers[-1], batch, atom, bond, atom_weight)
-        atom = model.readout_norm(atom)
+        if model.readout_norm is not None:  # 0.2.0 has none
+            atom = model.readout_norm(atom)
         reference = model.composition_model.fc.weight[0][batch.number - 1]
         energy = (model.mlp(atom)[:, 0].double() + reference.double()) * batch.size
         return energy.new_zeros(batch.n).index_add(0, batch.orbit_cell, energy), (magnetic, atom)
@@ -154,6 +154,9 @@ class _Batch:
     def _repeat(self, sizes: list[int]) -> Tensor:
         return torch.from_numpy(np.repeat(np.arange(self.n), sizes)).to(self._device)
 
+    def pool(self, layer: Tensor) -> np.ndarray:
+        return _numpy(pool_features(layer, self.orbit_cell, self.size, self.n))
+
     def edge_vectors(self) -> Tensor:
         """(e, 3) from center to neighbour, angstrom."""
         lattice = self.lattice + self.lattice @ self.strain
@@ -164,18 +167,6 @@ class _Batch:
 def _convolve(layer: Any, batch: _Batch, atom: Tensor, bond: Tensor, weight: Tensor) -> Tensor:
     messages = layer.twoBody_atom(torch.cat([atom[batch.source], bond[batch.bond], atom[batch.target]], 1))
     return atom + layer.mlp_out(torch.zeros_like(atom).index_add(0, batch.source, messages * weight))
-
-
-def _pool(layer: Tensor, batch: _Batch) -> Tensor:
-    """(orbits, f) -> (n, 4 f): mean, standard deviation, minimum, maximum over the atoms of each cell."""
-    index = batch.orbit_cell[:, None].expand_as(layer)
-    zeros = layer.new_zeros(batch.n, layer.shape[1])
-    size = batch.size[:, None].to(layer)
-    atoms = zeros.scatter_add(0, index, size.expand_as(layer))
-    mean = zeros.scatter_add(0, index, size * layer) / atoms
-    variance = zeros.scatter_add(0, index, size * (layer - mean[batch.orbit_cell]) ** 2) / atoms
-    low, high = (zeros.scatter_reduce(0, index, layer, r, include_self=False) for r in ("amin", "amax"))
-    return torch.cat([mean, variance.sqrt(), low, high], 1)
 
 
 def _forces(graphs: list[FoldedGraph], atoms: np.ndarray, gradient: np.ndarray) -> list[np.ndarray]:

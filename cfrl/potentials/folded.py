@@ -11,12 +11,13 @@ Only for potentials whose features are scalars; what a network computes on the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from cfrl.potentials.base import MAX_NEIGHBOURS, MIN_DISTANCE, UnusableCrystal
+from cfrl.symmetry import _moyo
 
 SYMPREC = 1e-4  # angstrom; tight, since equivalent atoms are taken as exactly equivalent
 MARGIN = 1e-2  # angstrom beyond the cutoff, so that equivalent bonds at the cutoff are found together
@@ -44,30 +45,32 @@ class SymmetricCell:
     @classmethod
     def of(cls, structure: Any, symmetry: bool = True, symprec: float = SYMPREC) -> SymmetricCell:
         """The cell of a pymatgen structure with the operations that moyo finds, or with none."""
-        import moyopy
-
         matrix = np.ascontiguousarray(structure.lattice.matrix)
         frac = np.ascontiguousarray(structure.frac_coords)
         numbers = np.array([site.specie.Z for site in structure])
         if not symmetry:
             return cls._without_symmetry(matrix, frac, numbers)
-        try:
-            cell = moyopy.Cell(matrix.tolist(), frac.tolist(), numbers.tolist())
-            operations = moyopy.MoyoDataset(cell, symprec=symprec).operations
-        except (ValueError, RuntimeError):  # moyo gives up on extreme cells: no symmetry is always right
+        operations = _operations(matrix, frac, numbers, symprec)
+        matched = operations and _match_atoms(matrix, frac, numbers, *operations, 10 * symprec)
+        if not matched:
             return cls._without_symmetry(matrix, frac, numbers)
-        rotations = np.array(operations.rotations)
-        translations = np.array(operations.translations)
-        matched = _match_atoms(matrix, frac, numbers, rotations, translations, 10 * symprec)
-        if matched is None:
-            return cls._without_symmetry(matrix, frac, numbers)
-        return cls(matrix, frac, numbers, rotations, *matched)
+        return cls(matrix, frac, numbers, operations[0], *matched)
 
     @classmethod
     def _without_symmetry(cls, matrix: np.ndarray, frac: np.ndarray, numbers: np.ndarray) -> SymmetricCell:
         n = len(numbers)
         identity = np.eye(3, dtype=np.int64)[None]
         return cls(matrix, frac, numbers, identity, np.arange(n)[None], np.zeros((1, n, 3), dtype=np.int64))
+
+    def orbits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """First atom (r,) and number of atoms (r,) of each orbit, and the orbit of each atom (N,)."""
+        first, orbit, size = np.unique(self.image.min(axis=0), return_inverse=True, return_counts=True)
+        return first, size, orbit
+
+    def translations_only(self) -> SymmetricCell:
+        """The same cell with its centring translations as the only symmetry."""
+        keep = (self.rotations == np.eye(3)).all(axis=(1, 2))
+        return replace(self, rotations=self.rotations[keep], image=self.image[keep], shift=self.shift[keep])
 
     def unfold_gradient(self, gradient: np.ndarray) -> np.ndarray:
         """dE/dfrac (N, 3) of the folded energy -> of the whole cell, by averaging over the group."""
@@ -122,8 +125,8 @@ def fold(cell: SymmetricCell, cutoff: float, angle_cutoff: float) -> FoldedGraph
 
     Raises UnusableCrystal for overlapping or isolated atoms.
     """
-    first, orbit, size = np.unique(cell.image.min(axis=0), return_inverse=True, return_counts=True)
-    center, neighbour, translation, distance = _neighbours(cell, first, cutoff)
+    first, size, orbit = cell.orbits()
+    center, neighbour, translation, distance = neighbours(cell, first, cutoff)
     edges = _EdgeOrbits(cell, first, orbit, center, neighbour, translation)
     edge, count = edges.first, edges.count
     reverse = edges.reverse()
@@ -232,10 +235,13 @@ class _EdgeOrbits:
         return _Angles(bond[row], np.stack([edge[row], mine[others][column]]), count)
 
 
-def _neighbours(
+def neighbours(
     cell: SymmetricCell, first: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs from each orbit's first atom: orbit, neighbour, its translation, distance, sorted by orbit."""
+    """Pairs from each orbit's first atom: orbit, neighbour, its translation, distance, sorted by orbit.
+
+    They reach MARGIN beyond the cutoff. Raises UnusableCrystal for overlapping or isolated atoms.
+    """
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
     cart = cell.frac @ cell.matrix
@@ -254,6 +260,17 @@ def _neighbours(
         raise UnusableCrystal(f"an atom has no neighbour within {cutoff:g} A")
     order = np.argsort(center, kind="stable")
     return center[order], neighbour[order], translation[order], distance[order]
+
+
+def _operations(matrix, frac, numbers, symprec):
+    """Rotations (g, 3, 3) and translations (g, 3) of a cell, or None where moyo gives up."""
+    cell_type, dataset_type = _moyo()
+    cell = cell_type(matrix.tolist(), frac.tolist(), numbers.tolist())
+    try:
+        operations = dataset_type(cell, symprec=symprec).operations
+    except Exception:  # extreme cells; no symmetry is always right
+        return None
+    return np.array(operations.rotations), np.array(operations.translations)
 
 
 def _match_atoms(matrix, frac, numbers, rotations, translations, tolerance):

@@ -1,0 +1,363 @@
+"""Potentials against their own packages, against finite differences, and against crystals made to break them."""
+
+import moyopy
+import numpy as np
+import pytest
+import torch
+from pymatgen.core import Element, Lattice, Structure
+
+from cfrl.errors import UserError
+from cfrl.potentials import Evaluation, load_potential
+from cfrl.potentials.chgnet import CHGNetPotential
+from cfrl.potentials.folded import SymmetricCell, fold
+
+ENERGY, FORCE, STRESS = 2e-4, 1e-3, 5e-5  # float32 noise: eV/atom, eV/angstrom, eV/angstrom^3
+
+
+@pytest.fixture(scope="module")
+def chgnet():
+    return load_potential("chgnet", "cpu")
+
+
+@pytest.fixture(scope="module")
+def prototypes():
+    """Real prototype crystals of many space groups, at most 24 atoms, of elements that CHGNet knows."""
+    from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
+
+    found = {}
+    for entry in AFLOW_PROTOTYPE_LIBRARY:
+        structure = entry["snl"].structure
+        if len(structure) <= 24 and all(e.Z in range(1, 84) for e in structure.composition.elements):
+            cell = moyopy.Cell(
+                structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), structure.atomic_numbers
+            )
+            found.setdefault(moyopy.MoyoDataset(cell, symprec=0.01).number, structure)
+    return [found[number] for number in sorted(found)]
+
+
+def salt(a=5.69):
+    face = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    return Structure(Lattice.cubic(a), ["Na"] * 4 + ["Cl"] * 4, np.concatenate([face, face + 0.5]))
+
+
+def low_symmetry(seed=0):
+    """A perovskite whose atoms and cell are shaken: no symmetry, forces and stress."""
+    rng = np.random.default_rng(seed)
+    frac = np.array([[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
+    matrix = 3.95 * (np.eye(3) + rng.normal(0, 0.02, (3, 3)))
+    return Structure(Lattice(matrix), ["Sr", "Ti", "O", "O", "O"], frac + rng.normal(0, 0.02, (5, 3)))
+
+
+def test_prototypes_cover_many_space_groups(prototypes):
+    assert len(prototypes) > 60
+
+
+@pytest.mark.parametrize("name", ["chgnet", "chgnet:0.2.0"])
+def test_energies_and_features_are_chgnets_own(name, prototypes):
+    """The folded graphs give what CHGNet gives for whole cells, in every space group."""
+    potential = load_potential(name, "cpu")
+    prototypes = prototypes[:: 1 if name == "chgnet" else 5]
+    own = potential.model.predict_structure(prototypes, task="e", return_atom_feas=True)
+    result = potential.compute(prototypes, features=True)
+    assert result.status == [""] * len(prototypes)
+    np.testing.assert_allclose(result.energy, [float(o["e"]) for o in own], atol=ENERGY)
+    layer = result.features.reshape(len(prototypes), 2, 4, 64)[:, 0]
+    for features, o in zip(layer, own, strict=True):
+        atoms = o["atom_fea"]
+        expected = np.stack([atoms.mean(0), atoms.std(0), atoms.min(0), atoms.max(0)])
+        np.testing.assert_allclose(features, expected, atol=2e-3)
+
+
+def test_forces_and_stress_are_chgnets_own(chgnet, prototypes):
+    structures = [*prototypes[::6], low_symmetry()]
+    own = chgnet.model.predict_structure(structures, task="efs", batch_size=4)
+    result = chgnet.compute(structures, forces=True, stress=True)
+    for forces, stress, o in zip(result.forces, result.stress, own, strict=True):
+        np.testing.assert_allclose(forces, o["f"], atol=FORCE)
+        np.testing.assert_allclose(stress, o["s"] / 160.21766208, atol=STRESS)
+
+
+def test_forces_and_stress_are_derivatives_of_the_energy(chgnet):
+    structure = low_symmetry()
+    n, h = len(structure), 0.01
+    direction = np.random.default_rng(1).normal(size=(n, 3))
+    strain = np.diag([0.2, -0.1, 0.15]) + 0.05
+    displaced = []
+    for sign in (-1, 1):
+        moved = structure.cart_coords + sign * h * direction
+        displaced.append(Structure(structure.lattice, structure.species, moved, coords_are_cartesian=True))
+    for sign in (-1, 1):
+        lattice = Lattice(structure.lattice.matrix @ (np.eye(3) + sign * h * strain))
+        displaced.append(Structure(lattice, structure.species, structure.frac_coords))
+    low, high, compressed, stretched = chgnet.compute(displaced).energy * n
+    result = chgnet.compute([structure], forces=True, stress=True)
+    assert (low - high) / (2 * h) == pytest.approx((result.forces[0] * direction).sum(), rel=0.02)
+    work = (stretched - compressed) / (2 * h)
+    assert work == pytest.approx((result.stress[0] * strain).sum() * structure.volume, rel=0.02)
+
+
+def test_energy_does_not_depend_on_the_description(chgnet):
+    structure = low_symmetry()
+    turn, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))
+    rotated = Structure(Lattice(structure.lattice.matrix @ turn), structure.species, structure.frac_coords)
+    shifted = Structure(structure.lattice, structure.species, structure.frac_coords + 0.31)
+    result = chgnet.compute([structure, rotated, shifted, structure * [2, 1, 1]], features=True)
+    np.testing.assert_allclose(result.energy, result.energy[0], atol=ENERGY)
+    np.testing.assert_allclose(result.features, np.tile(result.features[:1], (4, 1)), atol=2e-3)
+
+
+def test_folding_removes_what_symmetry_repeats():
+    graph = fold(SymmetricCell.of(salt()), 6.0, 3.0)
+    whole = fold(SymmetricCell.of(salt(), symmetry=False), 6.0, 3.0)
+    assert (len(graph), len(whole)) == (2, 8)
+    assert graph.size.tolist() == [4, 4]
+    # shells of rock salt within 6 A: sqrt(1..4) a/2, one orbit each and per kind of atom; the first is one bond
+    assert len(graph.edge) == 8
+    assert sorted(graph.count.tolist()) == [6, 6, 6, 6, 8, 8, 12, 12]
+    assert len(graph.bond_edge) == 6
+    assert (graph.count * graph.size[graph.source]).sum() == whole.count.sum() == len(whole.edge)
+    assert sorted(graph.angle_count.tolist()) == [1, 1, 4, 4]  # 180 and 90 degrees at Na and at Cl
+
+
+def test_order_batches_and_progress(chgnet, prototypes, monkeypatch):
+    monkeypatch.setattr(chgnet, "max_atoms", 20)
+    done = []
+    together = chgnet.compute(prototypes[:12], progress=done.append)
+    alone = [chgnet.compute([s]).energy[0] for s in prototypes[:12]]
+    np.testing.assert_allclose(together.energy, alone, atol=ENERGY)
+    assert done == sorted(done)
+    assert done[-1] == 12
+    assert len(done) > 3
+
+
+def test_no_crystals(chgnet):
+    result = chgnet.compute([], forces=True, stress=True, features=True)
+    assert len(result) == 0
+    assert result.features.shape == (0, chgnet.feature_size)
+
+
+def test_crystal_batch_is_evaluated_like_its_structures(chgnet):
+    from cfrl.crystal import CrystalBatch
+
+    batch = CrystalBatch.from_structures([salt(), low_symmetry()])
+    np.testing.assert_allclose(
+        chgnet.compute(batch).energy, chgnet.compute([salt(), low_symmetry()]).energy, atol=ENERGY
+    )
+
+
+BROKEN = {
+    "Po": Structure(Lattice.cubic(3.3), ["Po"], [[0, 0, 0]]),
+    "Cm, Rn": Structure(Lattice.cubic(4), ["Rn", "Cm"], [[0, 0, 0], [0.5, 0.5, 0.5]]),
+    "closer": Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0.01, 0, 0]]),
+    "closer ": Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0, 0, 0]]),
+    "closer than": Structure(Lattice.orthorhombic(0.2, 30, 30), ["Na"], [[0, 0, 0]]),
+    "no neighbour": Structure(Lattice.cubic(12), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]),
+    "volume": Structure(Lattice([[3, 0, 0], [0, 3, 0], [3, 3, 0]]), ["Na"], [[0, 0, 0]]),
+    "volume of": Structure(Lattice.cubic(500), ["Na"], [[0, 0, 0]]),
+    "finite": Structure(Lattice.cubic(4), ["Na"], [[0, np.nan, 0]]),
+    "not finite": Structure(Lattice([[np.inf, 0, 0], [0, 3, 0], [0, 0, 3]]), ["Na"], [[0, 0, 0]]),
+    "disordered": Structure(Lattice.cubic(4), [{"Na": 0.5, "K": 0.5}], [[0, 0, 0]]),
+    "no atoms": Structure(Lattice.cubic(4), [], []),
+}
+
+
+def test_broken_crystals_get_a_status_alone(chgnet):
+    structures = [salt(), *BROKEN.values(), salt()]
+    result = chgnet.compute(structures, forces=True, stress=True, features=True)
+    assert result.status[0] == result.status[-1] == ""
+    assert result.energy[0] == pytest.approx(result.energy[-1], abs=ENERGY)
+    for reason, status in zip(BROKEN, result.status[1:-1], strict=True):
+        assert reason.strip() in status
+    assert np.isnan(result.energy[1:-1]).all()
+    assert np.isnan(result.stress[1:-1]).all()
+    assert np.isnan(result.features[1:-1]).all()
+    assert [f.shape for f in result.forces] == [(len(s), 3) for s in structures]
+
+
+class Fragile(CHGNetPotential):
+    """CHGNet with too little memory, and with troubles of its own when it meets certain elements."""
+
+    limit = 10**9
+
+    def evaluate(self, graphs, forces, stress, features):
+        numbers = np.concatenate([g.cell.numbers for g in graphs])
+        if len(numbers) > self.limit:
+            raise self.error
+        if Element("K").Z in numbers:
+            raise ValueError("no potassium today\nsecond line")
+        part = super().evaluate(graphs, forces, stress, features)
+        for i, graph in enumerate(graphs):
+            part.energy[i] += 1e4 * (Element("Rb").Z in graph.cell.numbers)
+            part.energy[i] *= np.nan if Element("Cs").Z in graph.cell.numbers else 1
+        return part
+
+
+@pytest.fixture(scope="module")
+def fragile():
+    return Fragile("0.3.0", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: 8 GB")],
+)
+def test_out_of_memory_halves_the_batch_and_goes_on(fragile, error, monkeypatch, chgnet):
+    monkeypatch.setattr(fragile, "limit", 20)
+    monkeypatch.setattr(fragile, "error", error, raising=False)
+    monkeypatch.setattr(fragile, "max_atoms", 100)
+    structures = [salt(5.5 + 0.05 * i) for i in range(9)] + [salt() * [2, 2, 1]] + [salt(6.0)]
+    result = fragile.compute(structures)
+    expected = chgnet.compute(structures)
+    assert result.status == [""] * 9 + ["out of memory", ""]
+    np.testing.assert_allclose(np.delete(result.energy, 9), np.delete(expected.energy, 9), atol=ENERGY)
+    assert fragile.max_atoms <= 20
+
+
+def test_what_breaks_or_fools_the_model_is_told_apart(fragile):
+    structures = [salt()]
+    for metal in ("K", "Rb", "Cs", "Na"):
+        structures.append(salt(6.5).replace_species({"Na": metal}))
+    result = fragile.compute(structures)
+    assert result.status[0] == result.status[4] == ""
+    assert result.status[1] == "failed: ValueError: no potassium today"
+    assert "implausible energy" in result.status[2]
+    assert "NaN" in result.status[3]
+    assert np.isnan(result.energy[1:4]).all()
+
+
+def test_evaluations_slice_and_join(chgnet):
+    structures = [salt(), BROKEN["Po"], low_symmetry()]
+    result = chgnet.compute(structures, forces=True, stress=True, features=True)
+    again = Evaluation.cat([result[:1], result[np.array([1, 2])]])
+    assert again.status == result.status
+    assert again.ok.tolist() == [True, False, True]
+    for name in ("energy", "stress", "features"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(again.forces, result.forces, strict=True))
+    assert Evaluation.cat([chgnet.compute([salt()])]).forces is None
+
+
+@pytest.mark.parametrize("name", ["chgnett", "chgnet:9.9", "mace:", "mace:no/such.model", ""])
+def test_unknown_potentials_are_told_in_one_line(name):
+    with pytest.raises(UserError) as caught:
+        load_potential(name, "cpu")
+    assert "\n" not in str(caught.value)
+
+
+MACE_ELEMENTS = [8, 11, 17, 22, 38]
+
+
+@pytest.fixture(scope="module")
+def mace_network():
+    """A tiny MACE with random weights: real in every part, small in every size."""
+    from cfrl.potentials.mace import imported_mace
+
+    with imported_mace():
+        from e3nn import o3
+        from mace import modules
+    torch.manual_seed(0)
+    blocks = modules.interaction_classes
+    return modules.ScaleShiftMACE(
+        r_max=5.0,
+        num_bessel=6,
+        num_polynomial_cutoff=5,
+        max_ell=2,
+        interaction_cls=blocks["RealAgnosticResidualInteractionBlock"],
+        interaction_cls_first=blocks["RealAgnosticInteractionBlock"],
+        num_interactions=2,
+        num_elements=len(MACE_ELEMENTS),
+        hidden_irreps=o3.Irreps("8x0e + 8x1o"),
+        MLP_irreps=o3.Irreps("8x0e"),
+        gate=torch.nn.functional.silu,
+        atomic_energies=np.linspace(-1, -5, len(MACE_ELEMENTS)),
+        avg_num_neighbors=12.0,
+        atomic_numbers=MACE_ELEMENTS,
+        correlation=2,
+        atomic_inter_scale=3.0,
+        atomic_inter_shift=-0.1,
+    )
+
+
+@pytest.fixture(scope="module")
+def mace(mace_network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mace") / "tiny.model"
+    torch.save(mace_network, path)
+    return load_potential(f"mace:{path}", "cpu")
+
+
+def test_mace_agrees_with_its_own_calculator(mace, mace_network):
+    from mace.calculators import MACECalculator
+    from pymatgen.io.ase import AseAtomsAdaptor
+
+    calculator = MACECalculator(models=[mace_network], device="cpu", default_dtype="float32")
+    centred = Structure(Lattice.cubic(4.2), ["Na", "Na"], [[0.1, 0, 0], [0.6, 0.5, 0.5]])
+    structures = [salt(), low_symmetry(), low_symmetry(1) * [1, 2, 1], centred]
+    result = mace.compute(structures, forces=True, stress=True, features=True)
+    assert result.status == [""] * 4
+    for i, structure in enumerate(structures):
+        atoms = AseAtomsAdaptor.get_atoms(structure)
+        atoms.calc = calculator
+        assert result.energy[i] == pytest.approx(atoms.get_potential_energy() / len(atoms), abs=1e-5)
+        np.testing.assert_allclose(result.forces[i], atoms.get_forces(), atol=1e-4)
+        np.testing.assert_allclose(result.stress[i], atoms.get_stress(voigt=False), atol=1e-6)
+        descriptors = calculator.get_descriptors(atoms)
+        np.testing.assert_allclose(result.features[i, :16], descriptors.mean(0), atol=1e-5)
+        np.testing.assert_allclose(result.features[i, -16:], descriptors.max(0), atol=1e-5)
+    assert np.abs(result.forces[1]).max() > 0.01
+    assert np.abs(result.stress[0]).max() > 1e-4
+
+
+def test_mace_reduces_centred_cells(mace):
+    assert len(mace.prepare(salt()).first) == 2
+    assert len(mace.prepare(low_symmetry() * [1, 1, 2]).first) == 5
+
+
+def test_mace_names_the_elements_it_does_not_know(mace):
+    result = mace.compute([salt(), salt().replace_species({"Na": "K"}), BROKEN["no neighbour"]], forces=True)
+    assert result.status[0] == ""
+    assert "element K" in result.status[1]
+    assert "no neighbour" in result.status[2]
+
+
+class Exploit:
+    """Pickled, it calls a function of the attacker's choice."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_model_files_cannot_run_code(mace, tmp_path):
+    import os
+
+    from torch.fx.graph_module import reduce_graph_module
+
+    trace = tmp_path / "trace"
+    source = f"def forward(self):\n    open({str(trace)!r}, 'w')\n"
+    attacks = [
+        Exploit(os.mkdir, str(trace)),
+        Exploit(reduce_graph_module, {"_code": source}, ""),
+        Exploit(reduce_graph_module, {"_code": f"__import__('os').mkdir({str(trace)!r})"}, ""),
+        Exploit(reduce_graph_module, {"_code": "def forward(self):\n    return 1\n"}, source + "forward(0)\n"),
+        {"weights": torch.zeros(3)},
+    ]
+    for i, attack in enumerate(attacks):
+        path = tmp_path / f"{i}.model"
+        torch.save(attack, path)
+        with pytest.raises(UserError, match=r"not a MACE model"):
+            load_potential(f"mace:{path}", "cpu")
+    assert not trace.exists()
+    (tmp_path / "text.model").write_text("no model")
+    with pytest.raises(UserError, match="not a MACE model"):
+        load_potential(f"mace:{tmp_path / 'text.model'}", "cpu")
+
+
+def test_mace_leaves_the_safety_of_torch_load_alone(mace, tmp_path):
+    import os
+
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
+    torch.save(Exploit(os.getcwd), tmp_path / "file.pt")
+    with pytest.raises(Exception, match="Weights only"):
+        torch.load(tmp_path / "file.pt")

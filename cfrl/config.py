@@ -8,6 +8,7 @@ A command's settings are one dataclass whose fields carry their help text. From 
 from __future__ import annotations
 
 import difflib
+import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -198,6 +199,26 @@ class ScreenConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 
+@dataclass
+class PredictorConfig:
+    """Train a property predictor."""
+
+    target: str = option("", "Column to learn.")
+    log: bool = option(False, "Learn log10 of it: for positive quantities that range over decades.")
+    zero: float = option(
+        -1.0, "Values below are a class of their own (metals among band gaps: 0.05); negative: no such class."
+    )
+    unit: str = option("", "Unit of the column, kept in the file.")
+    members: int = option(5, "Networks in the ensemble.")
+    folds: int = option(5, "Folds of the cross-validation; rows of one formula are held back together.")
+    hidden: int = option(128, "Width of the networks.")
+    epochs: int = option(60, "Passes over the data.")
+    batch_size: int = option(64, "Crystals per optimiser step.")
+    potential: str = option("chgnet", "Whose features are learnt from: chgnet, mace:NAME, ...")
+    device: str = option("auto", "auto, cpu, cuda, ...: where the potential runs.")
+    seed: int = option(0, "Seed of folds, weights and data order.")
+
+
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "pretrain": PretrainConfig,
@@ -205,6 +226,7 @@ SECTIONS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "retrieve": RetrieveConfig,
     "screen": ScreenConfig,
+    "predictor": PredictorConfig,
 }
 
 
@@ -224,6 +246,25 @@ def resolve(cls: type[T], flags: Mapping[str, Any] | None = None, file: Path | N
     if file is not None or path.is_file():
         values = _section(path, next(name for name, section in SECTIONS.items() if section is cls))
     return build(cls, {**values, **(flags or {})}, source=str(path))
+
+
+def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
+    """The tables `[rewards.NAME]` of `cfrl.toml`: an `expression` and the numbers that it names.
+
+    Raises:
+        UserError: unreadable file, or a table without an expression or with anything but numbers beside it.
+    """
+    path = Path(USER_FILE) if file is None else Path(file)
+    if not path.is_file():
+        return {}
+    definitions = _section(path, "rewards")
+    for name, table in definitions.items():
+        if not isinstance(table, dict) or not isinstance(table.get("expression"), str):
+            raise UserError(f'{path}: [rewards.{name}] needs a line like expression = "band_gap - 2*ehull"')
+        for key, value in table.items():
+            if key != "expression" and not _fits(value, float):
+                raise UserError(f"{path}: [rewards.{name}] {key} = {value!r} should be a number")
+    return definitions
 
 
 def build(cls: type[T], values: Mapping[str, Any], source: str = "settings") -> T:
@@ -251,7 +292,7 @@ def to_toml(sections: Mapping[str, Any], comments: bool = False) -> str:
         for f in fields(config):
             if comments:
                 lines += textwrap.wrap(f.metadata["help"], 100, initial_indent="# ", subsequent_indent="# ")
-            lines += _toml_entry(f.name, getattr(config, f.name))
+            lines.append(f"{f.name} = {_toml(getattr(config, f.name))}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
@@ -267,7 +308,7 @@ def _section(path: Path, name: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML: {error}") from error
     for key in document:
-        if key not in SECTIONS:
+        if key not in SECTIONS and key != "rewards":
             raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")
     return document.get(name, {})
 
@@ -287,20 +328,15 @@ def _type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def _toml_entry(key: str, value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{key} = {{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"]
-    return [f"{key} = {_toml(value)}"]
-
-
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings have JSON's escapes
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     return repr(value)
 
 

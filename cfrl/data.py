@@ -385,6 +385,10 @@ def _analyse(
             results.append(unit if fits else f"too many atoms: {atoms} in the conventional cell, limit {max_atoms}")
         except (Unusable, SymmetryError) as error:
             results.append(str(error))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic inside moyo is no Exception, and must cost one row only
+            results.append(f"symmetry not found: {type(error).__name__}: {error}")
     return results
 
 

@@ -176,6 +176,29 @@ def finetune(
     run(config, resume=resume or None)
 
 
+@app.command(rich_help_panel=COMMANDS)
+@configured(config.ScreenConfig)
+def screen(
+    config: config.ScreenConfig,
+    source: Annotated[
+        str, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
+    ] = "",
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="The run folder to make, or a .csv or .h5 to copy the table to.")
+    ] = "",
+    resume: Annotated[
+        str, typer.Option(help="Go on with this run folder (`last`: the newest); what is done stays done.")
+    ] = "",
+) -> None:
+    """Find the crystals that deserve a DFT calculation: valid, new, stable, with the properties wanted.
+
+    Example: cfrl screen crystals.h5 --known mp_20.h5 --filter "ehull < 0.05"
+    """
+    from cfrl.screen import screen as run
+
+    run(source, config, output, Path(resume) if resume else None, _console())
+
+
 @model_app.command("import")
 def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],

@@ -1,0 +1,513 @@
+"""Screen: which of these crystals deserve a DFT calculation?
+
+`screen` leads crystals from any generator through the stages: validity, duplicates and known crystals, relaxation,
+energy above the hull, properties; then it counts, ranks and writes. What a stage does with a crystal is in
+`stages.py`, how work is spread over processes in `engine.py`, the table and its counts in `tally.py`.
+
+Results of a stage go to a journal in the run folder as they come. A journal is named by all that its results depend
+on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.
+
+    runs/<date>-<time>-screen-<input>/
+        table.csv          one row per crystal of the input, best first
+        screen.h5          the final crystals (relaxed, if they were) with the same columns; a dataset of ours
+        summary.json       counts and rates with 95% confidence intervals, and what they mean
+        cifs/, dft/        the candidates
+        stages/            the journals
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from cfrl import readers, stages
+from cfrl.config import ScreenConfig
+from cfrl.crystal import CrystalBatch, reduced_formula
+from cfrl.data import load_dataset, read_structures
+from cfrl.devices import choose_device
+from cfrl.elements import SYMBOLS
+from cfrl.engine import LOST, LocalEngine
+from cfrl.errors import UserError
+from cfrl.files import atomic_file, check_writable, provenance
+from cfrl.fingerprint import fingerprints, group_by
+from cfrl.hull import ReferenceHull
+from cfrl.progress import progress_bar
+from cfrl.runs import RunFolder
+from cfrl.stages import Record
+from cfrl.storage import write_crystals
+from cfrl.tally import TEXT, Summary, Table, expression, summarise
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+    from rich.console import Console
+
+K = TypeVar("K", bound=Hashable)
+
+DFT_SETS = {"scan": "MPScanRelaxSet", "pbe": "MPRelaxSet"}
+_CHECK_CHUNK, _MATCH_CHUNK = 64, 8
+_RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+_SOURCE = "input.txt"  # in the run folder: what is screened
+_SHOWN = 10  # candidates on the terminal
+_COLUMNS_SHOWN = {
+    "id": "id",
+    "formula": "formula",
+    "space_group": "group",
+    "e_above_hull": "ehull",
+    "num_references": "refs",
+    "known_as": "known as",
+    "rmsd": "rmsd",
+}
+
+
+@dataclass
+class Samples:
+    """What the input holds: n rows, first the m readable crystals, then the others.
+
+    ids: n names, unique
+    structures: m pymatgen structures
+    problems: n - m reasons why a row cannot be read
+    columns: name -> (n,) numbers or strings that stood beside the crystals
+    """
+
+    ids: list[str]
+    structures: list[Structure]
+    problems: list[str]
+    columns: dict[str, np.ndarray]
+
+    def digest(self) -> str:
+        """Changes with any crystal."""
+        sha = hashlib.sha256()
+        for s in self.structures:
+            sha.update(s.lattice.matrix.tobytes() + s.frac_coords.tobytes() + s.formula.encode())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class KnownCrystal:
+    """One crystal of a `--known` dataset; its fingerprint is "" if unknown."""
+
+    name: str
+    structure: Structure
+    fingerprint: str
+
+
+def screen(
+    source: str, config: ScreenConfig, output: str = "", resume: Path | None = None, console: Console | None = None
+) -> Path:
+    """Screen the crystals of a file; returns the run folder.
+
+    Args:
+        source: whatever `data.read_structures` takes: our HDF5, CIF, CSV, extxyz, JSON, folders and zips. When
+            resuming it may be left empty.
+        config: the settings.
+        output: the run folder (default: a new one under `runs/`), or a .csv or .h5 that the table is copied to.
+        resume: go on with this run folder: what its journals hold is not computed again.
+        console: where to show progress and results.
+
+    Raises:
+        UserError: an input, a reference or a setting that cannot be used, or nowhere to write.
+    """
+    run = RunFolder.open(resume) if resume else None
+    if run and not source:
+        source = (run.path / _SOURCE).read_text(encoding="utf-8").strip()
+    if not source:
+        raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
+    rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
+    if config.dft and config.dft not in DFT_SETS:
+        raise UserError(f"--dft {config.dft}: use {' or '.join(DFT_SETS)}")
+    samples = read_samples(source)
+    table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
+    table.check_names(rank, condition)
+    hull = load_hull(config) if config.stability else None
+    known = read_known(config.known, set(table["formula"])) if config.unique and config.known else None
+    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    if copy:
+        check_writable(copy)
+    run = run or _run_folder(source, config, "" if copy else output)
+    try:
+        with LocalEngine(_workers(config)) as engine:
+            work = Work(run.path / "stages", engine, samples.digest(), console)
+            structures = _stages(work, samples.structures, table, config, known)
+    except KeyboardInterrupt:
+        if console:
+            console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
+        raise
+    if hull is not None:
+        table.judge_stability(hull, samples.structures)
+    summary = summarise(table, hull)
+    order = table.order(rank, condition)
+    _write(run.path, table, order, structures, config, summary)
+    if copy:
+        shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), copy)
+    run.finish()
+    if console:
+        _show(run.path, table, order, summary, config, console)
+    return run.path
+
+
+def read_samples(source: str) -> Samples:
+    """The crystals of the input, and a row for each that cannot be read.
+
+    Raises:
+        UserError: the input cannot be read, or holds nothing at all.
+    """
+    structures, ids, columns, dropped = read_structures(source)
+    ids += [entry.id or f"{Path(entry.file).name}:{entry.row}" for entry in dropped]
+    if not ids:
+        raise UserError(f"{source}: there is no crystal in it")
+    ids = _distinct(ids)
+    filled = {}
+    for name, values in columns.items():
+        values = np.asarray(values)
+        blank = np.full(len(dropped), np.nan if values.dtype.kind == "f" else "", dtype=values.dtype)
+        filled[name] = np.concatenate([values, blank])
+    return Samples(ids, structures, [entry.reason for entry in dropped], filled)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The second "a" becomes "a#2" and so on."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return distinct
+
+
+def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[KnownCrystal]]:
+    """Crystals of datasets or structure files that have one of these reduced formulas, by formula.
+
+    Raises:
+        UserError: a dataset that does not exist or cannot be read.
+    """
+    known: dict[str, list[KnownCrystal]] = {}
+    for name in names:
+        from_files = Path(name).exists() and Path(name).suffix not in (".h5", ".hdf5")
+        for formula, crystal in (_known_in_files if from_files else _known_in_dataset)(name, formulas):
+            known.setdefault(formula, []).append(crystal)
+    return known
+
+
+def _known_in_dataset(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
+    crystals = load_dataset(name)
+    own = np.array(crystals.formulas(), dtype=object)
+    rows = np.nonzero(np.isin(own, list(formulas)))[0]
+    crystals = crystals[rows]
+    ids = crystals.ids or [f"{name}:{row}" for row in rows]
+    for item in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
+        yield item[0], KnownCrystal(*item[1:])
+
+
+def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
+    for path in readers.input_files([name]):
+        for _, entry in readers.iter_entries(path):
+            try:
+                cell = readers.parse(entry.kind, entry.payload)
+            except readers.Unusable:
+                continue
+            formula = reduced_formula(cell.numbers.tolist(), [1] * len(cell.numbers))
+            if formula in formulas:
+                yield formula, KnownCrystal(entry.id or f"{path.name}:{entry.row}", readers.to_structure(cell), "")
+
+
+def load_hull(config: ScreenConfig) -> ReferenceHull:
+    """The reference hull of the settings."""
+    return ReferenceHull.load(config.hull)
+
+
+# ---- the stages ----
+
+
+class Work:
+    """Runs stages on an engine and keeps their results in journals."""
+
+    def __init__(self, folder: Path, engine: LocalEngine, key: str, console: Console | None) -> None:
+        self.folder, self.engine, self.key, self.console = folder, engine, key, console
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(
+        self,
+        name: str,
+        function: Callable[[list[Any]], list[Record]],
+        items: Mapping[K, Any],
+        settings: Mapping[str, Any],
+        chunk: int,
+    ) -> dict[K, Record]:
+        """The records of `items`; those that are in the journal are not computed again.
+
+        Args:
+            name: of the stage.
+            function: one of `stages.py`, with its settings bound.
+            items: what it works on, by row or another name that stays the same.
+            settings: everything but the input that the records depend on.
+            chunk: items that a worker gets at once.
+        """
+        text = json.dumps([self.key, name, settings], sort_keys=True)
+        journal = Journal(self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl")
+        missing = [key for key in items if str(key) not in journal.records]
+        chunks = [missing[i : i + chunk] for i in range(0, len(missing), chunk)]
+        with journal, progress_bar(f"{name:<12}", len(items), self.console) as progress:
+            done = len(items) - len(missing)
+            progress(done)
+            for index, records in self.engine.map(function, [[items[key] for key in keys] for keys in chunks]):
+                journal.add(chunks[index], [record or {"status": LOST} for record in records])
+                done += len(records)
+                progress(done)
+        return {key: journal.records[str(key)] for key in items}
+
+
+class Journal:
+    """Records by key in a file of JSON lines, one line per chunk, written as chunks are done.
+
+    A line that a kill or a full disk cut off is forgotten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        data = path.read_bytes() if path.exists() else b""
+        self._end = data.rfind(b"\n") + 1
+        for line in data[: self._end].splitlines():
+            self.records.update(json.loads(line))
+
+    def __enter__(self) -> Journal:
+        self._file = self.path.open("ab")
+        self._file.truncate(self._end)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def add(self, keys: Iterable[Hashable], records: Iterable[Record]) -> None:
+        """Raises UserError where it cannot be written."""
+        new = {str(key): record for key, record in zip(keys, records, strict=True)}
+        try:
+            self._file.write(json.dumps(new).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; --resume {self.path.parents[1]} goes on from here"
+            ) from error
+        self.records.update(new)
+
+
+def _stages(
+    work: Work,
+    samples: list[Structure],
+    table: Table,
+    config: ScreenConfig,
+    known: dict[str, list[KnownCrystal]] | None,
+) -> dict[int, Structure]:
+    """Fills the table stage by stage; gives the final structure of every readable row."""
+    structures = dict(enumerate(samples))
+    limits = stages.Limits(config.min_distance, max_density=config.max_density) if config.validity else stages.ANY
+    check = partial(stages.check, limits=limits, symprec=config.symprec)
+    checked = {"limits": asdict(limits), "symprec": config.symprec}
+    table.fill(work.run("validity", check, structures, checked, _CHECK_CHUNK))
+    table.note_valid()
+    if config.unique:
+        _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
+
+    model = {"potential": config.potential}
+    chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
+    if config.relax:
+        how = stages.Relaxation(config.fmax, config.steps, not config.free)
+        relax = partial(stages.relax, potential=config.potential, device=config.device, settings=how)
+        relaxed = model | asdict(how)
+        records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
+        structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
+        table.fill(records)
+        table.note_scale(records)
+        table.fill(work.run("recheck", check, table.going_on(structures), checked | relaxed, _CHECK_CHUNK), "_relaxed")
+        if config.unique:
+            _match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
+    elif config.stability:
+        energies = partial(stages.energies, potential=config.potential, device=config.device)
+        records = work.run("energy", energies, table.going_on(structures), model, chunk)
+        table.fill(records)
+        table.note_scale(records)
+    return structures
+
+
+def _match(
+    work: Work,
+    table: Table,
+    structures: dict[int, Structure],
+    known: dict[str, list[KnownCrystal]] | None,
+    settings: dict[str, Any],
+) -> None:
+    """Notes duplicates, which go no further, and crystals that are known."""
+    rows = list(table.going_on(structures))
+    table["unique"][rows] = 1.0
+    if known is not None:
+        table["novel"][rows] = 1.0
+    known = known or {}
+    formulas = group_by(rows, lambda row: table["formula"][row])
+    groups = {
+        formula: stages.Group(
+            [structures[row] for row in members],
+            [table["fingerprint"][row] for row in members],
+            [crystal.structure for crystal in known.get(formula, ())],
+            [crystal.fingerprint for crystal in known.get(formula, ())],
+        )
+        for formula, members in formulas.items()
+        if len(members) > 1 or formula in known
+    }
+    for formula, record in work.run("matching", stages.match, groups, settings, _MATCH_CHUNK).items():
+        if "status" in record:
+            table["status"][formulas[formula]] = record["status"]
+            continue
+        for row, original, hit in zip(formulas[formula], record["duplicate_of"], record["known"], strict=True):
+            if hit is not None:
+                table.note_known(row, known[formula][hit].name)
+            if original is not None:
+                table.note_duplicate(row, formulas[formula][original])
+
+
+def restore(cell: Mapping[str, Any]) -> Structure:
+    """A structure from a journal: `lattice`, `frac_coords`, `numbers`."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure(Lattice(cell["lattice"]), [SYMBOLS[z] for z in cell["numbers"]], cell["frac_coords"])
+
+
+def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
+    sha = hashlib.sha256()
+    for crystals in (known or {}).values():
+        for crystal in crystals:
+            sha.update(crystal.name.encode() + crystal.structure.frac_coords.tobytes())
+            sha.update(crystal.structure.lattice.matrix.tobytes())
+    return sha.hexdigest()
+
+
+def _workers(config: ScreenConfig) -> int:
+    if config.workers < 0:
+        raise UserError(f"--workers {config.workers}: should be 0 (automatic) or more")
+    on_gpu = choose_device(config.device).type != "cpu"
+    return config.workers or (1 if on_gpu else len(os.sched_getaffinity(0)))
+
+
+def _run_folder(source: str, config: ScreenConfig, folder: str) -> RunFolder:
+    run = RunFolder.create("screen", Path(source).stem, config, path=folder)
+    (run.path / _SOURCE).write_text(source + "\n", encoding="utf-8")
+    return run
+
+
+# ---- results ----
+
+
+def _write(
+    path: Path,
+    table: Table,
+    order: np.ndarray,
+    structures: dict[int, Structure],
+    config: ScreenConfig,
+    summary: Summary,
+) -> None:
+    """Table, crystals, summary, and the candidates' files. `order`: rows, the candidates first."""
+    table.write_csv(path / "table.csv", order)
+    _write_crystals(path / "screen.h5", table, order, structures, config)
+    with atomic_file(path / "summary.json") as temp:
+        temp.write_text(json.dumps(summary.as_dict() | provenance(), indent=2) + "\n", encoding="utf-8")
+    candidates = [int(row) for row in order if table["candidate"][row]][: config.top]
+    width = len(str(len(candidates)))
+    names = {row: f"{place:0{width}d}-{table['formula'][row]}" for place, row in enumerate(candidates, 1)}
+    with _replaced(path / "cifs") as folder:
+        for row, name in names.items():
+            structures[row].to(folder / f"{name}.cif", fmt="cif", symprec=config.symprec)
+    if config.dft:
+        with _replaced(path / "dft") as folder:
+            for row, name in names.items():
+                write_vasp(structures[row], folder / name, config.dft)
+
+
+def _write_crystals(
+    path: Path, table: Table, order: np.ndarray, structures: dict[int, Structure], config: ScreenConfig
+) -> None:
+    rows = [int(row) for row in order if table["space_group"][row] > 0]
+    dropped: dict[int, str] = {}
+    crystals = CrystalBatch.from_structures(
+        [structures[row] for row in rows],
+        config.symprec,
+        [table["id"][row] for row in rows],
+        errors="skip",
+        dropped=dropped,
+        max_sites=stages.MAX_SITES,
+    )
+    rows = [row for place, row in enumerate(rows) if place not in dropped]
+    columns = {name: values[rows] for name, values in table.columns.items() if name != "id"}
+    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter})
+
+
+def write_vasp(structure: Structure, folder: Path, kind: str) -> None:
+    """VASP inputs of the primitive cell: POSCAR, INCAR, KPOINTS and POTCAR.spec (which POTCARs to concatenate).
+
+    Args:
+        structure: the crystal.
+        folder: where to; it is made.
+        kind: a key of `DFT_SETS`.
+    """
+    from pymatgen.io.vasp import sets
+
+    inputs = getattr(sets, DFT_SETS[kind])(structure.get_primitive_structure())
+    inputs.write_input(folder, potcar_spec=True)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of an old one when the block ends."""
+    partial_path = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial_path, ignore_errors=True)
+    try:
+        partial_path.mkdir(parents=True)
+        yield partial_path
+        shutil.rmtree(path, ignore_errors=True)
+        partial_path.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _show(
+    path: Path, table: Table, order: np.ndarray, summary: Summary, config: ScreenConfig, console: Console
+) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid(title=f"{len(table)} crystals", title_justify="left")
+    for head, justify in (("", "left"), ("crystals", "right"), ("rate", "right"), ("95% interval", "right")):
+        grid.add_column(head, justify=justify)
+    for rate in summary.rates:
+        share = f"{100 * rate.share:.1f}%"
+        grid.add_row(
+            rate.name, f"{rate.count} of {rate.total}", share, f"{100 * rate.low:.1f} to {100 * rate.high:.1f}%"
+        )
+    console.print(grid)
+    for average in summary.averages:
+        console.print(
+            f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
+            f"({average.count} crystals)"
+        )
+    for reason, count in summary.failures.items():
+        console.print(f"{count} x {reason}")
+    candidates = [row for row in order if table["candidate"][row]]
+    shown = {name: head for name, head in _COLUMNS_SHOWN.items() if table.has(name)}
+    best = Grid(title=f"{len(candidates)} candidates, by {config.rank}", title_justify="left")
+    for name, head in shown.items():
+        best.add_column(head, justify="left" if name in TEXT else "right")
+    for row in candidates[:_SHOWN]:
+        best.add_row(*(table.text(name, row, digits=3) for name in shown))
+    console.print(best)
+    if summary.warning:
+        console.print(f"Mind: {summary.warning}")
+    console.print(f"Wrote {path}/: table.csv, screen.h5, summary.json, cifs/" + (", dft/" if config.dft else ""))

@@ -1,0 +1,183 @@
+"""The stages of a screening as functions of lists: what a worker process does with some crystals.
+
+Each takes a list of items and gives one record, a plain dict that JSON can hold, for each. A crystal that cannot
+be worked on gets a record that says why; it never raises. Which crystals go where is decided in `screen.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfrl import fingerprint
+from cfrl.crystal import DALTON_PER_CUBIC_ANGSTROM, CrystalBatch
+from cfrl.elements import ATOMIC_NUMBERS, MASSES
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+    from cfrl.potentials import Potential
+
+Record = dict[str, Any]
+
+MAX_SITES = 1000  # inequivalent sites; screening also takes crystals that the generator could not write
+_PACKING = 1.13  # no two of N points in a volume V can all be farther apart than 1.1225 (V / N)^(1/3)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a crystal must satisfy to be valid.
+
+    min_distance: angstrom, between any two atoms
+    min_volume, max_volume: angstrom^3 per atom
+    max_density: g/cm^3
+    """
+
+    min_distance: float = 0.5
+    min_volume: float = 1.0
+    max_volume: float = 300.0
+    max_density: float = 40.0
+
+
+ANY = Limits(0.0, 0.0, math.inf, math.inf)
+
+
+def check(structures: list[Structure], limits: Limits, symprec: float) -> list[Record]:
+    """Geometry, chemistry and symmetry of crystals.
+
+    Records: `status` ("" or why it is invalid), `shortest_distance` (angstrom), `volume_per_atom` (angstrom^3),
+    `density` (g/cm^3), `charge_neutral` (SMACT), `space_group` (0 = not found), `fingerprint`.
+    """
+    records = [_geometry(structure, limits) for structure in structures]
+    fit = [row for row, record in enumerate(records) if not record["status"]]
+    dropped: dict[int, str] = {}
+    crystals = CrystalBatch.from_structures(
+        [structures[row] for row in fit], symprec, errors="skip", dropped=dropped, max_sites=MAX_SITES
+    )
+    described = [row for i, row in enumerate(fit) if i not in dropped]
+    for row, group, key in zip(
+        described, crystals.space_group.tolist(), fingerprint.fingerprints(crystals), strict=True
+    ):
+        records[row].update(space_group=group, fingerprint=key)
+    for row in fit:
+        records[row]["charge_neutral"] = charge_neutral(structures[row].composition.reduced_formula)
+    return records
+
+
+def _geometry(structure: Structure, limits: Limits) -> Record:
+    record: Record = {"space_group": 0, "fingerprint": "", "charge_neutral": None}
+    strange = [s.species_string for s in structure if not s.is_ordered or s.specie.symbol not in ATOMIC_NUMBERS]
+    if strange:
+        return record | {"status": f"disordered or not an element: {strange[0]}"}
+    volume = structure.volume / len(structure)
+    if not (math.isfinite(volume) and volume > 0 and np.isfinite(structure.frac_coords).all()):
+        return record | {"status": "no cell: its volume or a coordinate is not a positive finite number"}
+    mass = sum(MASSES[site.specie.Z] for site in structure) / len(structure)
+    record["volume_per_atom"] = volume
+    record["density"] = mass * DALTON_PER_CUBIC_ANGSTROM / volume
+    if not limits.min_volume <= volume <= limits.max_volume:
+        return record | {"status": f"volume of {volume:.3g} A^3 per atom"}
+    if record["density"] > limits.max_density:
+        return record | {"status": f"density of {record['density']:.3g} g/cm^3"}
+    record["shortest_distance"] = shortest_distance(structure)
+    if record["shortest_distance"] < limits.min_distance:
+        return record | {"status": f"atoms {record['shortest_distance']:.2f} A apart"}
+    return record | {"status": ""}
+
+
+def shortest_distance(structure: Structure) -> float:
+    """Between two atoms, periodic images included, angstrom."""
+    radius = _PACKING * (structure.volume / len(structure)) ** (1 / 3)
+    return float(structure.get_neighbor_list(radius)[3].min())
+
+
+@cache
+def charge_neutral(formula: str) -> bool:
+    """Whether common oxidation states can balance, by SMACT (with its Pauling test; metals and alloys pass)."""
+    from smact.screening import smact_validity
+
+    try:
+        return bool(smact_validity(formula))
+    except (KeyError, TypeError, ValueError):  # an element without data
+        return False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Crystals of one formula, to be compared with each other and with known ones."""
+
+    structures: list[Structure]
+    fingerprints: list[str]
+    known: list[Structure]
+    known_fingerprints: list[str]
+
+
+def match(groups: list[Group]) -> list[Record]:
+    """Duplicates and known crystals within each group.
+
+    Records: `duplicate_of` (place of an earlier crystal of the group, or None) and `known` (place of a known one, or
+    None), each a list along the group.
+    """
+    return [_match_group(group) for group in groups]
+
+
+def _match_group(group: Group) -> Record:
+    prepare = fingerprint.prepare
+    candidates = [prepare(*pair) for pair in zip(group.structures, group.fingerprints, strict=True)]
+    known = [prepare(*pair) for pair in zip(group.known, group.known_fingerprints, strict=True)]
+    duplicates = fingerprint.match_within(candidates)
+    return {"duplicate_of": duplicates, "known": fingerprint.match_against(candidates, known)}
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How to relax: `fmax` in eV/angstrom, `steps` at most, symmetry kept or not."""
+
+    fmax: float
+    steps: int
+    keep_symmetry: bool
+
+
+def relax(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
+    """Relaxed crystals. Records: see `_relaxed`; a failed one has its reason in `status` and no structure."""
+    from cfrl.relax import relax as relax_structures
+
+    result = relax_structures(
+        structures,
+        _potential(potential, device),
+        fmax=settings.fmax,
+        steps=settings.steps,
+        keep_symmetry=settings.keep_symmetry,
+    )
+    return []
+
+
+def energies(structures: list[Structure], potential: str, device: str) -> list[Record]:
+    """Energies as the crystals stand.
+
+    Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale` (the potential), `status`.
+    """
+    model = _potential(potential, device)
+    result = model.compute(structures, forces=True)
+    return [
+        {
+            "energy_per_atom": float(result.energy[i]),
+            "max_force": float(np.linalg.norm(result.forces[i], axis=1).max()),
+            "energy_scale": model.name,
+            "status": status,
+        }
+        for i, status in enumerate(result.status)
+    ]
+
+
+@cache
+def _potential(name: str, device: str) -> Potential:
+    """Loaded once in a worker process."""
+    from cfrl.devices import choose_device
+    from cfrl.potentials import load_potential
+
+    return load_potential(name, choose_device(device))

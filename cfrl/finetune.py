@@ -225,7 +225,7 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
     for epoch in range(config.epochs):
         sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
         order = torch.randperm(len(batch.items), generator=generator).to(batch.items.device)
-        for chosen in order.split(config.minibatch):
+        for chosen in order.split(config.minibatch) if len(order) else ():  # dpo may have found no pair
             tuning.optimiser.zero_grad(set_to_none=True)
             for part in chosen.split(config.micro_batch):
                 loss, watched = _loss(tuning, config, batch, batch.items[part])

@@ -9,6 +9,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -17,6 +18,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 
 from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, save
+from cfrl.files import atomic_file
 from cfrl.model import FACTORS
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals
@@ -114,41 +116,42 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def plot(run: RunFolder) -> None:
-    """Courses of the run as PNG and SVG in its folder, and before/after where fresh crystals were drawn."""
+    """`progress.png`: courses of the run; `pareto.png` where fresh crystals have a gap and a dielectric constant."""
     m = {name: np.array(values) for name, values in run.metrics().items()}
-    if not len(m.get("step", ())):
-        return
+    panels = {
+        "reward": {"reward/mean": "mean", "reward/median": "median"},
+        **{term.removeprefix("reward/"): {term: ""} for term in reward_terms(m)},
+        "KL (nats)": {"kl": "all", **{f"kl/{name}": name for name in FACTORS}},
+        "entropy (nats per crystal)": {f"entropy/{name}": name for name in FACTORS},
+        "share of a batch": {name: name for name in ("valid", "scored", "unique", "new")},
+        "space groups": {"space_groups": "in the batch", "effective_space_groups": "effective"},
+        "clipped": {"clip_fraction": ""},
+        "validation loss (nats)": {"validation/loss": ""},
+        "seconds per step": {f"seconds/{stage}": stage for stage in ("sample", "score", "likelihood", "update")},
+    }
+    figures = []
+    for label, lines in panels.items():
+        known = [(text, m[name]) for name, text in lines.items() if name in m and np.isfinite(m[name]).any()]
+        series = [Series(m["step"], y, text, "line", color) for (text, y), color in zip(known, PALETTE, strict=False)]
+        figures += [Figure("", "", "step", label, series)] if series else []
+    if figures:
+        _save_panels(figures, run.path / "progress.png")
+    if pareto := _pareto(run):
+        save(pareto, run.path)
 
-    def course(name: str, title: str, label: str, lines: Mapping[str, str]) -> Figure:
-        shown = [(metric, text) for metric, text in lines.items() if metric in m and np.isfinite(m[metric]).any()]
-        series = [
-            Series(m["step"], m[metric], text, "line", PALETTE[i % len(PALETTE)])
-            for i, (metric, text) in enumerate(shown)
-        ]
-        return Figure(name, title, "step", label, series)
 
-    figures = [
-        course("reward", "Reward", "reward", {"reward/mean": "mean", "reward/median": "median"}),
-        course("kl", "Distance to the starting model", "KL (nats)", {"kl": "all"} | {f"kl/{f}": f for f in FACTORS}),
-        course("entropy", "Entropy", "nats per crystal", {f"entropy/{f}": f for f in FACTORS}),
-        course(
-            "diversity", "Diversity", "share of a batch", {name: name for name in ("valid", "scored", "unique", "new")}
-        ),
-        course("validation", "Forgetting", "validation loss (nats per crystal)", {"validation/loss": ""}),
-        course(
-            "seconds",
-            "Time per step",
-            "seconds",
-            {f"seconds/{s}": s for s in ("sample", "score", "likelihood", "update")},
-        ),
-    ]
-    for name in reward_terms(m):
-        term = name.removeprefix("reward/")
-        figures.append(course(f"term-{_file_name(term)}", term, term, {name: ""}))
-    figures += [pareto] if (pareto := _pareto(run)) else []
-    for figure in figures:
-        if figure.series:
-            save(figure, run.path)
+def _save_panels(figures: Sequence[Figure], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    columns = min(3, len(figures))
+    rows = math.ceil(len(figures) / columns)
+    canvas = Canvas(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(canvas)
+    for place, figure in enumerate(figures, 1):
+        figure.draw(canvas.add_subplot(rows, columns, place))
+    with atomic_file(path) as temp:
+        canvas.savefig(temp, format="png", dpi=130)
 
 
 def _pareto(run: RunFolder) -> Figure | None:
@@ -182,10 +185,6 @@ def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
             best = y[row]
             rows.append(row)
     return np.array(rows, dtype=int)
-
-
-def _file_name(term: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in term)
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,517 @@
+"""The fine-tuning loop: theory on a reward known in closed form, faults, interruptions, and a real potential."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cfrl import finetune as module
+from cfrl import monitor
+from cfrl.config import FinetuneConfig
+from cfrl.crystal import CrystalBatch
+from cfrl.data import load_dataset
+from cfrl.errors import UserError
+from cfrl.finetune import finetune, spread
+from cfrl.fingerprint import fingerprints
+from cfrl.model import FACTORS, CrystalTransformer, ModelConfig, load_model, save_model
+from cfrl.rollouts import INVALID, Memory, Rollout, collect
+from cfrl.runs import RunFolder
+from cfrl.sampler import SamplerOptions, sample, space_group_prior
+from cfrl.storage import read_columns, read_crystals, write_crystals
+from cfrl.tuning import SpaceGroupPrior, starting_shares
+
+SIZES = ModelConfig(
+    embed_size=16,
+    h0_size=32,
+    model_size=32,
+    num_layers=2,
+    num_heads=2,
+    key_size=16,
+    coord_components=4,
+    lattice_components=2,
+    max_sites=9,
+    dropout=0.5,
+)
+QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, device="cpu", lr=3e-3, min_distance=0.0, max_atoms=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A very small model, shown the prototypes for a few seconds."""
+    torch.manual_seed(0)
+    crystals = load_dataset("prototypes")
+    crystals = crystals[crystals.num_sites <= 5]
+    model = CrystalTransformer(SIZES)
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        rows = torch.randint(len(crystals), (24,))
+        loss = -sum(model.eval()(crystals[rows].trim()).values()).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    counts = torch.bincount(crystals.space_group, minlength=231).float()
+    model.space_group_log_prob.copy_((counts / counts.sum()).log())
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(model, path)
+    return str(path)
+
+
+def scored(values: torch.Tensor, name: str = "toy", status: list[str] | None = None) -> SimpleNamespace:
+    values = values.double().numpy()
+    return SimpleNamespace(total=values, terms={name: values}, status=status or [""] * len(values))
+
+
+def first_is_oxygen(crystals: CrystalBatch) -> SimpleNamespace:
+    return scored(crystals.species[:, 0] == 8, "oxygen")
+
+
+def tune(tiny_model, tmp_path, reward=first_is_oxygen, resume=None, **changes) -> RunFolder:
+    config = FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, **changes})
+    return finetune(config, reward=reward, root=tmp_path, resume=resume, quiet=True)
+
+
+# ---- theory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("algorithm", "kl"), [("ppo", "reward"), ("rloo", "loss")])
+def test_oxygen_reward_reaches_what_theory_says(tiny_model, tmp_path, algorithm, kl):
+    """For a yes/no reward the optimum is p* = p0 e^(1/beta) / (p0 e^(1/beta) + 1 - p0), and so is its KL."""
+    beta, elements = 0.5, "O,Mg,Si,Ti,Ba,S,Fe,Al"
+    wanted = dict(space_group="225", elements=elements, max_atoms=8)
+    base = sample(load_model(tiny_model), 3000, space_group=225, elements=elements.split(","), max_atoms=8, seed=1,
+                  keep_invalid=True, min_distance=0.0)  # fmt: skip
+    p0 = float((base.species[:, 0] == 8).double().mean())
+    odds = p0 / (1 - p0) * math.exp(1 / beta)
+    expected = odds / (1 + odds)
+    expected_kl = expected * math.log(expected / p0) + (1 - expected) * math.log((1 - expected) / (1 - p0))
+    assert expected - p0 > 0.25
+
+    run = tune(tiny_model, tmp_path, algorithm=algorithm, kl=kl, beta=beta, standardize=False, diversity=0, penalty="0",
+               steps=40, batch_size=192, minibatch=96, epochs=2, lr=2e-3, clip_advantage=0, **wanted)  # fmt: skip
+    metrics = run.metrics()
+    tuned = np.mean(metrics["reward/mean"][-10:])
+    kl_found = np.mean(metrics["kl"][-10:])
+    assert abs(tuned - expected) < 0.06
+    assert expected_kl - 0.1 < kl_found < expected_kl + 0.5  # never less than the reward costs, and little wasted
+    assert all(0.5 < ratio < 2 for ratio in metrics["ratio"])
+    fresh = sample(load_model(run.path), 1000, space_group=225, elements=elements.split(","), max_atoms=8, seed=2,
+                   keep_invalid=True)  # fmt: skip
+    assert abs(float((fresh.species[:, 0] == 8).double().mean()) - expected) < 0.08
+
+
+def test_ratio_starts_at_one_although_the_model_has_dropout(tiny_model, tmp_path):
+    assert load_model(tiny_model).config.dropout == 0.5
+    options = dict(temperature=0.8, top_p=0.95, elements="O,Mg,Ti,Si,S")
+    run = tune(tiny_model, tmp_path, steps=1, epochs=1, minibatch=24, micro_batch=10, **options)
+    metrics = {name: values[0] for name, values in run.metrics().items()}
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
+    assert metrics["step_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    plain = tune(tiny_model, tmp_path, steps=1)
+    assert plain.metrics()["kl"][0] == pytest.approx(0, abs=1e-6)  # the policy is the starting model
+    several = tune(tiny_model, tmp_path, steps=1, epochs=3)
+    assert abs(several.metrics()["ratio"][0] - 1) > 1e-4
+
+
+def test_rollouts_hold_the_likelihood_of_what_was_drawn(tiny_model, tmp_path):
+    """Sites stay in the order drawn, and log P is that of the sampler with its temperature and masks."""
+    run = tune(tiny_model, tmp_path, steps=1, temperature=0.7, elements="O,Mg,Ti")
+    crystals = read_crystals(run.path / "rollouts.h5")
+    options = SamplerOptions(temperature=0.7, elements=(8, 12, 22), max_atoms=16)
+    with torch.no_grad():
+        scores = load_model(tiny_model).log_prob(crystals, options)
+    expected = sum(scores[name].double() for name in FACTORS)
+    torch.testing.assert_close(crystals.properties["log_prob"], expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(crystals.properties["log_prob_base"], expected, atol=1e-4, rtol=1e-5)
+    assert set(crystals.properties) >= {"step", "reward", "oxygen", "valid", "log_prob", "log_prob_base"}
+    assert set(read_columns(run.path / "rollouts.h5", ["status"])["status"]) <= {"", INVALID}
+
+
+def test_gradient_accumulation_changes_nothing(tiny_model, tmp_path):
+    weights = []
+    for micro_batch in (24, 5):
+        run = tune(tiny_model, tmp_path, steps=2, minibatch=24, micro_batch=micro_batch)
+        weights.append(torch.cat([p.flatten() for p in load_model(run.path).parameters()]))
+    start = torch.cat([p.flatten() for p in load_model(tiny_model).parameters()])
+    moved = (weights[0] - start).abs().max()
+    # Adam's first steps turn rounding into steps where a gradient is all but zero: compare most, not all.
+    assert ((weights[0] - weights[1]).abs() < 0.01 * moved).double().mean() > 0.97
+
+
+def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tmp_path):
+    def is_cubic(crystals: CrystalBatch) -> SimpleNamespace:
+        return scored(crystals.space_group >= 195)
+
+    before = load_model(tiny_model).space_group_log_prob.exp()
+    settings = dict(reward=is_cubic, steps=12, batch_size=64, minibatch=64, learn_space_groups=True, beta=0.05,
+                    space_group_lr=0.2, space_group_floor=0.2, diversity=0, lr=1e-5)  # fmt: skip
+    run = tune(tiny_model, tmp_path, **settings)
+    after = load_model(run.path).space_group_log_prob.exp()
+    assert float(after[195:].sum()) > float(before[195:].sum()) + 0.15
+    assert float(after.sum()) == pytest.approx(1, abs=1e-5)
+    assert (after >= 0.2 * before - 1e-6).all()
+    assert (after[before == 0] == 0).all()
+    metrics = run.metrics()
+    assert metrics["effective_space_groups"][-1] < metrics["effective_space_groups"][0]
+    assert metrics["kl/space_group"][-1] > 0.01
+    fixed = tune(tiny_model, tmp_path, **settings | {"learn_space_groups": False, "steps": 2})
+    torch.testing.assert_close(load_model(fixed.path).space_group_log_prob.exp(), before)
+
+
+def test_starting_shares(tiny_model):
+    model = load_model(tiny_model)
+    seen = model.space_group_log_prob.isfinite()
+    uniform = starting_shares(model, "uniform", 0)
+    assert torch.equal(uniform.isfinite(), seen)
+    torch.testing.assert_close(uniform.exp()[seen], torch.full((int(seen.sum()),), 1 / int(seen.sum())))
+    torch.testing.assert_close(starting_shares(model, "", 0), space_group_prior(model))
+    assert starting_shares(model, "225,221", 0).isfinite().nonzero().flatten().tolist() == [221, 225]
+    with pytest.raises(UserError, match="Fm-3m"):
+        starting_shares(model, "Fm-3m", 0)
+    prior = SpaceGroupPrior(uniform, learn=True, floor=0.1)
+    assert prior.effective() == pytest.approx(int(seen.sum()), rel=1e-5)
+    torch.testing.assert_close(prior.log_prob().exp(), uniform.double().exp(), atol=1e-7, rtol=1e-6)
+
+
+# ---- collapse ----------------------------------------------------------------------------------------------------
+
+
+def crystals_of(n: int, seed: int = 0) -> CrystalBatch:
+    torch.manual_seed(seed)
+    return sample(CrystalTransformer(SIZES), n, space_group=[1, 62, 225], seed=seed, keep_invalid=True)
+
+
+def test_diversity_filter_and_penalty():
+    memory = Memory("25%", diversity=2, replay_size=0)
+    crystals = crystals_of(5)
+    crystals.properties = {"reward": torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]).double()}
+    memory.add(Rollout(crystals, [""] * 4 + ["broken"], []), ["a"] * 4 + ["b"])
+    assert memory.penalty == 1.75  # 25th percentile of 1, 2, 3, 4
+    earned = memory.earned(crystals.properties["reward"], ["a", "new", "a", "a", "b"])
+    # "a" came four times, two are free: half of what is above the penalty; below the penalty nothing is gained.
+    assert earned.tolist() == [1.0, 2.0, 1.75 + 0.5 * 1.25, 1.75 + 0.5 * 2.25, 1.75]
+    fixed = Memory("-3", 0, 0)
+    assert fixed.earned(torch.tensor([math.nan, 7.0]), ["a", "b"]).tolist() == [-3.0, 7.0]
+    assert Memory("5%", 0, 0).penalty == 0  # nothing scored yet
+    for bad in ("x", "150%", "nan", "%"):
+        with pytest.raises(UserError, match="penalty"):
+            Memory(bad, 0, 0)
+
+
+def test_replay_keeps_the_best_of_each_fingerprint():
+    memory = Memory("5%", 0, replay_size=4)
+    for seed in range(3):
+        crystals = crystals_of(12, seed)
+        reward = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
+        reward[3] = math.nan
+        crystals.properties = {"reward": reward, "drawn": torch.full((12,), float(seed)).double()}
+        crystals = CrystalBatch.cat([crystals, crystals[:2]])  # the same ones again
+        memory.keep_best(crystals, fingerprints(crystals))
+    every = torch.cat([torch.randn(12, generator=torch.Generator().manual_seed(s)) for s in range(3)]).double()
+    every[[3, 15, 27]] = -math.inf
+    assert memory.best.properties["reward"].tolist() == every.sort(descending=True).values[:4].tolist()
+    chosen, keys = memory.replay(10, torch.Generator().manual_seed(0))
+    assert len(chosen) == len(set(keys)) == 4
+    assert fingerprints(chosen) == keys
+
+    other = Memory("5%", 0, replay_size=4)
+    other.load_state_dict(memory.state_dict())
+    again, _ = other.replay(10, torch.Generator().manual_seed(0))
+    assert torch.equal(again.species, chosen.species)
+
+
+def test_a_policy_that_repeats_itself_is_seen_in_the_metrics(tiny_model, tmp_path):
+    """One element, one space group, one atom: `unique` and `new` fall, and the filter takes the reward away."""
+    run = tune(tiny_model, tmp_path, steps=3, elements="O", space_group="225", max_atoms=4, diversity=3)
+    metrics = run.metrics()
+    assert metrics["unique"][0] <= 2 / 24
+    assert metrics["new"][1] == 0
+    assert metrics["chemical_systems"][0] == 1
+    assert metrics["effective_space_groups"][0] == pytest.approx(1)
+
+
+# ---- scoring -----------------------------------------------------------------------------------------------------
+
+
+def test_lots_are_scored_in_order_while_the_next_is_drawn(tiny_model):
+    model, groups, lots = load_model(tiny_model), torch.tensor([225] * 10 + [62] * 10), []
+
+    def reward(crystals: CrystalBatch) -> SimpleNamespace:
+        lots.append(len(crystals))
+        return scored(crystals.species[:, 0])
+
+    rollout = collect(model, groups, SamplerOptions(), reward, seed=3, chunk=8, min_distance=0.0)
+    assert len(lots) == 3
+    assert torch.equal(rollout.crystals.space_group, groups)
+    known = rollout.scored
+    assert torch.equal(rollout.reward[known], rollout.crystals.species[known, 0].double())
+    assert [reason == "" for reason in rollout.status] == known.tolist()
+    assert set(rollout.seconds) == {"sample", "score"}
+
+
+def test_crystals_without_a_score_earn_the_penalty_and_never_nan(tiny_model, tmp_path):
+    def fragile(crystals: CrystalBatch) -> SimpleNamespace:
+        value = crystals.num_atoms.double()
+        value[crystals.num_sites > 1] = math.nan
+        return scored(value, status=["" if v == v else "no reference for element Po" for v in value.tolist()])
+
+    run = tune(tiny_model, tmp_path, reward=fragile, steps=2, penalty="-7")
+    columns = read_columns(run.path / "rollouts.h5")
+    failed = columns["status"] != ""
+    assert failed.any()
+    assert (~failed).any()
+    assert (columns["reward"][failed] == -7).all()
+    assert np.isnan(columns["toy"][failed]).all()
+    assert np.isfinite(columns["reward"]).all()
+    metrics = run.metrics()
+    assert all(math.isfinite(v) for name in ("reward/mean", "kl", "loss", "baseline") for v in metrics[name])
+
+
+def test_nothing_can_be_scored(tiny_model, tmp_path):
+    def hopeless(crystals: CrystalBatch) -> SimpleNamespace:
+        return scored(torch.full((len(crystals),), math.nan), status=["no"] * len(crystals))
+
+    run = tune(tiny_model, tmp_path, reward=hopeless, steps=2, replay=4)
+    assert run.metrics()["scored"] == [0, 0]
+    assert all(torch.isfinite(p).all() for p in load_model(run.path).parameters())
+    assert (read_columns(run.path / "rollouts.h5")["reward"] == 0).all()
+
+
+def test_a_reward_that_fails_loses_nothing(tiny_model, tmp_path):
+    calls = []
+
+    def breaks(crystals: CrystalBatch) -> SimpleNamespace:
+        calls.append(1)
+        if len(calls) == 3:
+            raise UserError("my_reward.py: returned strings")
+        return first_is_oxygen(crystals)
+
+    with pytest.raises(UserError, match=r"my_reward.py.*step 3"):
+        tune(tiny_model, tmp_path, reward=breaks, steps=5)
+    (folder,) = tmp_path.iterdir()
+    run = RunFolder.open(folder)
+    assert run.load_checkpoint()["step"] == 2
+    assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2}
+
+
+def test_reward_metrics_have_stable_names(tiny_model, tmp_path):
+    run = tune(tiny_model, tmp_path, steps=1)
+    expected = {
+        "reward/mean",
+        "reward/median",
+        "reward/oxygen",
+        "kl",
+        "clip_fraction",
+        "ratio",
+        "unique",
+        "valid",
+        "scored",
+    }
+    expected |= {f"entropy/{name}" for name in FACTORS} | {f"kl/{name}" for name in FACTORS}
+    expected |= {f"seconds/{stage}" for stage in ("sample", "score", "likelihood", "update")}
+    assert expected <= set(run.metrics())
+
+
+def test_spread_is_robust():
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(4000, generator=rng).double() * 3
+    assert spread(normal) == pytest.approx(3, rel=0.1)
+    normal[:40] = 1e6  # a few absurd scores
+    assert spread(normal) == pytest.approx(3, rel=0.1)
+    assert spread(torch.tensor([0.0] * 99 + [1.0]).double()) == pytest.approx(0.0995, rel=0.01)  # nearly all equal
+    assert spread(torch.tensor([2.0, 2.0, math.nan]).double()) == 1
+    assert spread(torch.tensor([math.nan]).double()) == 1
+
+
+# ---- ends and interruptions --------------------------------------------------------------------------------------
+
+EVERYTHING = dict(learn_space_groups=True, replay=6, target_kl=2.0, entropy_species=0.01, diversity=1, epochs=2)
+
+
+def same_run(one: RunFolder, other: RunFolder) -> None:
+    first, second = load_model(one.path).state_dict(), load_model(other.path).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    metrics, others = one.metrics(), other.metrics()
+    for name in metrics:
+        if not name.startswith("seconds/"):
+            np.testing.assert_array_equal(metrics[name], others[name], err_msg=name)
+    a, b = (read_crystals(run.path / "rollouts.h5") for run in (one, other))
+    assert torch.equal(a.frac_coords, b.frac_coords)
+    assert torch.equal(a.properties["step"], b.properties["step"])
+    assert torch.equal(a.properties["log_prob"], b.properties["log_prob"])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo"])
+def test_a_resumed_run_continues_exactly(tiny_model, tmp_path, algorithm):
+    settings = dict(algorithm=algorithm, **EVERYTHING)
+    straight = tune(tiny_model, tmp_path / "straight", steps=6, **settings)
+    half = tune(tiny_model, tmp_path / "half", steps=3, **settings)
+    resumed = tune(tiny_model, tmp_path / "half", steps=6, resume=half.path, **settings)
+    assert resumed.path == half.path
+    same_run(straight, resumed)
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path):
+    straight = tune(tiny_model, tmp_path / "straight", steps=4, **EVERYTHING)
+    calls = []
+
+    def interrupted(crystals: CrystalBatch) -> SimpleNamespace:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return first_is_oxygen(crystals)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_model, tmp_path / "half", reward=interrupted, steps=4, **EVERYTHING)
+    (folder,) = (tmp_path / "half").iterdir()
+    run = RunFolder.open(folder)
+    assert run.load_checkpoint()["step"] == 2
+    assert not run.finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    same_run(straight, tune(tiny_model, tmp_path, steps=4, resume=folder, **EVERYTHING))
+
+
+KILLED = """
+import sys, torch
+from types import SimpleNamespace
+from cfrl.config import FinetuneConfig
+from cfrl.finetune import finetune
+torch.set_num_threads(1)
+
+def reward(crystals):
+    values = (crystals.species[:, 0] == 8).double().numpy()
+    return SimpleNamespace(total=values, terms={"oxygen": values}, status=[""] * len(values))
+
+model, root, resume = sys.argv[1:]
+config = FinetuneConfig(model=model, reward="toy", steps=25, batch_size=16, evaluate=0, device="cpu", lr=3e-3,
+                        min_distance=0.0, max_atoms=16, checkpoint_minutes=0.0, replay=4)
+finetune(config, reward=reward, root=root, resume=resume or None)
+"""
+
+
+def test_kill_9_loses_no_written_row_and_the_run_goes_on(tiny_model, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[1])}
+
+    def start(root: str, resume: str = "") -> subprocess.Popen:
+        command = [sys.executable, str(script), tiny_model, str(tmp_path / root), resume]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    process = start("killed")
+    rollouts = tmp_path / "killed"
+    deadline = time.monotonic() + 90
+    while not list(rollouts.glob("*/rollouts.h5")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.uniform(0.0, 1.0))
+    process.kill()
+    process.wait()
+    (folder,) = rollouts.iterdir()
+    before = read_crystals(folder / "rollouts.h5")
+    assert len(before) >= 16
+    RunFolder.open(folder).metrics()
+
+    assert start("killed", str(folder)).wait() == 0
+    assert start("straight").wait() == 0
+    after = read_crystals(folder / "rollouts.h5")
+    assert len(after) == 25 * 16
+    assert torch.equal(after.frac_coords[: len(before)], before._pad(after.wyckoff.shape[1]).frac_coords)
+    same_run(RunFolder.open(next((tmp_path / "straight").iterdir())), RunFolder.open(folder))
+
+
+def test_a_run_ends_when_the_kl_runs_away_or_time_is_up(tiny_model, tmp_path):
+    away = tune(tiny_model, tmp_path, steps=8, lr=0.03, beta=0.0, max_kl=0.5, max_step_kl=0)
+    assert len(away.metrics()["step"]) < 8
+    assert away.finished
+    short = tune(tiny_model, tmp_path, steps=500, time_limit=1 / 60)
+    assert 1 <= len(short.metrics()["step"]) < 100
+    assert (short.path / "model.safetensors").exists()
+
+
+def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
+    run = tune(tiny_model, tmp_path, steps=3, target_kl=50.0)
+    beta = run.metrics()["beta"]
+    assert beta[0] > beta[1] > beta[2]  # far below the target: let it go
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "pp0"}, "did you mean 'ppo'"),
+        ({"kl": "nowhere"}, "reward, loss"),
+        ({"rollouts": "x.h5"}, "only --algorithm dpo"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": 0.0}, "lr"),
+        ({"penalty": "low"}, "penalty"),
+        ({"space_group_floor": 1.0}, "space_group_floor"),
+        ({"space_group": "999"}, "999"),
+        ({"elements": "Xx"}, "Xx"),
+        ({"device": "abacus"}, "abacus"),
+        ({"dataset": "nothing.h5"}, "nothing.h5"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_made(tiny_model, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        tune(tiny_model, tmp_path / "runs", **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- offline preferences, validation, evaluation -----------------------------------------------------------------
+
+
+def test_dpo_from_a_rollouts_file(tiny_model, tmp_path):
+    model = load_model(tiny_model)
+    crystals = sample(model, 300, space_group=[225, 221], max_atoms=16, seed=0, keep_invalid=True)
+    oxygen = ((crystals.species == 8).any(1)).double()
+    oxygen[:5] = math.nan
+    path = tmp_path / "scored.h5"
+    write_crystals(path, crystals, columns={"reward": oxygen})
+    run = tune(tiny_model, tmp_path, None, algorithm="dpo", rollouts=str(path), steps=15, batch_size=48, minibatch=24)
+    metrics = run.metrics()
+    assert metrics["loss"][-1] < metrics["loss"][0] < 0.7  # log 2 where nothing is known
+    assert all(math.isnan(kl) for kl in metrics["kl"])  # the crystals are not the policy's own
+    new = sample(load_model(run.path), 300, space_group=[225, 221], max_atoms=16, seed=5, keep_invalid=True)
+    assert (new.species == 8).any(1).double().mean() > oxygen.nanmean() + 0.1
+
+    write_crystals(path, crystals)
+    with pytest.raises(UserError, match="no column 'reward'"):
+        tune(tiny_model, tmp_path, None, algorithm="dpo", rollouts=str(path))
+    write_crystals(path, crystals, columns={"reward": torch.ones(300)})
+    with pytest.raises(UserError, match="nothing to prefer"):
+        tune(tiny_model, tmp_path, None, algorithm="dpo", rollouts=str(path))
+
+
+def test_validation_loss_evaluation_and_plots(tiny_model, tmp_path, capsys):
+    run = tune(tiny_model, tmp_path, steps=3, dataset="prototypes", validate_every=2, evaluate=20)
+    validation = load_dataset("prototypes", split="validation")
+    validation = validation[validation.num_sites < SIZES.max_sites]
+    with torch.no_grad():
+        tuned = load_model(tiny_model).log_prob(validation)
+    losses = run.metrics()["validation/loss"]
+    assert np.isfinite(losses).tolist() == [True, True, False]
+    assert 0 < losses[0] < 100
+    assert losses[0] == pytest.approx(-float(sum(tuned[name].double().mean() for name in FACTORS)), rel=0.2)
+    before, after = read_columns(run.path / "before.h5"), read_columns(run.path / "after.h5")
+    assert len(before["reward"]) == len(after["reward"]) == 20
+    assert (run.path / "progress.png").read_bytes()[:4] == b"\x89PNG"
+    monitor.summarise(run)
+    shown = capsys.readouterr().out
+    assert "20 fresh crystals" in shown
+    assert "Best crystals" in shown
+    assert "model.safetensors" in shown
+
+
+def test_sparkline():
+    assert monitor.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert monitor.sparkline([1, math.nan, 1]) == "▁ ▁"
+    assert len(monitor.sparkline(list(range(1000)), 30)) == 30

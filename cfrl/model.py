@@ -74,14 +74,7 @@ PRESETS = {
         embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
     ),
     "default": ModelConfig(
-        embed_size=64,
-        h0_size=256,
-        model_size=192,
-        num_layers=6,
-        num_heads=6,
-        key_size=32,
-        dropout=0.3,
-        descriptors=True,
+        embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
     ),
 }
 
@@ -128,10 +121,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        query, key, value = (
-            f(x).view(B, T, self.heads, self.key_size).transpose(1, 2) for f in (self.query, self.key, self.value)
-        )  # (B, H, T, D)
-        query, key = _rotate(query, rotary), _rotate(key, rotary)
+        query, key, value = (f(x).view(B, T, self.heads, self.key_size) for f in (self.query, self.key, self.value))
+        query, key = Rotation.apply(query, *rotary), Rotation.apply(key, *rotary)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, T, D)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         # One new token sees everything before it; a whole sequence needs the causal mask.
@@ -263,7 +255,7 @@ class CrystalTransformer(nn.Module):
     def transform(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, d) token inputs to (B, T, d) features; with a cache the tokens follow those that it holds."""
         start = cache.length if cache is not None else 0
-        rotary = self.rotary[:, start : start + tokens.shape[1]].to(tokens.dtype)
+        rotary = self.rotary[:, start : start + tokens.shape[1]]
         x = self.dropout(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache, layer)
@@ -483,16 +475,36 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _rotary_table(length: int, size: int) -> Tensor:
-    """(2, length, size) cosines and sines; in float32 always, as the published code computes them."""
+    """(2, length, 1, size / 2) cosines and sines; in float32 always, as the published code computes them."""
     frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).repeat(1, 2)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).unsqueeze(1)
     return torch.stack([angle.cos(), angle.sin()])
 
 
-def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotary position embedding, halves paired; x (B, H, T, D), rotary (2, T, D)."""
-    left, right = x.chunk(2, -1)
-    return x * rotary[0] + torch.cat([-right, left], -1) * rotary[1]
+class Rotation(torch.autograd.Function):
+    """Rotary position embedding, the halves of a key paired: (B, T, H, D) by angles (T, 1, D / 2).
+
+    Written out, because left to autograd it costs as much as the attention itself; its gradient is the rotation back.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    left, right = x[..., :half], x[..., half:]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(left, cos.to(x.dtype), out=y[..., :half]).addcmul_(right, sin.to(x.dtype), value=-1)
+    torch.mul(right, cos.to(x.dtype), out=y[..., half:]).addcmul_(left, sin.to(x.dtype))
+    return y
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from cfrl import symmetry
 from cfrl.config import PretrainConfig, nearest, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
@@ -31,7 +32,6 @@ from cfrl.errors import UserError
 from cfrl.files import provenance
 from cfrl.model import FACTORS, PRESETS, CrystalTransformer, load_model, save_model, space_group_shares
 from cfrl.runs import RunFolder
-from cfrl.symmetry import equivalent_descriptions
 
 BUCKET = 50  # batches among which crystals are sorted by length
 
@@ -123,7 +123,7 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
         mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
         if self.config.augment:
-            mine = equivalent_descriptions(mine)
+            mine = symmetry.equivalent_descriptions(mine)
         self.network.train()
         with self._autocast():
             scores = self.network(mine)

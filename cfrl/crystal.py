@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DALTON_PER_CUBIC_ANGSTROM = 1.66053906660  # in g/cm^3
 MIN_VOLUME_PER_ATOM = 0.1  # angstrom^3; below it a cell is degenerate, not dense
 _PAIRS_PER_CHUNK = 200_000  # bounds the memory of shortest_distances
+_SAME_CELL = 13  # of the 27 images of an atom
 
 
 @dataclass
@@ -212,27 +213,29 @@ class CrystalBatch:
         below the smallest height of the cell, else an upper bound. Infinite for a crystal without atoms.
         """
         frac, _, crystal, _ = self.atoms()
-        per_crystal = self.num_atoms
-        first_atom = per_crystal.cumsum(0) - per_crystal
-        row, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
-        first_of_site = self.multiplicity[row, column].cumsum(0) - self.multiplicity[row, column]
-        pairs = per_crystal[row]
-        shortest = torch.full((len(self),), torch.inf, dtype=frac.dtype, device=self.device)
         matrix = self.lattice_matrix()
         steps = torch.tensor([-1, 0, 1], device=self.device, dtype=frac.dtype)
-        images = torch.cartesian_prod(steps, steps, steps)
-        which = torch.repeat_interleave(pairs)
-        within = torch.arange(len(which), device=self.device) - (pairs.cumsum(0) - pairs)[which]
-        other = first_atom[row][which] + within
-        for begin in range(0, len(which), _PAIRS_PER_CHUNK):
-            chunk = slice(begin, begin + _PAIRS_PER_CHUNK)
-            mine, theirs = first_of_site[which[chunk]], other[chunk]
+        images = torch.cartesian_prod(steps, steps, steps) @ matrix  # (n, 27, 3)
+        squared = torch.full((len(self),), torch.inf, dtype=frac.dtype, device=self.device)
+        for mine, theirs in zip(*(pair.split(_PAIRS_PER_CHUNK) for pair in self._pairs()), strict=True):
             delta = frac[theirs] - frac[mine]
-            delta = (delta - delta.round())[:, None] + images
-            squared = torch.einsum("pij,pjk->pik", delta, matrix[crystal[mine]]).square().sum(-1)
-            squared[mine == theirs, len(images) // 2] = torch.inf  # an atom and itself
-            shortest.scatter_reduce_(0, crystal[mine], squared.amin(-1), "amin")
-        return shortest.sqrt()
+            delta = torch.einsum("pi,pij->pj", delta - delta.round(), matrix[crystal[mine]])
+            distance = (delta[:, None] + images[crystal[mine]]).square().sum(-1)  # (p, 27)
+            distance[mine == theirs, _SAME_CELL] = torch.inf  # an atom and itself
+            squared.scatter_reduce_(0, crystal[mine], distance.amin(-1), "amin")
+        return squared.sqrt()
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """The representative of every site with every atom of its crystal: two lists of atoms as in `atoms`."""
+        crystal, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
+        in_site = self.multiplicity[crystal, column]
+        in_crystal = self.num_atoms
+        site = torch.repeat_interleave(in_crystal[crystal])  # one entry per pair
+        first_pair = in_crystal[crystal].cumsum(0) - in_crystal[crystal]
+        first_atom = in_crystal.cumsum(0) - in_crystal
+        representative = in_site.cumsum(0) - in_site
+        others = (first_atom[crystal] - first_pair)[site] + torch.arange(len(site), device=self.device)
+        return representative[site], others
 
     def valid(self, min_distance: float = 0.5) -> Tensor:
         """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.

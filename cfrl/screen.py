@@ -128,6 +128,8 @@ def screen(
         raise UserError(f"--dft {config.dft}: use {' or '.join(DFT_SETS)}")
     samples = read_samples(source)
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
+    predictors = _predictors(config.properties)
+    table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     table.check_names(rank, condition)
     hull = load_hull(config) if config.stability else None
     known = read_known(config.known, set(table["formula"])) if config.unique and config.known else None
@@ -138,7 +140,7 @@ def screen(
     try:
         with LocalEngine(_workers(config)) as engine:
             work = Work(run.path / "stages", engine, samples.digest(), console)
-            structures = _stages(work, samples.structures, table, config, known)
+            structures = _stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
@@ -210,7 +212,7 @@ def _known_in_dataset(name: str, formulas: set[str]) -> Iterator[tuple[str, Know
 
 
 def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
-    for path in readers.input_files([name]):
+    for path in readers.input_files(name):
         for _, entry in readers.iter_entries(path):
             try:
                 cell = readers.parse(entry.kind, entry.payload)
@@ -309,6 +311,7 @@ def _stages(
     table: Table,
     config: ScreenConfig,
     known: dict[str, list[KnownCrystal]] | None,
+    predictors: list[str],
 ) -> dict[int, Structure]:
     """Fills the table stage by stage; gives the final structure of every readable row."""
     structures = dict(enumerate(samples))
@@ -320,7 +323,7 @@ def _stages(
     if config.unique:
         _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
 
-    model = {"potential": config.potential}
+    model, relaxed = {"potential": config.potential}, {}
     chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
     if config.relax:
         how = stages.Relaxation(config.fmax, config.steps, not config.free)
@@ -338,6 +341,10 @@ def _stages(
         records = work.run("energy", energies, table.going_on(structures), model, chunk)
         table.fill(records)
         table.note_scale(records)
+    if predictors:
+        predict = partial(stages.predict, predictors=tuple(predictors), device=config.device)
+        settings = relaxed | {"predictors": predictors}
+        table.fill(work.run("properties", predict, table.going_on(structures), settings, chunk))
     return structures
 
 
@@ -390,6 +397,20 @@ def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
             sha.update(crystal.name.encode() + crystal.structure.frac_coords.tobytes())
             sha.update(crystal.structure.lattice.matrix.tobytes())
     return sha.hexdigest()
+
+
+def _predictors(names: str) -> dict[str, str]:
+    """Name -> what it predicts, for each predictor of `--properties`.
+
+    Raises:
+        UserError: a predictor that does not exist.
+    """
+    if not names:
+        return {}
+    from cfrl.properties import BUILT_IN, load_predictor
+
+    chosen = BUILT_IN if names == "all" else [name.strip() for name in names.split(",")]
+    return {name: load_predictor(name).target for name in chosen}
 
 
 def _workers(config: ScreenConfig) -> int:

@@ -20,7 +20,7 @@ from cfrl.elements import ATOMIC_NUMBERS, MASSES
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-    from cfrl.potentials import Potential
+    from cfrl.potentials import Evaluation, Potential
 
 Record = dict[str, Any]
 
@@ -172,6 +172,23 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
         }
         for i, status in enumerate(result.status)
     ]
+
+
+def predict(structures: list[Structure], predictors: tuple[str, ...], device: str) -> list[Record]:
+    """Records: for each predictor its target and `<target>_std`, one standard deviation."""
+    from cfrl.properties import load_predictor
+
+    records: list[Record] = [{} for _ in structures]
+    evaluations: dict[str, Evaluation] = {}
+    for predictor in map(load_predictor, predictors):
+        potential = _potential(predictor.potential, device)
+        predictor.check(potential)
+        if predictor.potential not in evaluations:
+            evaluations[predictor.potential] = potential.compute(structures, features=True)
+        mean, spread = predictor.predict(structures, evaluations[predictor.potential])
+        for record, m, s in zip(records, mean.tolist(), spread.tolist(), strict=True):
+            record |= {predictor.target: m, f"{predictor.target}_std": s}
+    return records
 
 
 @cache

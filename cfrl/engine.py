@@ -110,7 +110,7 @@ class _Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by libraries when the child imports them
+        os.environ["OMP_NUM_THREADS"] = "1"  # torch and numpy read it when the child imports them
         try:
             self.process.start()
         finally:
@@ -160,10 +160,7 @@ def _hopeless(task: Task) -> bool:
 
 def _serve(connection: Connection) -> None:
     """Life of a worker process: compute what comes until the other end closes."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of pymatgen, once per worker
     while True:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, provenance
+from cfrl.files import atomic_file
 from cfrl.storage import write_crystals
 
 ENDINGS = ".h5, .csv, .extxyz, .zip (of CIFs) or a folder (of CIFs)"
@@ -25,22 +25,20 @@ def export_crystals(crystals: CrystalBatch, path: str | Path, attrs: dict[str, s
         UserError: an ending that is none of these, a folder that is not empty, or nowhere to write.
     """
     path = Path(path)
-    write = {".h5": _write_h5, ".csv": _write_csv, ".extxyz": _write_extxyz, ".zip": _write_zip, "": _write_folder}
-    if path.suffix not in write:
+    write = {".csv": _write_csv, ".extxyz": _write_extxyz, ".zip": _write_zip, "": _write_folder}
+    if path.suffix == ".h5":
+        write_crystals(path, crystals, attrs=attrs)
+    elif path.suffix not in write:
         raise UserError(f"{path}: cannot tell the format from '{path.suffix}'; write to {ENDINGS}")
-    if path.suffix:
+    elif path.suffix:
         with atomic_file(path) as temporary:
-            write[path.suffix](crystals, temporary, attrs or {})
+            write[path.suffix](crystals, temporary)
     else:
-        _write_folder(crystals, path, attrs or {})
+        _write_folder(crystals, path)
     return path
 
 
-def _write_h5(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> None:
-    write_crystals(path, crystals, attrs={**provenance(), **attrs})
-
-
-def _write_csv(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> None:
+def _write_csv(crystals: CrystalBatch, path: Path) -> None:
     names = list(crystals.properties)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -50,7 +48,7 @@ def _write_csv(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> Non
             writer.writerow([*row, *(float(crystals.properties[name][i]) for name in names), cif])
 
 
-def _write_extxyz(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> None:
+def _write_extxyz(crystals: CrystalBatch, path: Path) -> None:
     import ase.io
 
     images = crystals.to_atoms()
@@ -60,13 +58,13 @@ def _write_extxyz(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> 
     ase.io.write(path, images, format="extxyz")
 
 
-def _write_zip(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> None:
+def _write_zip(crystals: CrystalBatch, path: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, cif in zip(_names(crystals), _cifs(crystals), strict=True):
             archive.writestr(f"{name}.cif", cif)
 
 
-def _write_folder(crystals: CrystalBatch, path: Path, attrs: dict[str, str]) -> None:
+def _write_folder(crystals: CrystalBatch, path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: exists and is not an empty folder; name another one")
     partial = path.with_name(path.name + ".partial")

@@ -1,0 +1,261 @@
+"""Sampler and likelihood are one distribution; densities are densities; symmetry survives sampling."""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+import cfrl
+from cfrl.crystal import CrystalBatch
+from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
+from cfrl.errors import UserError
+from cfrl.export import export_crystals
+from cfrl.model import NUM_ELEMENTS, CrystalTransformer
+from cfrl.sampler import draw, sample, space_group_prior
+from cfrl.storage import read_crystals
+from cfrl.symmetry import tables
+from tests.test_model import FACTORS, TINY, tiny_model
+
+PLAIN = SamplerOptions()
+SHARP = SamplerOptions(temperature=0.6, top_p=0.8, elements=(3, 8, 22, 38), max_atoms=24)
+
+
+# ---- one distribution ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [PLAIN, SHARP], ids=["plain", "temperature, top-p, masks"])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_log_prob_of_a_draw_is_what_the_sampler_says(options, descriptors):
+    model = tiny_model(descriptors=descriptors)
+    torch.manual_seed(0)
+    crystals = draw(model, torch.arange(1, 231)[tables().multiplicity[1:, 1] <= 24], options)
+    with torch.no_grad():
+        scores = model.log_prob(crystals, options)
+    for name in FACTORS:
+        said = crystals.properties[f"log_prob/{name}"]
+        torch.testing.assert_close(scores[name], said, atol=1e-8, rtol=1e-8)
+
+
+def test_masks_hold():
+    torch.manual_seed(0)
+    crystals = draw(tiny_model(), torch.full((300,), 225), SHARP)
+    assert set(crystals.species.unique().tolist()) <= {0, *SHARP.elements}
+    assert crystals.num_atoms.max() <= SHARP.max_atoms
+    t = tables()
+    for wyckoff in crystals.wyckoff.tolist():
+        occupied = [w for w in wyckoff if w]
+        assert occupied == sorted(occupied)
+        for letter, count in Counter(occupied).items():
+            assert count == 1 or t.dof[225, letter] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplerOptions(elements=(3, 9), max_atoms=8),
+        SamplerOptions(temperature=1.7, elements=(3, 9), max_atoms=8),
+        SamplerOptions(top_p=0.7, elements=(3, 9), max_atoms=8),
+    ],
+    ids=["plain", "temperature", "top-p"],
+)
+def test_frequencies_of_discrete_choices(options):
+    """Group 225 within 8 atoms has only a, b, c and ab: all outcomes are listed and counted (chi-square)."""
+    model, n = tiny_model(seed=4), 20_000
+    outcomes = [
+        (letters, elements)
+        for letters in [(1,), (2,), (3,), (1, 2)]
+        for elements in itertools.product((3, 9), repeat=len(letters))
+    ]
+    fixed = {1: (0.0, 0.0, 0.0), 2: (0.5, 0.5, 0.5), 3: (0.25, 0.25, 0.25)}
+    batch = CrystalBatch(
+        torch.full((len(outcomes),), 225),
+        torch.tensor([(*w, 0)[:2] for w, _ in outcomes]),
+        torch.tensor([(*a, 0)[:2] for _, a in outcomes]),
+        torch.tensor([[fixed.get(k, (0.0, 0.0, 0.0)) for k in (*w, 0)[:2]] for w, _ in outcomes]).double(),
+        torch.tensor([[5.0, 5.0, 5.0, 90.0, 90.0, 90.0]]).double().repeat(len(outcomes), 1),
+    )
+    with torch.no_grad():
+        scores = model.log_prob(batch, options)
+    expected = (scores["wyckoff"] + scores["species"]).exp().numpy()
+    assert expected.sum() == pytest.approx(1, abs=1e-9)
+
+    torch.manual_seed(11)
+    drawn = draw(model, torch.full((n,), 225), options)
+    counts = Counter(
+        (tuple(w for w in wyckoff if w), tuple(a for a in species if a))
+        for wyckoff, species in zip(drawn.wyckoff.tolist(), drawn.species.tolist(), strict=True)
+    )
+    assert set(counts) <= set(outcomes)
+    observed = np.array([counts[outcome] for outcome in outcomes])
+    possible = expected > 1e-9
+    assert observed[~possible].sum() == 0
+    assert stats.chisquare(observed[possible], n * expected[possible]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("options", [PLAIN, SamplerOptions(temperature=1.3, elements=(8, 22, 56), max_atoms=60)])
+def test_importance_weights_average_to_one(options):
+    """E_sampler[exp(log P_new - log P_sampler)] = 1 for any other model."""
+    old, new = tiny_model(seed=1), tiny_model(seed=1)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(9)
+        for parameter in new.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    torch.manual_seed(2)
+    crystals = draw(old, torch.tensor([1, 14, 62, 166, 225]).repeat(1200), options)
+    with torch.no_grad():
+        ratio = (sum(new.log_prob(crystals, options).values()) - crystals.properties["log_prob"]).exp()
+    error = ratio.std() / math.sqrt(len(ratio))
+    assert ratio.std() > 0.02  # the models do differ
+    assert abs(float(ratio.mean()) - 1) < 4 * float(error)
+
+
+# ---- densities -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_coordinate_density_integrates_to_one_and_matches_its_samples(temperature):
+    torch.manual_seed(0)
+    logits, mean = torch.randn(2, 5, dtype=torch.float64)
+    mixture = VonMisesMixture(logits, mean, torch.tensor([0.1, 2.0, 30.0, 900.0, 5.0]), SamplerOptions(temperature))
+    grid = torch.linspace(-math.pi, math.pi, 20_001, dtype=torch.float64)
+    wide = VonMisesMixture(*(x.expand(len(grid), 5) for x in (logits, mean, mixture.concentration * temperature)),
+                           SamplerOptions(temperature))  # fmt: skip
+    density = wide.log_prob(grid).exp().numpy()
+    assert integrate.simpson(density, x=grid.numpy()) == pytest.approx(1, abs=1e-6)
+    samples = VonMisesMixture(*(x.expand(20_000, 5) for x in (logits, mean, mixture.concentration * temperature)),
+                              SamplerOptions(temperature)).sample()  # fmt: skip
+    cumulative = integrate.cumulative_simpson(density, x=grid.numpy(), initial=0)
+    assert stats.kstest(samples.numpy(), lambda x: np.interp(x, grid.numpy(), cumulative)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("free", [(0,), (0, 2), (0, 1, 4)], ids=["cubic", "tetragonal", "three of six"])
+def test_joint_lattice_density_integrates_to_one(free):
+    torch.manual_seed(0)
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[list(free)] = True
+    logits, mean, std = torch.randn(3), torch.randn(3, 6), torch.rand(3, 6) + 0.2
+    axis = torch.linspace(-7, 7, 121, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * len(free)).reshape(-1, len(free))
+    value = torch.zeros(len(points), 6, dtype=torch.float64)
+    value[:, list(free)] = points
+    n = len(points)
+    mixture = LatticeMixture(
+        logits.double().expand(n, 3), mean.double().expand(n, 3, 6), std.double().expand(n, 3, 6), mask, PLAIN
+    )
+    cell = float(axis[1] - axis[0]) ** len(free)
+    assert float(mixture.log_prob(value).exp().sum()) * cell == pytest.approx(1, abs=1e-4)
+
+
+def test_nucleus_keeps_the_smallest_sufficient_set():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    kept = Categorical(logits, None, SamplerOptions(top_p=0.75)).log_probs.exp()
+    torch.testing.assert_close(kept, torch.tensor([0.625, 0.375, 0.0, 0.0]), atol=1e-6, rtol=0)
+    always_one = Categorical(logits, None, SamplerOptions(top_p=1e-6)).log_probs.exp()
+    torch.testing.assert_close(always_one, torch.tensor([1.0, 0.0, 0.0, 0.0]), atol=1e-6, rtol=0)
+
+
+# ---- symmetry --------------------------------------------------------------------------------------------------------
+
+
+def plausible_model() -> CrystalTransformer:
+    """Untrained, but for cells of a likely size and shape, so that most of its crystals are possible."""
+    model = tiny_model()
+    k = TINY.lattice_components
+    with torch.no_grad():
+        lattice = model.head.bias[NUM_ELEMENTS + k : NUM_ELEMENTS + 7 * k].view(k, 6)
+        lattice.copy_(torch.tensor([3.5, 3.5, 3.5, 1.5, 1.5, 1.5]))
+        model.head.bias[NUM_ELEMENTS + 7 * k : NUM_ELEMENTS + 13 * k] = -3.0
+    return model
+
+
+def test_sampled_crystals_have_the_space_group_that_was_asked_for():
+    """An untrained model, every group: moyo finds it or a supergroup, for at least 99% of the valid crystals."""
+    import moyopy
+
+    torch.manual_seed(3)
+    crystals = draw(plausible_model(), torch.arange(1, 231).repeat(4), SamplerOptions(max_atoms=200))
+    crystals = crystals[crystals.valid(min_distance=0.3)]
+    assert len(set(crystals.space_group.tolist())) > 200
+    t, kept = tables(), 0
+    for structure, group in zip(crystals.to_structures(), crystals.space_group.tolist(), strict=True):
+        numbers = [site.specie.Z for site in structure]
+        cell = moyopy.Cell(structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), numbers)
+        found = moyopy.MoyoDataset(cell, symprec=1e-3)
+        # All operations of the group are operations of the crystal, so it must have at least as many.
+        kept += found.operations.num_operations >= int(t.multiplicity[group, t.num_letters[group]])
+    assert kept / len(crystals) >= 0.99
+
+
+# ---- what users call -------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_crystals_and_no_trace_in_the_global_state():
+    model = tiny_model()
+    before = torch.get_rng_state()
+    one, two, other = (sample(model, 30, seed=s, keep_invalid=True, batch_size=8) for s in (7, 7, 8))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.frac_coords, two.frac_coords)
+    assert torch.equal(one.lattice, two.lattice)
+    assert one.wyckoff.shape != other.wyckoff.shape or not torch.equal(one.wyckoff, other.wyckoff)
+
+
+def test_invalid_crystals_are_drawn_again_in_their_own_group():
+    model = plausible_model()
+    crystals = sample(model, 40, space_group=[2, 225], seed=0)
+    assert len(crystals) == 40
+    assert crystals.properties["valid"].all()
+    assert crystals.valid().all()
+    assert (crystals.properties["draws"] >= 1).all()
+    assert crystals.properties["draws"].max() > 1  # some had to be drawn again
+    assert set(crystals.space_group.tolist()) == {2, 225}
+
+
+def test_space_group_prior():
+    model = tiny_model()
+    model.space_group_log_prob.fill_(-torch.inf)
+    model.space_group_log_prob[[14, 225]] = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
+    assert space_group_prior(model).exp()[[14, 225]].tolist() == pytest.approx([0.75, 0.25])
+    assert space_group_prior(model, [225]).exp()[225] == pytest.approx(1)
+    assert space_group_prior(model, [1, 2]).exp()[1] == pytest.approx(
+        0.5
+    )  # not seen in training, asked for all the same
+    for arguments, message in (((231,), "from 1 to 230"), ((225, 3), "fits into 3 atoms")):
+        with pytest.raises(UserError, match=message):
+            space_group_prior(model, *arguments)
+
+
+def test_elements_must_exist():
+    with pytest.raises(UserError, match="Xx"):
+        cfrl.sample(tiny_model(), 1, elements=["Xx"])
+
+
+@pytest.mark.parametrize("name", ["out.h5", "out.csv", "out.extxyz", "out.zip", "folder"])
+def test_exported_crystals_come_back(tmp_path, name):
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    from cfrl.data import read_structures
+
+    crystals = sample(plausible_model(), 6, seed=1, max_atoms=40)
+    path = export_crystals(crystals, tmp_path / name)
+    if name == "out.h5":
+        back = read_crystals(path).to_structures()
+        torch.testing.assert_close(read_crystals(path).properties["log_prob"], crystals.properties["log_prob"])
+    else:
+        back = read_structures(path)[0]
+    matcher = StructureMatcher(primitive_cell=False, scale=False, ltol=1e-3, stol=1e-3, angle_tol=0.1)
+    assert all(matcher.fit(a, b) for a, b in zip(crystals.to_structures(), back, strict=True))
+
+
+def test_export_refuses_what_it_cannot_write(tmp_path):
+    crystals = sample(tiny_model(), 1, seed=1)
+    with pytest.raises(UserError, match="cannot tell the format"):
+        export_crystals(crystals, tmp_path / "out.pdf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("data")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export_crystals(crystals, tmp_path / "full")
+    assert (tmp_path / "full" / "precious.txt").exists()

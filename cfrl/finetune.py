@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cfrl.errors import UserError
 from cfrl.fingerprint import fingerprints
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS
+from cfrl.rewards import Reward, RewardContext, build_reward
 from cfrl.rollouts import Rollout, chemical_systems, collect
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals
@@ -64,11 +66,13 @@ def finetune(
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
     tuning = Tuning(config)
-    scorer = reward if reward is not None or config.rollouts else build_scorer(config, tuning)
+    scorer = reward
+    if scorer is None and not config.rollouts:
+        scorer = build_reward(config.reward, context=RewardContext.from_config(config, tuning.model.device))
     source = _offline_source(config) if config.rollouts else _online_source(config, tuning, scorer)
     validation = _validation_crystals(config)
     run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
-    log = RunLog(run, tuning)
+    log = RunLog(run, tuning, scorer if isinstance(scorer, Reward) else None)
     log.restore()
 
     started = saved = time.monotonic()
@@ -355,20 +359,6 @@ def _offline_source(config: FinetuneConfig) -> Source:
     return pick
 
 
-def build_scorer(config: FinetuneConfig, tuning: Tuning) -> Scorer:
-    """The reward that the settings describe."""
-    from cfrl.rewards import RewardContext, build_reward
-
-    context = RewardContext(
-        potential=config.potential,
-        hull=config.hull or None,
-        dataset=config.dataset or None,
-        device=tuning.model.device,
-        caution=None if config.caution < 0 else config.caution,
-    )
-    return build_reward(config.reward, context=context)
-
-
 # ---- watching and judging ----------------------------------------------------------------------------------------
 
 
@@ -395,6 +385,8 @@ def _validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
 
 def evaluate(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, folder: Path) -> None:
     """Draw and score fresh crystals of the starting model and of the policy; same seeds, a file each."""
+    if isinstance(scorer, Reward):
+        scorer = partial(scorer, update=False)
     seed = step_seed(config.seed, 0)
     before, after = (tuning.base, tuning.prior.base), (tuning.model, tuning.prior.log_prob())
     for name, (model, shares) in (("before.h5", before), ("after.h5", after)):

@@ -171,9 +171,8 @@ def _pareto(run: RunFolder) -> Figure | None:
 
 
 def _first(columns: Mapping[str, np.ndarray], word: str) -> np.ndarray | None:
-    """The column of that name, alone or as the last part of a dotted name."""
-    names = [name for name in columns if name.split(".")[-1] in (word, f"{word}_total", f"{word}_electronic")]
-    return columns[names[0]] if names else None
+    """The reward term of that name, on its own or as a part of another: `band_gap`, `dielectric_bandgap/band_gap`."""
+    return next((values for name, values in columns.items() if name.split("/")[-1].split("(")[0] == word), None)
 
 
 def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from cfrl.distributions import SamplerOptions
 from cfrl.errors import UserError
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
 from cfrl.policy import floored_log_prob
+from cfrl.rewards import Reward
 from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
 from cfrl.sampler import parse_elements, space_group_prior
@@ -163,8 +164,8 @@ class RunLog:
     between, the steps that are done again give the same rows, and are not written twice.
     """
 
-    def __init__(self, run: RunFolder, tuning: Tuning) -> None:
-        self.run, self.tuning = run, tuning
+    def __init__(self, run: RunFolder, tuning: Tuning, reward: Reward | None = None) -> None:
+        self.run, self.tuning, self.reward = run, tuning, reward
         self.path = run.path / "rollouts.h5"
         self.waiting: list[tuple[CrystalBatch, list[str]]] = []
         self.written = 0
@@ -174,6 +175,8 @@ class RunLog:
         state = self.run.load_checkpoint()
         if state is not None:
             self.tuning.load_state_dict(state)
+            if self.reward is not None:
+                self.reward.load_state_dict(state["reward"])
         self.run.truncate(self.tuning.step)
         if self.path.exists():
             self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
@@ -192,5 +195,8 @@ class RunLog:
             append_crystals(self.path, crystals, columns={"status": status})
             self.written = self.tuning.step
             self.waiting.clear()
-        self.run.save_checkpoint(self.tuning.state_dict())
+        state = self.tuning.state_dict()
+        if self.reward is not None:
+            state["reward"] = self.reward.state_dict()
+        self.run.save_checkpoint(state)
         self.tuning.save_model(self.run.path / "model.safetensors")

@@ -75,9 +75,9 @@ def first_is_oxygen(crystals: CrystalBatch) -> SimpleNamespace:
     return scored(crystals.species[:, 0] == 8, "oxygen")
 
 
-def tune(tiny_model, tmp_path, reward=first_is_oxygen, resume=None, **changes) -> RunFolder:
+def tune(tiny_model, tmp_path, scorer=first_is_oxygen, resume=None, **changes) -> RunFolder:
     config = FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, **changes})
-    return finetune(config, reward=reward, root=tmp_path, resume=resume, quiet=True)
+    return finetune(config, reward=scorer, root=tmp_path, resume=resume, quiet=True)
 
 
 # ---- theory ------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tm
         return scored(crystals.space_group >= 195)
 
     before = load_model(tiny_model).space_group_log_prob.exp()
-    settings = dict(reward=is_cubic, steps=12, batch_size=64, minibatch=64, learn_space_groups=True, beta=0.05,
+    settings = dict(scorer=is_cubic, steps=12, batch_size=64, minibatch=64, learn_space_groups=True, beta=0.05,
                     space_group_lr=0.2, space_group_floor=0.2, diversity=0, lr=1e-5)  # fmt: skip
     run = tune(tiny_model, tmp_path, **settings)
     after = load_model(run.path).space_group_log_prob.exp()
@@ -265,7 +265,7 @@ def test_crystals_without_a_score_earn_the_penalty_and_never_nan(tiny_model, tmp
         value[crystals.num_sites > 1] = math.nan
         return scored(value, status=["" if v == v else "no reference for element Po" for v in value.tolist()])
 
-    run = tune(tiny_model, tmp_path, reward=fragile, steps=2, penalty="-7")
+    run = tune(tiny_model, tmp_path, scorer=fragile, steps=2, penalty="-7")
     columns = read_columns(run.path / "rollouts.h5")
     failed = columns["status"] != ""
     assert failed.any()
@@ -281,7 +281,7 @@ def test_nothing_can_be_scored(tiny_model, tmp_path):
     def hopeless(crystals: CrystalBatch) -> SimpleNamespace:
         return scored(torch.full((len(crystals),), math.nan), status=["no"] * len(crystals))
 
-    run = tune(tiny_model, tmp_path, reward=hopeless, steps=2, replay=4)
+    run = tune(tiny_model, tmp_path, scorer=hopeless, steps=2, replay=4)
     assert run.metrics()["scored"] == [0, 0]
     assert all(torch.isfinite(p).all() for p in load_model(run.path).parameters())
     assert (read_columns(run.path / "rollouts.h5")["reward"] == 0).all()
@@ -297,7 +297,7 @@ def test_a_reward_that_fails_loses_nothing(tiny_model, tmp_path):
         return first_is_oxygen(crystals)
 
     with pytest.raises(UserError, match=r"my_reward.py.*step 3"):
-        tune(tiny_model, tmp_path, reward=breaks, steps=5)
+        tune(tiny_model, tmp_path, scorer=breaks, steps=5)
     (folder,) = tmp_path.iterdir()
     run = RunFolder.open(folder)
     assert run.load_checkpoint()["step"] == 2
@@ -372,7 +372,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path):
         return first_is_oxygen(crystals)
 
     with pytest.raises(KeyboardInterrupt):
-        tune(tiny_model, tmp_path / "half", reward=interrupted, steps=4, **EVERYTHING)
+        tune(tiny_model, tmp_path / "half", scorer=interrupted, steps=4, **EVERYTHING)
     (folder,) = (tmp_path / "half").iterdir()
     run = RunFolder.open(folder)
     assert run.load_checkpoint()["step"] == 2
@@ -393,7 +393,7 @@ def reward(crystals):
     return SimpleNamespace(total=values, terms={"oxygen": values}, status=[""] * len(values))
 
 model, root, resume = sys.argv[1:]
-config = FinetuneConfig(model=model, reward="toy", steps=25, batch_size=16, evaluate=0, device="cpu", lr=3e-3,
+config = FinetuneConfig(model=model, reward="toy", steps=12, batch_size=16, evaluate=0, device="cpu", lr=3e-3,
                         min_distance=0.0, max_atoms=16, checkpoint_minutes=0.0, replay=4)
 finetune(config, reward=reward, root=root, resume=resume or None)
 """
@@ -424,7 +424,7 @@ def test_kill_9_loses_no_written_row_and_the_run_goes_on(tiny_model, tmp_path):
     assert start("killed", str(folder)).wait() == 0
     assert start("straight").wait() == 0
     after = read_crystals(folder / "rollouts.h5")
-    assert len(after) == 25 * 16
+    assert len(after) == 12 * 16
     assert torch.equal(after.frac_coords[: len(before)], before._pad(after.wyckoff.shape[1]).frac_coords)
     same_run(RunFolder.open(next((tmp_path / "straight").iterdir())), RunFolder.open(folder))
 
@@ -515,3 +515,30 @@ def test_sparkline():
     assert monitor.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert monitor.sparkline([1, math.nan, 1]) == "▁ ▁"
     assert len(monitor.sparkline(list(range(1000)), 30)) == 30
+
+
+# ---- a real potential --------------------------------------------------------------------------------------------
+
+
+def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
+    """The real pipeline: CHGNet's energies against a hull of prototypes, which lacks some of the elements."""
+    from cfrl.hull import build_hull
+    from cfrl.potentials import load_potential
+
+    hull, _ = build_hull(load_dataset("prototypes")[:120], load_potential("chgnet", "cpu"))
+    hull.save(tmp_path / "hull.h5")
+    settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)
+    run = tune(tiny_model, tmp_path / "runs", None, steps=2, batch_size=32, evaluate=16, **settings)
+    columns = read_columns(run.path / "rollouts.h5")
+    good = columns["status"] == ""
+    assert good.sum() > 5
+    np.testing.assert_allclose(columns["reward"][good], -columns["ehull"][good])
+    assert len({reason for reason in columns["status"] if reason}) >= 1
+    assert np.isfinite(columns["reward"]).all()
+    again = hull.e_above_hull(
+        crystals := read_crystals(run.path / "rollouts.h5")[torch.from_numpy(good)],
+        load_potential("chgnet", "cpu").compute(crystals.to_structures()).energy,
+    )
+    np.testing.assert_allclose(again.e_above_hull, columns["ehull"][good], atol=1e-3)
+    resumed = tune(tiny_model, tmp_path, None, steps=3, batch_size=32, resume=run.path, **settings)
+    assert resumed.metrics()["step"] == [1, 2, 3]

@@ -1,0 +1,22 @@
+"""Rewards: what a crystal is worth. `cfrl rewards` lists them, docs/rewards.md explains the formulas."""
+
+from __future__ import annotations
+
+from cfrl.rewards import chemistry, geometry, predicted, stability  # noqa: F401 (they register themselves)
+from cfrl.rewards.expression import Expression
+from cfrl.rewards.registry import RewardInfo, all_rewards, find_reward, register_reward
+from cfrl.rewards.scoring import Inputs, Reward, RewardContext, RewardResult, Scored, build_reward
+
+__all__ = [
+    "Expression",
+    "Inputs",
+    "Reward",
+    "RewardContext",
+    "RewardInfo",
+    "RewardResult",
+    "Scored",
+    "all_rewards",
+    "build_reward",
+    "find_reward",
+    "register_reward",
+]

@@ -1,0 +1,82 @@
+"""Rewards of learnt predictors (properties.py): band gap, dielectric constant, bulk modulus, and users' own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from cfrl.properties import load_predictor
+from cfrl.rewards.registry import RewardInfo, register_reward
+from cfrl.rewards.scoring import Inputs, Scored
+from cfrl.rewards.stability import strained_bulk_modulus
+
+DIELECTRIC = {"total": "eps_total", "electronic": "eps_electronic"}
+
+
+@register_reward("band_gap", unit="eV", needs=("features",), spread=True, minimum=0.0)
+def band_gap(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
+    """Band gap (PBE, as in the Materials Project; 0 for metals)."""
+    return _predicted(inputs, "band_gap")
+
+
+@register_reward("dielectric", needs=("features",), spread=True, minimum=1.0)
+def dielectric(
+    crystals: Any, structures: list[Any], inputs: Inputs, *, kind: Literal["total", "electronic"] = "total"
+) -> Scored:
+    """Dielectric constant, polycrystalline average; of insulators, as all training data are."""
+    return _predicted(inputs, DIELECTRIC[kind])
+
+
+@register_reward(
+    "dielectric_bandgap",
+    unit="eV",
+    needs=("features",),
+    parts=("band_gap", "dielectric"),
+    spread=True,
+    caution=1.0,
+    minimum=0.0,
+)
+def dielectric_bandgap(
+    crystals: Any, structures: list[Any], inputs: Inputs, *, kind: Literal["total", "electronic"] = "total"
+) -> Scored:
+    """Dielectric constant times band gap: the figure of merit of a gate dielectric (arXiv 2504.02367)."""
+    gap, gap_spread, status = inputs.predict("band_gap")
+    eps, eps_spread, _ = inputs.predict(DIELECTRIC[kind])
+    spread = np.sqrt((gap * eps_spread) ** 2 + (eps * gap_spread) ** 2 + (gap_spread * eps_spread) ** 2)
+    return Scored(gap * eps, status, spread, {"band_gap": gap, "dielectric": eps})
+
+
+@register_reward("bulk_modulus", unit="GPa", needs=("features",), spread=True, minimum=0.0)
+def bulk_modulus(
+    crystals: Any, structures: list[Any], inputs: Inputs, *, method: Literal["predictor", "strain"] = "predictor"
+) -> Scored:
+    """Bulk modulus: predicted, or from the potential's pressure under strain (method=strain; no spread)."""
+    if method == "predictor":
+        return _predicted(inputs, "bulk_modulus")
+    scored = strained_bulk_modulus(structures, inputs.context.potential)
+    scored.spread = np.zeros(len(structures))
+    return scored
+
+
+def predictor_reward(path: str) -> RewardInfo:
+    """The reward ``property:FILE``. Raises UserError if the file is no predictor."""
+    header = load_predictor(path).header
+
+    def predict(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
+        return _predicted(inputs, path)
+
+    return RewardInfo(
+        f"property:{path}",
+        predict,
+        f"{header['target']}, learnt from {header['rows']} crystals",
+        header["unit"],
+        needs=("features",),
+        spread=True,
+        minimum=0.0 if header["log"] or header["zero"] is not None else float("-inf"),
+    )
+
+
+def _predicted(inputs: Inputs, name: str) -> Scored:
+    mean, spread, status = inputs.predict(name)
+    return Scored(mean, status, spread)

@@ -1,0 +1,403 @@
+"""From a formula to scores of a batch: each term once, one pass of the potential for all, statuses, a cache.
+
+Sign. A term is a physical quantity. A reward given by a bare name is maximised or minimised as its `goal` says:
+``ehull`` means "as low as possible", so its total is minus the energy above the hull. In an expression the user
+writes the signs: ``dielectric_bandgap - 2*ehull``. Totals are always to be maximised.
+
+Caution. A term with a spread enters K spreads worse than its mean: on the side, above or below, that lowers the total
+of that crystal. The columns of the terms hold the means; ``TERM/spread`` holds the spread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfrl import config
+from cfrl.crystal import CrystalBatch
+from cfrl.errors import UserError
+from cfrl.rewards.expression import Expression, Term
+from cfrl.rewards.registry import RewardInfo, describe, find_reward
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfrl.hull import ReferenceHull
+    from cfrl.potentials import Evaluation, Potential
+    from cfrl.properties import Predictor
+
+NOT_FINITE = "the expression has no finite value here"
+
+
+@dataclass
+class Scored:
+    """What a reward function may return in place of an array.
+
+    values: (n,), NaN where it could not be scored
+    status: n strings, "" or the reason
+    spread: (n,) standard deviation of the ensemble, for rewards registered with `spread`
+    parts: (n,) for each of the names registered as `parts`
+    """
+
+    values: np.ndarray
+    status: Sequence[str] | None = None
+    spread: np.ndarray | None = None
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class RewardResult:
+    """Scores of n crystals.
+
+    total: (n,) float64, to be maximised, NaN where there is a status
+    terms: (n,) float64 by name: each term's own value, ``TERM/part`` and ``TERM/spread``
+    status: n strings, "" or the reason why there is no total
+    """
+
+    total: np.ndarray
+    terms: dict[str, np.ndarray]
+    status: list[str]
+
+
+class RewardContext:
+    """What rewards work with, loaded when first used and shared by all terms.
+
+    potential: a `Potential` or the name of one
+    hull: a `ReferenceHull` or a file; None: the embedded one
+    dataset: known crystals for `novelty`: a name, a file or a `CrystalBatch`
+    device: where models run
+    caution: spreads to subtract from every predicted quantity; None: each reward's own
+    memo: where rewards keep what they work out once
+    """
+
+    def __init__(
+        self,
+        potential: Potential | str = "chgnet",
+        hull: ReferenceHull | str | None = None,
+        dataset: CrystalBatch | str | None = None,
+        device: torch.device | str | None = None,
+        caution: float | None = None,
+    ) -> None:
+        self._potential, self._hull, self._dataset = potential, hull, dataset
+        self.device = None if device is None or str(device) == "auto" else device
+        self.caution = caution
+        self.memo: dict[Any, Any] = {}
+        self._predictors: dict[str, Predictor] = {}
+        self._others: dict[str, Potential] = {}
+
+    @classmethod
+    def from_config(cls, settings: Any, device: torch.device | str | None = None) -> RewardContext:
+        """From a dataclass with `potential`, `hull`, `dataset` and `caution`, such as `FinetuneConfig`."""
+        return cls(
+            settings.potential,
+            settings.hull or None,
+            settings.dataset or None,
+            device,
+            None if settings.caution < 0 else settings.caution,
+        )
+
+    @cached_property
+    def potential(self) -> Potential:
+        if not isinstance(self._potential, str):
+            return self._potential
+        from cfrl.potentials import load_potential
+
+        return load_potential(self._potential, self.device)
+
+    @cached_property
+    def hull(self) -> ReferenceHull:
+        from cfrl.hull import ReferenceHull
+
+        return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull or "")
+
+    @cached_property
+    def dataset(self) -> CrystalBatch:
+        """Raises UserError if no dataset was given."""
+        if self._dataset is None:
+            raise UserError("the reward 'novelty' needs known crystals to compare with: give --dataset")
+        if isinstance(self._dataset, CrystalBatch):
+            return self._dataset
+        from cfrl.data import load_dataset
+
+        return load_dataset(self._dataset)
+
+    def predictor(self, name: str) -> Predictor:
+        """A property predictor, embedded (by name) or in a file."""
+        if name not in self._predictors:
+            from cfrl.properties import load_predictor
+
+            self._predictors[name] = load_predictor(name)
+        return self._predictors[name]
+
+    def feature_potential(self, predictor: Predictor) -> Potential:
+        """The potential that gives the features a predictor was trained on: the shared one wherever possible.
+
+        Raises UserError if neither it nor the one named in the predictor's file does.
+        """
+        if predictor.feature_version == self.potential.feature_version:
+            return self.potential
+        if predictor.potential not in self._others:
+            from cfrl.potentials import load_potential
+
+            self._others[predictor.potential] = load_potential(predictor.potential, self.device)
+        other = self._others[predictor.potential]
+        predictor.check(other)
+        return other
+
+
+class Inputs:
+    """What rewards with `needs` get beside the crystals: the shared pass of the potential, and the context.
+
+    evaluation: energy, forces, stress and features as far as some term needs them, else None
+    """
+
+    def __init__(self, context: RewardContext, crystals: CrystalBatch, structures: list[Any], needs: set[str]) -> None:
+        self.context, self.crystals, self.structures = context, crystals, structures
+        self._needs = needs & {"energy", "forces", "stress", "features"}
+        self._predictions: dict[str, tuple[np.ndarray, np.ndarray, list[str]]] = {}
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        asked = {need: need in self._needs for need in ("forces", "stress", "features")}
+        return self.context.potential.compute(self.structures, **asked)
+
+    def predict(self, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Mean (n,), spread (n,) and status of a predictor, each predictor asked once."""
+        if name not in self._predictions:
+            predictor = self.context.predictor(name)
+            potential = self.context.feature_potential(predictor)
+            shared = potential is self.context.potential
+            evaluation = self.evaluation if shared else potential.compute(self.structures, features=True)
+            mean, spread = predictor.predict(self.structures, evaluation)
+            self._predictions[name] = mean, spread, list(evaluation.status)
+        return self._predictions[name]
+
+
+def build_reward(spec: str, *, context: RewardContext | None = None) -> Reward:
+    """The reward of an expression, or of a name that `cfrl rewards` lists or `cfrl.toml` defines.
+
+    Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load.
+    """
+    expression = Expression(spec, config.reward_definitions())
+    infos = {term: find_reward(term.name) for term in expression.terms}
+    return Reward(expression, infos, context or RewardContext())
+
+
+class Reward:
+    """Scores crystals: ``reward(crystals) -> RewardResult``. Remembers every crystal that it has scored."""
+
+    def __init__(self, expression: Expression, infos: Mapping[Term, RewardInfo], context: RewardContext) -> None:
+        self.expression, self.context = expression, context
+        self._terms = {term: _BoundTerm(term, info) for term, info in infos.items()}
+        bare = expression.single
+        self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
+        self._cache: dict[bytes, dict[Term, _Row]] = {}
+
+    def __repr__(self) -> str:
+        return f"Reward({'-' if self._sign < 0 else ''}{self.expression.source})"
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns in `RewardResult.terms`."""
+        return [name for term in self._terms.values() for name in term.columns]
+
+    def __call__(
+        self, crystals: CrystalBatch, structures: Sequence[Any] | None = None, update: bool = True
+    ) -> RewardResult:
+        """Score crystals.
+
+        structures: the same crystals as pymatgen structures, if at hand
+        update: let `standardise` learn from them; False to score without leaving a trace
+
+        Raises UserError: a reward function fails on every crystal or returns something that is no score.
+        """
+        rows = self._rows(crystals, structures)
+        scores = {term: bound.join([row[term] for row in rows]) for term, bound in self._terms.items()}
+        total = self._total(scores, update)
+        status = [self._reason(i, total, scores) for i in range(len(rows))]
+        total = np.where(np.isfinite(total), total, np.nan)
+        columns = (bound.named(scores[term]) for term, bound in self._terms.items())
+        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the statistics of `standardise`."""
+        return self.expression.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.expression.load_state_dict(state)
+
+    def _rows(self, crystals: CrystalBatch, structures: Sequence[Any] | None) -> list[dict[Term, _Row]]:
+        """Every crystal's terms, from the cache where a crystal has been seen."""
+        if not len(crystals):
+            return []
+        keys = crystal_keys(crystals)
+        lasting = [term for term in self._terms.values() if term.info.cached]
+        fresh = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._cache}
+        where = sorted(fresh.values())
+        if lasting and where:
+            known = self._evaluate(lasting, crystals, structures, where)
+            self._cache.update({keys[i]: row for i, row in zip(where, known, strict=True)})
+        rows = [dict(self._cache.get(key, {})) for key in keys]
+        passing = [term for term in self._terms.values() if not term.info.cached]
+        if passing:
+            whole = self._evaluate(passing, crystals, structures, list(range(len(keys))))
+            rows = [row | more for row, more in zip(rows, whole, strict=True)]
+        return rows
+
+    def _evaluate(
+        self, terms: list[_BoundTerm], crystals: CrystalBatch, structures: Sequence[Any] | None, where: list[int]
+    ) -> list[dict[Term, _Row]]:
+        some = crystals[where]
+        structures = some.to_structures() if structures is None else [structures[i] for i in where]
+        needs = {need for term in terms for need in term.info.needs}
+        inputs = Inputs(self.context, some, structures, needs)
+        columns = {term.term: term.evaluate(some, structures, inputs) for term in terms}
+        return [{term: rows[i] for term, rows in columns.items()} for i in range(len(where))]
+
+    def _total(self, scores: Mapping[Term, Scored], update: bool) -> np.ndarray:
+        means = {term: score.values for term, score in scores.items()}
+        total = self._sign * self.expression(means, update)
+        if not self._doubts(scores):
+            return total
+        cautious = dict(means)
+        for term, doubt in self._doubts(scores).items():
+            sides = [np.maximum(means[term] + side * doubt, self._terms[term].info.minimum) for side in (-1, 1)]
+            low, high = (self._sign * self.expression(means | {term: side}) for side in sides)
+            cautious[term] = np.where(high < low, sides[1], sides[0])
+        return self._sign * self.expression(cautious)
+
+    def _doubts(self, scores: Mapping[Term, Scored]) -> dict[Term, np.ndarray]:
+        """Caution times spread of the terms that have both."""
+        doubts = {}
+        for term, score in scores.items():
+            info = self._terms[term].info
+            caution = info.caution if self.context.caution is None else self.context.caution
+            if info.spread and caution:
+                doubts[term] = caution * score.spread
+        return doubts
+
+    @staticmethod
+    def _reason(i: int, total: np.ndarray, scores: Mapping[Term, Scored]) -> str:
+        if np.isfinite(total[i]):
+            return ""
+        reasons = (f"{term}: {score.status[i]}" for term, score in scores.items() if score.status[i])
+        return next(reasons, NOT_FINITE)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One crystal's result of one term: `numbers` are value, spread if any, parts."""
+
+    numbers: tuple[float, ...]
+    status: str
+
+
+class _BoundTerm:
+    """A reward function with its parameters."""
+
+    def __init__(self, term: Term, info: RewardInfo) -> None:
+        self.term, self.info = term, info
+        self.parameters = info.check_parameters(dict(term.parameters))
+        extra = [*(["spread"] if info.spread else []), *info.parts]
+        self.columns = [str(term), *(f"{term}/{name}" for name in extra)]
+        self._works = False
+
+    def evaluate(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> list[_Row]:
+        """One row per crystal. A crystal on which the function raises gets a status, alone."""
+        try:
+            rows = self._split(self._run(crystals, structures, inputs))
+        except UserError:
+            raise
+        except Exception as error:  # a reward is a user's code and may raise anything
+            rows = self._one_by_one(crystals, structures, inputs, error)
+        self._works = True
+        return rows
+
+    def join(self, rows: list[_Row]) -> Scored:
+        table = np.array([row.numbers for row in rows], dtype=np.float64).reshape(len(rows), len(self.columns))
+        spread = table[:, 1] if self.info.spread else None
+        parts = dict(zip(self.info.parts, table.T[len(self.columns) - len(self.info.parts) :], strict=True))
+        return Scored(table[:, 0], [row.status for row in rows], spread, parts)
+
+    def named(self, scored: Scored) -> dict[str, np.ndarray]:
+        spread = [] if scored.spread is None else [scored.spread]
+        return dict(zip(self.columns, [scored.values, *spread, *scored.parts.values()], strict=True))
+
+    def _run(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> Scored:
+        arguments = (crystals, structures, inputs) if self.info.needs else (crystals, structures)
+        out = self.info.function(*arguments, **self.parameters)
+        scored = out if isinstance(out, Scored) else Scored(out)
+        n = len(crystals)
+        values = self._array(scored.values, n)
+        status = [""] * n if scored.status is None else list(scored.status)
+        for i in np.nonzero(~np.isfinite(values))[0]:
+            status[i] = status[i] or ("not a number" if np.isnan(values[i]) else "infinite")
+        values = np.where([not reason for reason in status], values, np.nan)
+        spread = self._array(scored.spread, n) if self.info.spread else None
+        return Scored(values, status, spread, {name: self._array(scored.parts[name], n) for name in self.info.parts})
+
+    def _one_by_one(
+        self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs, error: Exception
+    ) -> list[_Row]:
+        rows: list[_Row] = []
+        for i in range(len(crystals)):
+            one = Inputs(inputs.context, crystals[[i]], structures[i : i + 1], set(self.info.needs))
+            try:
+                rows += self._split(self._run(one.crystals, one.structures, one))
+                self._works = True
+            except UserError:
+                raise
+            except Exception as alone:  # see evaluate
+                rows.append(_Row((math.nan,) * len(self.columns), describe(alone)))
+        if not self._works:
+            raise UserError(f"reward '{self.term}' fails on every crystal: {describe(error)}") from error
+        return rows
+
+    def _array(self, values: Any, n: int) -> np.ndarray:
+        """(n,) float64. Raises UserError for anything that is not n numbers."""
+        values = values.detach().cpu() if hasattr(values, "detach") else values
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise UserError(f"reward '{self.term}' returned a ragged list instead of {n} numbers") from error
+        if array.dtype.kind not in "fiub":
+            raise UserError(
+                f"reward '{self.term}' returned {array.dtype} instead of numbers (NaN marks what cannot be scored)"
+            )
+        if array.shape != (n,):
+            raise UserError(f"reward '{self.term}' returned shape {array.shape} instead of ({n},), one per crystal")
+        return array.astype(np.float64)
+
+    def _split(self, scored: Scored) -> list[_Row]:
+        table = np.column_stack(list(self.named(scored).values()))
+        return [_Row(tuple(numbers), reason) for numbers, reason in zip(table.tolist(), scored.status, strict=True)]
+
+
+def crystal_keys(crystals: CrystalBatch) -> list[bytes]:
+    """(n) keys, equal for crystals that are written equally to 1e-4 of the cell and 1e-3 A or degrees."""
+    sites = crystals.num_sites.tolist()
+    columns = (
+        crystals.space_group.cpu().numpy().astype(np.int16),
+        crystals.wyckoff.cpu().numpy().astype(np.int16),
+        crystals.species.cpu().numpy().astype(np.int16),
+        _rounded(crystals.frac_coords, 1e-4),
+        _rounded(crystals.lattice, 1e-3),
+    )
+    keys = []
+    for i, s in enumerate(sites):
+        group, wyckoff, species, coords, lattice = (column[i] for column in columns)
+        content = b"".join(x.tobytes() for x in (group, wyckoff[:s], species[:s], coords[:s], lattice))
+        keys.append(hashlib.blake2b(content, digest_size=16).digest())
+    return keys
+
+
+def _rounded(values: torch.Tensor, unit: float) -> np.ndarray:
+    far = 2.0**60
+    steps = values.detach().cpu().double().numpy() / unit
+    return np.rint(np.nan_to_num(steps, nan=-far, posinf=far, neginf=-far)).astype(np.int64)

@@ -1,0 +1,52 @@
+"""Rewards of the potential itself: how far above the hull, how far from equilibrium, how stiff under strain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cfrl.rewards.registry import register_reward
+from cfrl.rewards.scoring import Inputs, Scored
+
+GPA_PER_EV_A3 = 160.21766208
+STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and float32 noise is far below
+
+
+@register_reward("ehull", unit="eV/atom", goal="min", needs=("energy", "hull"))
+def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
+    """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed)."""
+    result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy)
+    failed = inputs.evaluation.status
+    return Scored(result.e_above_hull, [a or b for a, b in zip(failed, result.status, strict=True)])
+
+
+@register_reward("force", unit="eV/A", goal="min", needs=("forces", "stress"), parts=("atoms", "cell"))
+def force(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
+    """Force and stress of the unrelaxed crystal: the larger of the largest force on an atom and on the cell.
+
+    The force on the cell is its largest principal stress times (volume per atom)^(2/3): what pulls at one atom's
+    share of a face. Both vanish in a relaxed crystal.
+    """
+    result = inputs.evaluation
+    atoms = np.array([np.linalg.norm(f, axis=1).max(initial=0.0) for f in result.forces])
+    area = np.array([(s.volume / len(s)) ** (2 / 3) for s in structures])
+    stress = np.nan_to_num(0.5 * (result.stress + result.stress.transpose(0, 2, 1)))
+    cell = np.where(result.ok, np.abs(np.linalg.eigvalsh(stress)).max(1, initial=0.0) * area, np.nan)
+    return Scored(np.maximum(atoms, cell), result.status, parts={"atoms": atoms, "cell": cell})
+
+
+def strained_bulk_modulus(structures: list[Any], potential: Any) -> Scored:
+    """K = -V dp/dV (GPa) by central difference of the pressure; the atoms keep their fractional coordinates."""
+    pressures, volumes, failed = [], [], [""] * len(structures)
+    for strain in (-STRAIN, STRAIN):
+        scaled = [s.copy() for s in structures]
+        for structure in scaled:
+            structure.scale_lattice(structure.volume * (1 + strain) ** 3)
+        result = potential.compute(scaled, stress=True)
+        pressures.append(-np.trace(result.stress, axis1=1, axis2=2) / 3)
+        volumes.append(np.array([s.volume for s in scaled]))
+        failed = [a or b for a, b in zip(failed, result.status, strict=True)]
+    volume = np.array([s.volume for s in structures])
+    modulus = -volume * (pressures[1] - pressures[0]) / (volumes[1] - volumes[0])
+    return Scored(modulus * GPA_PER_EV_A3, failed)

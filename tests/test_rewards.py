@@ -1,0 +1,477 @@
+"""Rewards: their physics, the rule of signs, caution, one pass for all, the cache, and code that misbehaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pymatgen.core import Lattice, Structure
+from typer.testing import CliRunner
+
+import cfrl
+from cfrl.crystal import CrystalBatch
+from cfrl.errors import UserError
+from cfrl.hull import ReferenceHull
+from cfrl.potentials import load_potential
+from cfrl.rewards import RewardContext, Scored, build_reward, registry
+from cfrl.rewards.stability import GPA_PER_EV_A3
+
+COPPER = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def structures() -> list[Structure]:
+    rock_salt = [[0, 0, 0], [0.5, 0.5, 0.5]]
+    perovskite = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    return [
+        Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], rock_salt),
+        Structure.from_spacegroup("Fm-3m", Lattice.cubic(4.24), ["Mg", "O"], rock_salt),
+        COPPER,
+        Structure.from_spacegroup("Fd-3m", Lattice.cubic(5.46), ["Si"], [[0, 0, 0]]),
+        Structure(Lattice.cubic(4.0), ["Ba", "Ti", "O", "O", "O"], perovskite),
+    ]
+
+
+@pytest.fixture(scope="module")
+def crystals(structures: list[Structure]) -> CrystalBatch:
+    return CrystalBatch.from_structures(structures)
+
+
+@pytest.fixture(scope="module")
+def chgnet():
+    return load_potential("chgnet", "cpu")
+
+
+@pytest.fixture(scope="module")
+def hull() -> ReferenceHull:
+    """Elements near CHGNet's energies, and rock salt below the line between them."""
+    energies = {"Na": -1.31, "Cl": -1.84, "NaCl": -3.5, "Mg": -1.6, "O": -4.95, "Cu": -4.1, "Si": -5.42}
+    return ReferenceHull.from_compositions(list(energies), list(energies.values()), "chgnet-0.3.0")
+
+
+@pytest.fixture
+def context(chgnet, hull: ReferenceHull, crystals: CrystalBatch) -> RewardContext:
+    return RewardContext(chgnet, hull, crystals[:1])
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    for memory in (registry._entry_points, registry._load_entry_point, registry._import):
+        memory.cache_clear()
+
+
+@pytest.fixture
+def passes(chgnet, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of crystals in each pass of the potential."""
+    sizes, compute = [], chgnet.compute
+
+    def counting(structures, **asked):
+        sizes.append(len(structures))
+        return compute(structures, **asked)
+
+    monkeypatch.setattr(chgnet, "compute", counting)
+    return sizes
+
+
+# ---- physics -----------------------------------------------------------------------------------------------------
+
+
+def test_rewards_of_the_crystal_alone(crystals: CrystalBatch, structures: list[Structure]) -> None:
+    terms = build_reward("density + volume_per_atom")(crystals).terms
+    np.testing.assert_allclose(terms["density"], [s.density for s in structures], rtol=1e-3)
+    np.testing.assert_allclose(terms["volume_per_atom"], [s.volume / len(s) for s in structures], rtol=1e-5)
+
+
+def test_supply_and_price_against_pymatgen(crystals: CrystalBatch, structures: list[Structure]) -> None:
+    from pymatgen.analysis.cost import CostAnalyzer, CostDBElements
+    from pymatgen.analysis.hhi import HHIModel
+
+    terms = build_reward("cost + hhi + hhi(kind=production)")(crystals).terms
+    price = CostAnalyzer(CostDBElements())
+    formulas = [s.composition.reduced_formula for s in structures]
+    np.testing.assert_allclose(terms["cost"], [price.get_cost_per_kg(f) for f in formulas], rtol=1e-3)
+    np.testing.assert_allclose(terms["hhi(kind=production)"], [HHIModel().get_hhi(f)[0] for f in formulas])
+    np.testing.assert_allclose(terms["hhi"], [HHIModel().get_hhi(f)[1] for f in formulas])
+
+
+def test_charge_neutral() -> None:
+    cell = Lattice.cubic(4.2)
+    pairs = [("Na", "Cl"), ("Na", "Mg"), ("Cl", "O")]
+    batch = CrystalBatch.from_structures([Structure(cell, pair, [[0, 0, 0], [0.5] * 3]) for pair in pairs])
+    assert build_reward("charge_neutral")(batch).total.tolist()[:2] == [1, 0]
+    assert build_reward("charge_neutral(alloys=True)")(batch).total.tolist()[:2] == [1, 1]
+
+
+def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet) -> None:
+    result = build_reward("ehull", context=context)(crystals)
+    energy = chgnet.compute(structures).energy
+    expected = [energy[0] + 3.5, energy[1] - (-1.6 - 4.95) / 2, energy[2] + 4.1, energy[3] + 5.42]
+    np.testing.assert_allclose(result.terms["ehull"][:4], expected, atol=1e-4)
+    np.testing.assert_array_equal(result.total[:4], -result.terms["ehull"][:4])
+    assert np.isnan(result.total[4])
+    assert result.status[:4] == [""] * 4
+    assert "Ba" in result.status[4], "no reference for barium: a status, not an error"
+
+
+def test_force_is_the_larger_pull_on_atoms_and_cell(chgnet) -> None:
+    shaken = Structure(Lattice.cubic(3.9), ["Cs", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.4]])
+    result = build_reward("force", context=RewardContext(chgnet))(CrystalBatch.from_structures([shaken]))
+    single = chgnet.compute([shaken], forces=True, stress=True)
+    assert result.terms["force/atoms"][0] == pytest.approx(np.linalg.norm(single.forces[0], axis=1).max(), rel=1e-3)
+    step = 2e-3  # work done when the cell grows along z: dE = stress_zz * volume * strain
+    stretched = [shaken.copy(), shaken.copy()]
+    for crystal, sign in zip(stretched, (-1, 1), strict=True):
+        crystal.lattice = Lattice.from_parameters(3.9, 3.9, 3.9 * (1 + sign * step), 90, 90, 90)
+    energy = chgnet.compute(stretched).energy * 2
+    stress = (energy[1] - energy[0]) / (2 * step) / shaken.volume
+    assert np.linalg.eigvalsh(single.stress[0]) == pytest.approx(stress, rel=0.03) or (
+        result.terms["force/cell"][0] >= abs(stress) * (shaken.volume / 2) ** (2 / 3) * 0.97
+    )
+    assert result.terms["force"][0] == max(result.terms["force/atoms"][0], result.terms["force/cell"][0])
+    assert result.total[0] == -result.terms["force"][0]
+
+
+def test_bulk_modulus_by_strain_agrees_with_energies(crystals, structures, chgnet) -> None:
+    reward = build_reward("bulk_modulus(method=strain)", context=RewardContext(chgnet))
+    got = reward(crystals[2:4]).total
+    for value, structure in zip(got, structures[2:4], strict=True):
+        edges = structure.volume * np.array([0.99**3, 1.01**3])
+        volumes = np.concatenate([edges * 0.997, edges * 1.003])
+        scaled = [structure.copy() for _ in volumes]
+        for crystal, volume in zip(scaled, volumes, strict=True):
+            crystal.scale_lattice(volume)
+        energy = chgnet.compute(scaled).energy * len(structure)
+        pressure = -(energy[2:] - energy[:2]) / (volumes[2:] - volumes[:2])
+        modulus = -structure.volume * (pressure[1] - pressure[0]) / (edges[1] - edges[0])
+        assert value == pytest.approx(modulus * GPA_PER_EV_A3, rel=0.03)
+    assert 60 < got[1] < 130, "silicon: 98 GPa measured"
+
+
+def test_novelty(crystals: CrystalBatch, context: RewardContext) -> None:
+    larger = Structure.from_spacegroup("Fm-3m", Lattice.cubic(6.2), ["Na", "Cl"], [[0.5] * 3, [0, 0, 0]])
+    polymorph = Structure.from_spacegroup("Pm-3m", Lattice.cubic(3.3), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+    richer = Structure.from_spacegroup("Pm-3m", Lattice.cubic(5), ["Na", "Cl"], [[0, 0, 0], [0, 0.5, 0.5]])
+    batch = CrystalBatch.from_structures([larger, polymorph, richer, COPPER])
+    scores = {
+        level: build_reward(f"novelty(level={level})", context=context)(batch).total.tolist()
+        for level in ("structure", "formula", "system")
+    }
+    assert scores == {"structure": [0, 1, 1, 1], "formula": [0, 0, 1, 1], "system": [0, 0, 0, 1]}
+    with pytest.raises(UserError, match="give --dataset"):
+        build_reward("novelty")(batch)
+
+
+def test_predicted_properties_of_textbook_crystals(crystals: CrystalBatch, chgnet) -> None:
+    formula = "band_gap + dielectric + dielectric(kind=electronic) + bulk_modulus + dielectric_bandgap"
+    terms = build_reward(formula, context=RewardContext(chgnet))(crystals).terms
+    salt, magnesia, copper, silicon, _ = range(5)
+    gap = terms["band_gap"]
+    assert gap[copper] < 0.1
+    assert gap[salt] > 4 and gap[magnesia] > 3.5 and 0.1 < gap[silicon] < 1.2  # noqa: PT018 (PBE: 5.0, 4.4, 0.6)
+    assert terms["dielectric"][magnesia] == pytest.approx(10, rel=0.25)
+    assert terms["dielectric(kind=electronic)"][magnesia] == pytest.approx(3.1, rel=0.15)
+    assert terms["dielectric(kind=electronic)"][silicon] == pytest.approx(13, rel=0.35)
+    assert terms["bulk_modulus"][magnesia] == pytest.approx(155, rel=0.2)
+    assert terms["bulk_modulus"][salt] == pytest.approx(24, rel=0.3)
+    np.testing.assert_allclose(terms["dielectric_bandgap"], gap * terms["dielectric"])
+    np.testing.assert_array_equal(terms["dielectric_bandgap/band_gap"], gap)
+
+
+# ---- signs and caution -------------------------------------------------------------------------------------------
+
+
+def test_rule_of_signs(crystals: CrystalBatch) -> None:
+    volume = crystals.volumes().double().numpy() / crystals.num_atoms.numpy()
+    assert build_reward("volume_per_atom")(crystals).total == pytest.approx(-volume)
+    assert build_reward("1*volume_per_atom")(crystals).total == pytest.approx(volume)
+    assert build_reward("density")(crystals).total == pytest.approx(crystals.densities().double().numpy())
+    assert build_reward("-volume_per_atom")(crystals).total == pytest.approx(-volume)
+
+
+def test_caution_makes_every_prize_smaller(crystals: CrystalBatch, chgnet) -> None:
+    def total(spec: str, caution: float | None) -> np.ndarray:
+        return build_reward(spec, context=RewardContext(chgnet, caution=caution))(crystals).total
+
+    terms = build_reward("dielectric_bandgap + band_gap", context=RewardContext(chgnet))(crystals).terms
+    merit, doubt = terms["dielectric_bandgap"], terms["dielectric_bandgap/spread"]
+    gap, gap_doubt = terms["band_gap"], terms["band_gap/spread"]
+    assert (doubt > 0).all()
+    np.testing.assert_allclose(total("dielectric_bandgap", None), np.maximum(merit - doubt, 0))
+    np.testing.assert_allclose(total("dielectric_bandgap", 0), merit)
+    np.testing.assert_allclose(total("dielectric_bandgap", 2), np.maximum(merit - 2 * doubt, 0))
+    np.testing.assert_allclose(total("band_gap", None), gap)
+    np.testing.assert_allclose(total("band_gap", 1), np.maximum(gap - gap_doubt, 0))
+    np.testing.assert_allclose(total("-band_gap", 1), -(gap + gap_doubt), err_msg="a wanted small value: add")
+    window = np.maximum(np.abs(gap + gap_doubt - 2), np.abs(np.maximum(gap - gap_doubt, 0) - 2))
+    np.testing.assert_allclose(total("target(band_gap, 2)", 1), -window)
+
+
+# ---- one pass, and a memory --------------------------------------------------------------------------------------
+
+
+def test_terms_share_one_pass(crystals, context, passes: list[int]) -> None:
+    result = build_reward("dielectric_bandgap - 2*ehull - force + band_gap", context=context)(crystals[:4])
+    assert np.isfinite(result.total).all()
+    assert passes == [4]
+
+
+def test_scores_are_remembered_by_structure(crystals, context, passes: list[int]) -> None:
+    reward = build_reward("ehull + band_gap", context=context)
+    first = reward(crystals[torch.tensor([0, 1, 0])])
+    assert passes == [2], "a crystal that comes twice is computed once"
+    assert first.total[0] == first.total[2]
+    again = reward(crystals[torch.tensor([1, 3, 0])])
+    assert passes == [2, 1]
+    assert again.total[[0, 2]].tolist() == first.total[[1, 0]].tolist()
+    padded = CrystalBatch.cat([crystals[4:5], crystals[0:1]])[1:2]
+    assert padded.wyckoff.shape[1] > crystals[0:1].trim().wyckoff.shape[1]
+    assert reward(padded).total[0] == first.total[0]
+    assert passes == [2, 1], "padding is not part of a crystal"
+    moved = crystals[0:1]
+    moved.lattice = moved.lattice * 1.01
+    assert reward(moved).total[0] != first.total[0]
+
+
+def test_order_of_columns_and_no_crystals(crystals, context) -> None:
+    reward = build_reward("ehull + dielectric_bandgap", context=context)
+    nothing = reward(crystals[:0])
+    assert nothing.total.shape == (0,)
+    assert nothing.status == []
+    parts = [f"dielectric_bandgap/{part}" for part in ("spread", "band_gap", "dielectric")]
+    assert list(nothing.terms) == reward.columns == ["ehull", "dielectric_bandgap", *parts]
+
+
+def test_given_structures_are_used(crystals, structures) -> None:
+    seen = []
+
+    @cfrl.register_reward("looks")
+    def looks(crystals, structures):
+        seen.extend(structures)
+        return np.zeros(len(structures))
+
+    build_reward("looks")(crystals, structures)
+    assert all(a is b for a, b in zip(seen, structures, strict=True))
+
+
+def test_a_crystal_that_the_potential_refuses_fails_alone(structures, chgnet) -> None:
+    polonium = Structure(Lattice.cubic(3.35), ["Po"], [[0, 0, 0]])
+    batch = CrystalBatch.from_structures([structures[0], polonium, structures[1]])
+    result = build_reward("band_gap", context=RewardContext(chgnet))(batch)
+    assert np.isfinite(result.total[[0, 2]]).all()
+    assert np.isnan(result.total[1])
+    assert result.status == ["", "band_gap: element Po unknown to the potential", ""]
+
+
+def test_gates_and_infinities_have_statuses(crystals: CrystalBatch) -> None:
+    result = build_reward("log(density - 5)")(crystals)
+    light = crystals.densities().numpy() < 5
+    assert np.isnan(result.total).tolist() == light.tolist()
+    assert [bool(reason) for reason in result.status] == light.tolist()
+
+
+def test_standardise_resumes(crystals: CrystalBatch) -> None:
+    one, two = build_reward("standardise(density)"), build_reward("standardise(density)")
+    one(crystals)
+    two.load_state_dict(one.state_dict())
+    np.testing.assert_array_equal(one(crystals, update=False).total, two(crystals, update=False).total)
+    assert one(crystals, update=False).total.mean() == pytest.approx(0, abs=1e-12)
+
+
+# ---- others' rewards ---------------------------------------------------------------------------------------------
+
+
+def test_own_reward_with_a_parameter(crystals: CrystalBatch) -> None:
+    @cfrl.register_reward("sites", unit="sites", goal="min")
+    def sites(crystals, structures, *, times: int = 1):
+        """How many sites."""
+        return crystals.num_sites * times
+
+    assert build_reward("sites")(crystals).total.tolist() == (-crystals.num_sites).tolist()
+    assert build_reward("0 + sites(times=3)")(crystals).total.tolist() == (3 * crystals.num_sites).tolist()
+    with pytest.raises(UserError, match="no parameter 'time'; it has times"):
+        build_reward("sites(time=3)")
+    with pytest.raises(UserError, match="times should be a float"):
+        build_reward("sites(times=many)")
+    with pytest.raises(UserError, match="kind is 'totl'; it is one of total, electronic"):
+        build_reward("dielectric(kind=totl)")
+
+
+def test_rewards_of_modules_and_files(crystals: CrystalBatch, tmp_path: Path) -> None:
+    source = "def twice(crystals, structures):\n    return [2.0 * len(s) for s in structures]\n"
+    (tmp_path / "rewards_of_mine.py").write_text(source)
+    expected = (2 * crystals.num_atoms).tolist()
+    assert build_reward("rewards_of_mine:twice")(crystals).total.tolist() == expected
+    assert build_reward("./rewards_of_mine.py:twice")(crystals).total.tolist() == expected
+    assert build_reward("'rewards_of_mine:twice' / 2")(crystals).total.tolist() == crystals.num_atoms.tolist()
+    assert "rewards_of_mine:twice" in build_reward("rewards_of_mine:twice")(crystals).terms
+
+
+def test_rewards_of_installed_packages(crystals: CrystalBatch, tmp_path: Path) -> None:
+    (tmp_path / "their_package.py").write_text("def seven(crystals, structures):\n    return [7] * len(crystals)\n")
+    info = tmp_path / "their_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[cfrl.rewards]\nseven = their_package:seven\nbroken = missing_one:f\n")
+    sys.path.insert(0, str(tmp_path))
+    assert build_reward("seven")(crystals).total.tolist() == [7] * len(crystals)
+    with pytest.warns(UserWarning, match="broken"):
+        assert "seven" in [reward.name for reward in registry.all_rewards()]
+    with pytest.raises(UserError, match="reward 'broken' of missing_one:f cannot be loaded"):
+        build_reward("broken")
+
+
+def test_named_formulas_of_cfrl_toml(crystals: CrystalBatch, tmp_path: Path) -> None:
+    (tmp_path / "cfrl.toml").write_text('[rewards.light]\nexpression = "target(density, wanted)"\nwanted = 2.0\n')
+    density = crystals.densities().double().numpy()
+    assert build_reward("light")(crystals).total == pytest.approx(-np.abs(density - 2))
+    assert build_reward("2*light(wanted=4)")(crystals).total == pytest.approx(-2 * np.abs(density - 4))
+    (tmp_path / "cfrl.toml").write_text("[rewards.light]\nwanted = 2.0\n")
+    with pytest.raises(UserError, match=r"\[rewards.light\] needs a line like expression"):
+        build_reward("light")
+
+
+# ---- bad input: one clear line each ------------------------------------------------------------------------------
+
+
+def _register(function) -> str:
+    cfrl.register_reward("faulty")(function)
+    return "faulty"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ehul", "unknown reward 'ehul'; did you mean 'ehull'"),
+        ("band_gap - ehul", "did you mean 'ehull'"),
+        ("no_module_of_this_name:f", "no module 'no_module_of_this_name'"),
+        ("math:sqroot", "math has no function 'sqroot'"),
+        ("math:pi", "no function 'pi'"),
+        ("missing.py:f", "no file missing.py"),
+        ("property:missing.safetensors", "no predictor file missing.safetensors"),
+        ("system('rm')", "'system(...)' cannot be called"),
+    ],
+)
+def test_what_cannot_be_built(spec: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_reward(spec)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_fails_on_import(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text("\nraise RuntimeError('no licence')\n")
+    with pytest.raises(
+        UserError, match=r"failing.py cannot be imported: RuntimeError: no licence \(failing.py, line 2\)"
+    ):
+        build_reward("failing.py:f")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: np.zeros((n, 2)), "returned shape (5, 2) instead of (5,)"),
+        (lambda n: np.zeros(n - 1), "returned shape (4,) instead of (5,)"),
+        (lambda n: 1.0, "returned shape () instead of (5,)"),
+        (lambda n: ["good"] * n, "instead of numbers"),
+        (lambda n: [None] * n, "instead of numbers"),
+        (lambda n: None, "instead of numbers"),
+        (lambda n: [[1.0]] + [[1.0, 2.0]] * (n - 1), "ragged list"),
+    ],
+)
+def test_what_is_no_score_ends_with_one_line(returned, message: str, crystals: CrystalBatch) -> None:
+    reward = build_reward(_register(lambda crystals, structures: returned(len(structures))))
+    with pytest.raises(UserError) as caught:
+        reward(crystals)
+    assert message in str(caught.value)
+    assert "reward 'faulty' returned" in str(caught.value)
+
+
+def test_a_reward_that_always_raises(crystals: CrystalBatch) -> None:
+    def faulty(crystals, structures):
+        raise KeyError("model.pt")
+
+    with pytest.raises(
+        UserError, match=r"reward 'faulty' fails on every crystal: KeyError: 'model.pt' \(test_rewards.py"
+    ):
+        build_reward(_register(faulty))(crystals)
+
+
+def test_a_reward_that_raises_on_one_crystal_loses_only_that(crystals: CrystalBatch) -> None:
+    def faulty(crystals, structures):
+        if any(len(s) == 5 for s in structures):
+            raise ValueError("five atoms\nare too many")
+        return [len(s) for s in structures]
+
+    reward = build_reward(_register(faulty))
+    result = reward(crystals)
+    assert result.total[:4].tolist() == crystals.num_atoms[:4].tolist()
+    assert np.isnan(result.total[4])
+    assert result.status[4].startswith("faulty: ValueError: five atoms are too many (test_rewards.py")
+    assert np.isnan(reward(crystals[4:]).total).all(), "it has worked before: the run goes on"
+
+
+def test_nan_and_infinity_are_not_scores(crystals: CrystalBatch) -> None:
+    def faulty(crystals, structures):
+        return torch.tensor([1.0, np.nan, np.inf, -np.inf, 2.0])
+
+    result = build_reward(_register(faulty))(crystals)
+    np.testing.assert_array_equal(np.isnan(result.total), [False, True, True, True, False])
+    np.testing.assert_array_equal(np.isnan(result.terms["faulty"]), [False, True, True, True, False])
+    assert result.status == ["", "faulty: not a number", "faulty: infinite", "faulty: infinite", ""]
+
+
+def test_scored_gives_reasons_and_parts(crystals: CrystalBatch) -> None:
+    @cfrl.register_reward("rich", parts=("half",), spread=True, caution=1.0)
+    def rich(crystals, structures):
+        values = crystals.num_atoms.double().numpy()
+        status = ["too large" if v > 5 else "" for v in values]
+        return Scored(values, status, np.ones(len(values)), {"half": values / 2})
+
+    result = build_reward("rich")(crystals[3:])
+    assert result.status == ["rich: too large", ""]
+    assert result.total[1] == 4
+    assert result.terms["rich/half"][1] == 2.5
+
+
+def test_names_goals_and_needs_are_checked() -> None:
+    with pytest.raises(UserError, match="use letters"):
+        cfrl.register_reward("my reward")
+    with pytest.raises(UserError, match="'max' or 'min'"):
+        cfrl.register_reward("mine", goal="up")(lambda c, s: None)
+    with pytest.raises(UserError, match="known needs are energy"):
+        cfrl.register_reward("mine", needs=("charges",))(lambda c, s: None)
+
+
+def test_a_predictor_of_other_features(crystals: CrystalBatch) -> None:
+    old = load_potential("chgnet:0.2.0", "cpu")
+    result = build_reward("band_gap", context=RewardContext(old))(crystals[:1])
+    assert result.total[0] > 4, "the features that it was trained on come from the potential named in its file"
+    from cfrl.properties import load_predictor
+
+    with pytest.raises(UserError, match="trained on other features"):
+        load_predictor("band_gap").check(old)
+
+
+def test_the_table_of_rewards() -> None:
+    from cfrl.cli import app
+
+    result = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for name in ("ehull", "force", "dielectric_bandgap", "band_gap", "dielectric", "density", "bulk_modulus", "hhi"):
+        assert f"\n{name} " in f"\n{result.output}", name
+    for text in (
+        "eV/atom",
+        "kind=total|electronic",
+        "energy, hull",
+        "novelty",
+        "charge_neutral",
+        "cost",
+        "volume_per_atom",
+    ):
+        assert text in result.output

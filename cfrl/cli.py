@@ -29,6 +29,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", 
 COMMANDS = "Commands, in the order of the work"
 # The five commands stand first in the help, in the order of the work; groups follow.
 data_app = typer.Typer(help="Datasets: import, fetch, look into.", no_args_is_help=True)
+rewards_app = typer.Typer(help="Rewards: list them; train a predictor to make one.", invoke_without_command=True)
 model_app = typer.Typer(help="Model files: import published weights, look into.", no_args_is_help=True)
 
 
@@ -266,8 +267,35 @@ def _console() -> Any:
     return Console()
 
 
+@rewards_app.callback()
+def rewards(ctx: typer.Context) -> None:
+    """Rewards: list them (no argument); train a predictor to make one."""
+    if ctx.invoked_subcommand is None:
+        from rich.console import Console
+
+        from cfrl.rewards.listing import show_rewards
+
+        show_rewards(Console())
+
+
+@rewards_app.command("train")
+@configured(config.PredictorConfig)
+def rewards_train(
+    config: config.PredictorConfig,
+    data: Annotated[list[str], typer.Argument(help="Crystals with the property as a column: CSV, .h5, extxyz, ...")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Predictor file, .safetensors.")],
+) -> None:
+    """Train a property predictor; use it as `--reward property:FILE`."""
+    from rich.console import Console
+
+    from cfrl.predictor_training import run_train
+
+    run_train(data, output, config, Console())
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
+app.add_typer(rewards_app, name="rewards")
 
 if __name__ == "__main__":
     main()

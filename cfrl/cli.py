@@ -200,6 +200,28 @@ def screen(
     run(source, config, output, Path(resume) if resume else None, _console())
 
 
+@app.command(rich_help_panel=COMMANDS)
+@configured(config.RetrieveConfig)
+def retrieve(config: config.RetrieveConfig) -> None:
+    """Rank known materials by how much likelier tuning has made them; judge the ranking where labels are known.
+
+    Example: cfrl retrieve --dataset mp_20.h5 --property band_gap
+    """
+    from cfrl.retrieve import retrieve as run
+
+    run(config, _console())
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.")] = "",
+) -> None:
+    """Write report.html of a run once more (each run writes its own at the end)."""
+    from cfrl.report import newest_reportable, write_report
+
+    write_report(run or newest_reportable(), _console())
+
+
 @model_app.command("import")
 def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],

@@ -64,6 +64,7 @@ class Figure:
     series: list[Series] = field(default_factory=list)
     log_x: bool = False
     log_y: bool = False
+    from_zero: bool = False
     note: str = ""
 
     def to_plotly(self) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Figure:
         layout = {
             **_layout(),
             "xaxis": _axis(self.x, self.log_x),
-            "yaxis": _axis(self.y, self.log_y),
+            "yaxis": _axis(self.y, self.log_y) | ({"rangemode": "tozero"} if self.from_zero else {}),
             "showlegend": sum(bool(series.name) for series in self.series) > 1,
             "barmode": "group",
         }
@@ -87,6 +88,8 @@ class Figure:
             axes.set_xscale("log")
         if self.log_y:
             axes.set_yscale("log")
+        if self.from_zero:
+            axes.set_ylim(bottom=0)
         if words:
             axes.set_xticks(range(len(words[0].x)), [_mathtext(str(x)) for x in words[0].x], rotation=40, ha="right")
         if sum(bool(series.name) for series in self.series) > 1:

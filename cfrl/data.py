@@ -38,13 +38,14 @@ from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.readers import Entry, Unusable
-from cfrl.symmetry import AsymmetricUnit, SymmetryError, analyse, tables
+from cfrl.symmetry import AsymmetricUnit, SymmetryError, analyse
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
     from rich.console import Console
 
 PROTOTYPES = "prototypes"
+MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
 _JOB = 64  # entries per job of a worker
 _INLINE = 256  # so few entries are not worth starting processes
 _HDF5 = (".h5", ".hdf5")
@@ -375,20 +376,24 @@ def _analyse(
 ) -> list[AsymmetricUnit | str]:
     """For each (kind, payload) of entries its crystal, or the reason why there is none."""
     logging.getLogger("moyo").setLevel(logging.ERROR)  # it remarks on every cell that is not primitive
-    multiplicity = tables().multiplicity.numpy()
     results: list[AsymmetricUnit | str] = []
     for kind, payload in payloads:
         try:
-            unit = analyse(*readers.parse(kind, payload), symprec, max_sites)
-            atoms = int(multiplicity[unit.space_group, unit.wyckoff].sum())
-            fits = not max_atoms or atoms <= max_atoms
-            results.append(unit if fits else f"too many atoms: {atoms} in the conventional cell, limit {max_atoms}")
+            results.append(analyse(*readers.parse(kind, payload), symprec, max_sites))
         except (Unusable, SymmetryError) as error:
             results.append(str(error))
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic inside moyo is no Exception, and must cost one row only
             results.append(f"symmetry not found: {type(error).__name__}: {error}")
+    found = [i for i, result in enumerate(results) if not isinstance(result, str)]
+    crystals = CrystalBatch.from_units([results[i] for i in found])
+    valid, atoms = crystals.valid(MIN_DISTANCE), crystals.num_atoms.tolist()
+    for row, i in enumerate(found):
+        if max_atoms and atoms[row] > max_atoms:
+            results[i] = f"too many atoms: {atoms[row]} in the conventional cell, at most {max_atoms} fit"
+        elif not valid[row]:
+            results[i] = f"atoms too close: {crystals[row].shortest_distances().item():.3f} angstrom"
     return results
 
 
@@ -536,7 +541,7 @@ def _prototypes() -> Path:
     from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 
     structures = [prototype["snl"].structure for prototype in AFLOW_PROTOTYPE_LIBRARY]
-    ids = [prototype["tags"]["aflow"] for prototype in AFLOW_PROTOTYPE_LIBRARY]
+    ids = _unique([prototype["tags"]["aflow"] for prototype in AFLOW_PROTOTYPE_LIBRARY])
     dropped: dict[int, str] = {}
     crystals = CrystalBatch.from_structures(structures, ids=ids, errors="skip", dropped=dropped)
     tags = [prototype["tags"] for i, prototype in enumerate(AFLOW_PROTOTYPE_LIBRARY) if i not in dropped]
@@ -550,6 +555,16 @@ def _prototypes() -> Path:
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be written; set CFRL_CACHE to a folder of yours") from error
     return path
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names told apart: A, B, A -> A, B, A-2."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(f"{name}-{seen[name]}" if seen[name] > 1 else name)
+    return unique
 
 
 # ---- output ----

@@ -21,7 +21,8 @@ CDVAE = "https://raw.githubusercontent.com/txie-93/cdvae/main/data"
 DIFFCSP = "https://raw.githubusercontent.com/jiaor17/DiffCSP/main/data"
 ALEX_20 = "https://huggingface.co/datasets/zdcao/alex-20/resolve/main"
 _ATTEMPTS = 4
-_BLOCK = 1 << 20  # bytes
+_WAIT = 1.0  # seconds before the second attempt, doubled for each further one
+_BLOCK = 1 << 16  # bytes; what a broken connection can lose
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def download(file: SourceFile, folder: Path, progress: Callable[[int, int], None
     import pooch
     from requests import RequestException
 
+    pooch.get_logger().setLevel("WARNING")  # the progress bar says enough
     name = Path(urlsplit(file.url).path).name
     record = folder / f"{name}.sha256"
     recorded = record.read_text(encoding="utf-8").split()[0] if record.exists() else ""
@@ -138,7 +140,7 @@ def resume(url: str, partial: Path, progress: Callable[[int, int], None] | None 
         except (ConnectionError, Timeout, ChunkedEncodingError):
             if attempt == _ATTEMPTS:
                 raise
-            time.sleep(0.2 * 4**attempt if partial.exists() else 0)
+            time.sleep(_WAIT * 2 ** (attempt - 1))
 
 
 def _continue(url: str, partial: Path, progress: Callable[[int, int], None] | None) -> None:

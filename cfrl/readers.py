@@ -109,7 +109,7 @@ def iter_entries(path: Path, strict: bool = True) -> Iterator[tuple[int, Entry]]
     if path.suffix != ".zip":
         with _open(path) as raw:
             for entry in _read(raw, str(path), strict):
-                yield raw.tell(), entry
+                yield path.stat().st_size if raw.closed else raw.tell(), entry
         return
     done = 0
     try:

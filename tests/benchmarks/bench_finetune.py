@@ -1,0 +1,116 @@
+"""What fine-tuning costs and what it gains.
+
+    python tests/benchmarks/bench_finetune.py stages                 seconds per step, by stage
+    python tests/benchmarks/bench_finetune.py gain --reward ehull --minutes 20 [--hull mp_energies.csv.gz]
+    python tests/benchmarks/bench_finetune.py gain --reward dielectric_bandgap --caution 0
+
+`gain` compares fresh crystals of the model before and after as `cfrl sample` gives them, judged by what was not the
+reward too: CHGNet 0.2.0, and the hull that is named. Settings of finetune: cfrl.toml of the working folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from cfrl import config
+from cfrl.crystal import CrystalBatch
+from cfrl.finetune import finetune
+from cfrl.fingerprint import fingerprints
+from cfrl.hull import ReferenceHull
+from cfrl.model import load_model
+from cfrl.potentials import load_potential
+from cfrl.rewards import RewardContext, build_reward
+from cfrl.sampler import sample
+from cfrl.tuning import starting_shares
+
+LOW = 0.1  # eV/atom above the hull
+
+
+def stages(settings: config.FinetuneConfig) -> None:
+    """Mean seconds per step over the second to the last of a few steps, drawn in one lot and in four."""
+    print(f"{settings.batch_size} crystals per step, {settings.epochs} epochs, {torch.get_num_threads()} threads")
+    print(
+        f"{'reward':20} {'lots':>4} {'sample':>8} {'score':>8} {'likelihood':>10} {'update':>8} {'step':>8}  crystals/s"
+    )
+    for reward in ("density", "ehull", "dielectric_bandgap"):
+        for lots in (1, 4):
+            chunk = settings.batch_size // lots
+            changed = replace(settings, reward=reward, sample_batch=chunk, steps=5, evaluate=0, time_limit=0.0)
+            start, run = time.perf_counter(), finetune(changed, quiet=True)
+            m = {name: np.mean(values[1:]) for name, values in run.metrics().items()}
+            parts = [m[f"seconds/{stage}"] for stage in ("sample", "score", "likelihood", "update")]
+            took = (time.perf_counter() - start) / 5
+            numbers = "".join(f"{x:{w}.2f} " for x, w in zip([*parts, took], (8, 8, 10, 8, 8), strict=True))
+            print(f"{reward:20} {lots:4} {numbers} {settings.batch_size / took:.1f}", flush=True)
+
+
+def gain(settings: config.FinetuneConfig, n: int, hull: str) -> None:
+    """Tune, then compare fresh samples."""
+    start = time.monotonic()
+    run = finetune(settings)
+    metrics = run.metrics()
+    print(f"{len(metrics['step'])} steps in {(time.monotonic() - start) / 60:.1f} min; {run.path}")
+    for name in ("reward/mean", "kl", "unique", "new", "effective_space_groups"):
+        print(f"  {name:24} {metrics[name][0]:.4g} -> {metrics[name][-1]:.4g}")
+    judged = [judge(fresh(model, settings, n), settings, hull) for model in (settings.model, run.path)]
+    print(f"\n{n} fresh valid crystals {'before':>24} {'after':>12} {'ratio':>8}")
+    for name in judged[0]:
+        before, after = judged[0][name], judged[1][name]
+        print(f"{name:44} {before:12.4g} {after:12.4g} {after / before if before else float('nan'):8.2f}")
+
+
+def fresh(model: str, settings: config.FinetuneConfig, n: int) -> CrystalBatch:
+    """As `cfrl sample` gives them, under the settings' restrictions."""
+    loaded = load_model(model)
+    groups = starting_shares(loaded, "" if settings.space_group == "uniform" else settings.space_group, 0)
+    elements = settings.elements.split(",") if settings.elements else None
+    wanted = groups.isfinite().nonzero().flatten().tolist()
+    return sample(loaded, n, space_group=wanted, elements=elements, max_atoms=settings.max_atoms or None, seed=123)
+
+
+def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) -> dict[str, float]:
+    """Figures of a sample: its uniqueness, the reward and its terms, and the opinion of others."""
+    result = build_reward(settings.reward, context=RewardContext.from_config(settings))(crystals)
+    figures = {"unique fraction": len(set(fingerprints(crystals))) / len(crystals)}
+    figures["scored"] = float(np.mean([not reason for reason in result.status]))
+    figures |= {f"reward, {f.__name__[3:]}": float(f(result.total)) for f in (np.nanmean, np.nanmedian)}
+    for name, values in result.terms.items():
+        figures |= {f"{name}, {f.__name__[3:]}": float(f(values)) for f in (np.nanmean, np.nanmedian)}
+    structures = crystals.to_structures()
+    references = {"embedded hull" if not settings.hull else settings.hull: ReferenceHull.load(settings.hull)}
+    references |= {hull: ReferenceHull.load(hull)} if hull else {}
+    for potential in ("chgnet", "chgnet:0.2.0"):
+        energies = load_potential(potential).compute(structures).energy
+        for label, reference in references.items():
+            distance = reference.e_above_hull(crystals, energies).e_above_hull
+            known = distance[np.isfinite(distance)]
+            name = f"{potential}, {label.split('/')[-1]}"
+            figures[f"{name}: mean (eV/atom)"] = float(known.mean())
+            figures[f"{name}: median"] = float(np.median(known))
+            figures[f"{name}: share < {LOW}"] = float((known < LOW).mean())
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("stages", "gain"))
+    parser.add_argument("--reward", default="ehull")
+    parser.add_argument("--model", default="")
+    parser.add_argument("--minutes", type=float, default=0.0)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--caution", type=float, default=-1.0)
+    parser.add_argument("--hull", default="", help="a second reference, such as mp_energies.csv.gz")
+    parser.add_argument("-n", type=int, default=1000)
+    given = parser.parse_args()
+    flags = {"reward": given.reward, "model": given.model, "time_limit": given.minutes, "caution": given.caution}
+    settings = config.resolve(config.FinetuneConfig, flags | {"steps": given.steps})
+    stages(settings) if given.what == "stages" else gain(settings, given.n, given.hull)
+
+
+if __name__ == "__main__":
+    main()

@@ -102,7 +102,8 @@ def finetune(
         if config.evaluate and not config.rollouts:
             live.say(f"Drawing {config.evaluate} fresh crystals from the model before and after.")
             evaluate(tuning, config, scorer, run.path)
-    monitor.plot(run)
+    if config.plots:
+        monitor.plot(run)
     run.finish()
     if not quiet:
         monitor.summarise(run)

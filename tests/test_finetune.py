@@ -41,7 +41,8 @@ SIZES = ModelConfig(
     max_sites=9,
     dropout=0.5,
 )
-QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, device="cpu", lr=3e-3, min_distance=0.0, max_atoms=16)
+QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
+QUICK |= dict(min_distance=0.0, max_atoms=16)
 
 
 @pytest.fixture(scope="session")
@@ -394,7 +395,7 @@ def reward(crystals):
 
 model, root, resume = sys.argv[1:]
 config = FinetuneConfig(model=model, reward="toy", steps=12, batch_size=16, evaluate=0, device="cpu", lr=3e-3,
-                        min_distance=0.0, max_atoms=16, checkpoint_minutes=0.0, replay=4)
+                        min_distance=0.0, max_atoms=16, checkpoint_minutes=0.0, replay=4, plots=False)
 finetune(config, reward=reward, root=root, resume=resume or None)
 """
 
@@ -492,7 +493,7 @@ def test_dpo_from_a_rollouts_file(tiny_model, tmp_path):
 
 
 def test_validation_loss_evaluation_and_plots(tiny_model, tmp_path, capsys):
-    run = tune(tiny_model, tmp_path, steps=3, dataset="prototypes", validate_every=2, evaluate=20)
+    run = tune(tiny_model, tmp_path, steps=3, dataset="prototypes", validate_every=2, evaluate=20, plots=True)
     validation = load_dataset("prototypes", split="validation")
     validation = validation[validation.num_sites < SIZES.max_sites]
     with torch.no_grad():

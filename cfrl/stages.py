@@ -143,17 +143,39 @@ class Relaxation:
 
 
 def relax(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
-    """Relaxed crystals. Records: see `_relaxed`; a failed one has its reason in `status` and no structure."""
+    """Relax positions and cell.
+
+    Records: `energy_per_atom` (eV), `energy_scale` (the potential), `converged`, `relax_steps`, `rmsd` (angstrom),
+    `volume_change` (relative), `status`, and `structure` where it has one: the end, or the last sound point.
+    """
     from cfrl.relax import relax as relax_structures
 
+    model = _potential(potential, device)
     result = relax_structures(
-        structures,
-        _potential(potential, device),
-        fmax=settings.fmax,
-        steps=settings.steps,
-        keep_symmetry=settings.keep_symmetry,
+        structures, model, fmax=settings.fmax, steps=settings.steps, keep_symmetry=settings.keep_symmetry
     )
-    return []
+    records = []
+    for i, structure in enumerate(result.structures):
+        record = {
+            "energy_per_atom": float(result.energy[i]),
+            "energy_scale": model.name,
+            "converged": bool(result.converged[i]),
+            "relax_steps": int(result.steps[i]),
+            "rmsd": float(result.rmsd[i]),
+            "volume_change": float(result.volume_change[i]),
+            "status": result.status[i],
+        }
+        records.append(record if structure is None else record | {"structure": _cell(structure)})
+    return records
+
+
+def _cell(structure: Structure) -> dict[str, Any]:
+    """A structure as JSON holds it, every digit kept; `screen.restore` is the way back."""
+    return {
+        "lattice": structure.lattice.matrix.tolist(),
+        "frac_coords": structure.frac_coords.tolist(),
+        "numbers": list(structure.atomic_numbers),
+    }
 
 
 def energies(structures: list[Structure], potential: str, device: str) -> list[Record]:

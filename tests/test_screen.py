@@ -1,0 +1,374 @@
+"""Screening: known truth in, truth out; interrupted and uninterrupted runs alike; bad input never stops it."""
+
+import csv
+import errno
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+from pymatgen.core import Composition, Lattice, Structure
+from pymatgen.io.vasp import Incar, Poscar
+
+import cfrl
+from cfrl import screen as screening
+from cfrl import stages
+from cfrl.config import ScreenConfig
+from cfrl.errors import UserError
+from cfrl.screen import Journal, screen
+from cfrl.storage import read_columns
+from cfrl.tally import rate
+
+QUICK = ScreenConfig(relax=False, stability=False, workers=1)
+
+
+class SerialEngine:
+    """The same work in this process: no workers to start. `interrupt_after` plays Ctrl-C, `done` counts items."""
+
+    interrupt_after: int | None = None
+    done: ClassVar[list[int]] = []
+
+    def __init__(self, workers: int) -> None:
+        pass
+
+    def __enter__(self) -> "SerialEngine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def map(self, function: Callable, chunks: list[list]) -> Iterator[tuple[int, list]]:
+        for index, items in enumerate(chunks):
+            if self.interrupt_after is not None and len(SerialEngine.done) >= self.interrupt_after:
+                raise KeyboardInterrupt
+            SerialEngine.done.append(len(items))
+            yield index, function(items)
+
+
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[SerialEngine]:
+    monkeypatch.setattr(screening, "LocalEngine", SerialEngine)
+    monkeypatch.chdir(tmp_path)
+    SerialEngine.interrupt_after, SerialEngine.done = None, []
+    return SerialEngine
+
+
+def rock_salt(a: str = "Na", b: str = "Cl", length: float = 5.6) -> Structure:
+    return Structure.from_spacegroup("Fm-3m", Lattice.cubic(length), [a, b], [[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def perovskite(a: str, b: str, length: float = 4.0) -> Structure:
+    sites = [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0]]
+    return Structure.from_spacegroup("Pm-3m", Lattice.cubic(length), [a, b, "O"], sites)
+
+
+def write_csv(path: Path, structures: dict[str, Structure], **columns: list) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["material_id", "cif", *columns])
+        for row, (name, structure) in enumerate(structures.items()):
+            writer.writerow([name, structure.to(fmt="cif"), *(values[row] for values in columns.values())])
+    return path
+
+
+def read_table(run: Path) -> dict[str, dict[str, str]]:
+    with (run / "table.csv").open() as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Eight crystals: two of them twice, one with atoms on top of each other."""
+    strained = perovskite("Ba", "Ti")
+    strained.apply_strain([0.004, -0.003, 0.002])
+    crowded = Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0.05, 0, 0]])
+    crystals = {
+        "salt": rock_salt(),
+        "salt again": rock_salt("Na", "Cl", 5.7).get_primitive_structure(),
+        "MgO": rock_salt("Mg", "O", 4.25),
+        "BaTiO3": perovskite("Ba", "Ti"),
+        "strained": strained * [1, 2, 1],
+        "SrTiO3": perovskite("Sr", "Ti", 3.9),
+        "crowded": crowded,
+        "Cu": Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]]),
+    }
+    return write_csv(tmp_path / "samples.csv", crystals, gap=[5.0, 5.0, 4.4, 1.8, 1.8, 1.9, 0.0, 0.0])
+
+
+@pytest.fixture
+def hull_file(tmp_path: Path) -> Path:
+    """CHGNet-like energies (eV/atom) of elements and oxides; none for copper."""
+    energies = {"Na": -1.3, "Cl": -1.8, "Mg": -1.5, "O": -4.9, "Ba": -1.9, "Ti": -7.8, "Sr": -1.7}
+    energies |= {"NaCl": -3.4, "MgO": -6.1, "BaO": -6.2, "TiO2": -9.3}
+    path = tmp_path / "hull.csv"
+    path.write_text("formula,energy_per_atom\n" + "".join(f"{f},{e}\n" for f, e in energies.items()))
+    return path
+
+
+def test_duplicates_novelty_and_validity(serial: type[SerialEngine], samples: Path, tmp_path: Path) -> None:
+    known = write_csv(tmp_path / "known.csv", {"mp-1": rock_salt("Mg", "O", 4.2), "mp-2": perovskite("Ca", "Ti")})
+    table = read_table(screen(str(samples), replace(QUICK, known=[str(known)])))
+    assert table["salt again"]["status"] == "duplicate of salt"
+    assert table["strained"]["status"] == "duplicate of BaTiO3"
+    assert "0.20 A apart" in table["crowded"]["status"]
+    assert table["crowded"]["valid"] == "0"
+    assert {name for name, row in table.items() if row["unique"] == "1"} == {"salt", "MgO", "BaTiO3", "SrTiO3", "Cu"}
+    assert {name: row["known_as"] for name, row in table.items() if row["novel"] == "0"} == {"MgO": "mp-1"}
+    assert table["salt"]["space_group"] == "225"
+    assert table["BaTiO3"]["fingerprint"].startswith("BaTiO3|221|")
+    assert table["BaTiO3"]["charge_neutral"] == "1"
+    assert table["BaTiO3"]["input_gap"] == "1.8"
+
+
+def test_hull_distances_agree_with_pymatgen(serial: type[SerialEngine], samples: Path, hull_file: Path) -> None:
+    run = screen(str(samples), replace(QUICK, stability=True, hull=str(hull_file)))
+    table = read_table(run)
+    entries = []
+    for row in csv.DictReader(hull_file.open()):
+        composition = Composition(row["formula"])
+        entries.append(PDEntry(composition, float(row["energy_per_atom"]) * composition.num_atoms))
+    diagram = PhaseDiagram(entries)
+    for name in ("salt", "MgO", "BaTiO3", "SrTiO3"):
+        composition = Composition(table[name]["formula"])
+        energy = float(table[name]["energy_per_atom"])
+        expected = energy - diagram.get_hull_energy(composition) / composition.num_atoms
+        assert float(table[name]["e_above_hull"]) == pytest.approx(expected, abs=1e-5)
+    assert table["Cu"]["hull_status"] == "no reference for element Cu"
+    assert table["Cu"]["energy_per_atom"]
+    assert table["salt again"]["stable"] == table["salt"]["stable"], "a duplicate counts as its original"
+    assert "unknown origin" in json.loads((run / "summary.json").read_text())["warning"]
+
+
+def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Path) -> None:
+    config = replace(QUICK, rank="-input_gap", filter="input_gap > 1.8 and num_atoms >= 5", top=2, dft="pbe")
+    run = screen(str(samples), config)
+    rows = list(read_table(run).values())
+    assert [row["id"] for row in rows if row["candidate"] == "1"] == ["salt", "MgO", "SrTiO3"]
+    assert [row["id"] for row in rows][:3] == ["salt", "MgO", "SrTiO3"], "candidates stand first, best first"
+    assert sorted(path.name for path in (run / "cifs").iterdir()) == ["1-NaCl.cif", "2-MgO.cif"]
+    assert Structure.from_file(run / "cifs" / "1-NaCl.cif").reduced_formula == "NaCl"
+    assert Poscar.from_file(run / "dft" / "2-MgO" / "POSCAR").structure.reduced_formula == "MgO"
+    assert Incar.from_file(run / "dft" / "2-MgO" / "INCAR")["ENCUT"] == 520
+    crystals, columns = cfrl.read_crystals(run / "screen.h5"), read_columns(run / "screen.h5")
+    assert crystals.ids[:3] == ["salt", "MgO", "SrTiO3"]
+    assert crystals.formulas()[:3] == ["NaCl", "MgO", "SrTiO3"]
+    assert columns["input_gap"][0] == 5.0
+    assert columns["status"][crystals.ids.index("strained")] == "duplicate of BaTiO3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"filter": "ehul < 0.1"}, "did you mean 'ehull'"),
+        ({"filter": "ehull <"}, "--filter"),
+        ({"rank": "__import__('os')"}, "--rank"),
+        ({"dft": "lda"}, "--dft lda: use scan or pbe"),
+        ({"known": ["nowhere.h5"]}, "nowhere.h5"),
+        ({"stability": True, "hull": "nowhere.csv"}, "nowhere.csv"),
+    ],
+)
+def test_bad_settings_are_told_before_the_work(
+    serial: type[SerialEngine], samples: Path, change: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        screen(str(samples), replace(QUICK, **change))
+    assert not serial.done
+
+
+# ---- bad input ----
+
+
+def test_bad_crystals_become_rows_with_a_reason(serial: type[SerialEngine], tmp_path: Path) -> None:
+    folder = tmp_path / "cifs"
+    folder.mkdir()
+    large = rock_salt() * [4, 4, 4]
+    large.perturb(0.05)
+    disordered = Structure(Lattice.cubic(3.6), [{"Cu": 0.5, "Au": 0.5}], [[0, 0, 0]])
+    good = {"good": rock_salt(), "large": large, "einsteinium": rock_salt("Es", "O", 5.0), "disordered": disordered}
+    for name, structure in good.items():
+        structure.to(folder / f"{name}.cif")
+    (folder / "broken.cif").write_text("data_broken\n_cell_length_a 5.0\nloop_\n_atom_site_label\nNa1 Na2")
+    (folder / "empty.cif").write_text("")
+    hull = tmp_path / "hull.csv"
+    hull.write_text("formula,energy_per_atom\nNa,-1.3\nCl,-1.8\n")
+    run = screen(str(folder), replace(QUICK, stability=True, hull=str(hull)))
+    table = read_table(run)
+    assert len(table) == 6
+    status = {name.partition(".")[0]: row["status"] for name, row in table.items()}
+    assert status["good"] == ""
+    assert status["large"] in ("", "duplicate of good", "duplicate of large")
+    assert status["einsteinium"] == "element Es unknown to the potential"
+    assert status["disordered"].startswith("unreadable: disordered")
+    assert status["broken"].startswith("unreadable:")
+    assert status["empty"].startswith("unreadable:")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["crystals"] == 6
+    assert next(r for r in summary["rates"] if r["name"] == "valid")["count"] == 3
+
+
+def test_a_cell_of_512_atoms_without_symmetry_goes_through(serial: type[SerialEngine], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    large = rock_salt() * [4, 4, 4]
+    large.translate_sites(0, [0.01, 0.003, 0.002])
+    for site in range(len(large)):
+        large.translate_sites(site, rng.normal(scale=0.02, size=3), frac_coords=False)
+    assert len(large) == 512
+    run = screen(str(write_csv(tmp_path / "large.csv", {"large": large})), QUICK)
+    assert read_table(run)["large"]["space_group"] == "1"
+    assert int(cfrl.read_crystals(run / "screen.h5").num_atoms[0]) == 512
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.csv", b""),
+        ("zip.h5", b"PK\x03\x04 no HDF5"),
+        ("text.cif", b"\x00\x01"),
+        ("x.dat", b"1"),
+        ("a.zip", b"no"),
+    ],
+)
+def test_files_that_are_not_what_they_say(
+    serial: type[SerialEngine], tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    try:
+        run = screen(str(path), QUICK)
+    except UserError as error:
+        message = str(error)
+    else:
+        message = "".join(f"{key}: {row['status']}" for key, row in read_table(run).items())
+    assert name in message
+    assert "Traceback" not in message
+
+
+def test_a_full_disk_is_told_and_what_was_done_is_kept(
+    serial: type[SerialEngine], samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(screening.os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            screen(str(samples), QUICK, output=str(tmp_path / "run"))
+    table = read_table(screen(str(samples), QUICK, resume=tmp_path / "run"))
+    assert len(table) == 8
+
+
+# ---- resuming ----
+
+
+def test_journal_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "stage.jsonl"
+    with Journal(path) as journal:
+        journal.add([1, 2], [{"x": 1.5}, {"x": float("nan")}])
+        journal.add([3], [{"x": 3.0}])
+    path.write_bytes(path.read_bytes()[:-4])
+    with Journal(path) as journal:
+        assert list(journal.records) == ["1", "2"]
+        journal.add([3], [{"x": 4.0}])
+    assert Journal(path).records["3"] == {"x": 4.0}
+
+
+def test_ctrl_c_in_each_stage_then_resume(
+    serial: type[SerialEngine], samples: Path, hull_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Interrupted after every single chunk of every stage: the same table, and no chunk computed twice."""
+    monkeypatch.setattr(screening, "_CHECK_CHUNK", 3)
+    monkeypatch.setattr(screening, "_MATCH_CHUNK", 1)
+    config = ScreenConfig(hull=str(hull_file), chunk=2, workers=1)
+    whole = screen(str(samples), config, output=str(tmp_path / "whole"))
+    total = len(serial.done)
+    assert {path.name.partition("-")[0] for path in (whole / "stages").iterdir()} == {
+        *("validity", "matching", "relax", "recheck")
+    }
+    serial.done, run, interruptions = [], None, 0
+    while run is None:
+        serial.interrupt_after = len(serial.done) + 1
+        resume = tmp_path / "parts" if interruptions else None
+        try:
+            run = screen(str(samples), config, "" if resume else str(tmp_path / "parts"), resume)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == total - 1
+    assert len(serial.done) == total, "nothing was computed twice"
+    assert (run / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
+    table = read_table(run)
+    assert table["BaTiO3"]["converged"] == "1"
+    assert table["BaTiO3"]["space_group_relaxed"] == "221"
+    assert float(table["SrTiO3"]["volume_change"]) == pytest.approx((3.94 / 3.9) ** 3 - 1, abs=0.03)
+    assert table["MgO"]["rmsd"] == "0"
+
+
+def test_resume_computes_only_what_a_new_setting_asks_for(
+    serial: type[SerialEngine], samples: Path, hull_file: Path
+) -> None:
+    run = screen(str(samples), QUICK)
+    serial.done = []
+    screen("", replace(QUICK, filter="num_atoms < 3", rank="density"), resume=run)
+    assert not serial.done
+    screen("", replace(QUICK, stability=True, hull=str(hull_file)), resume=run)
+    assert serial.done == [5], "only the energies of the five crystals that are left"
+
+
+def test_one_and_two_workers_agree(samples: Path, hull_file: Path, tmp_path: Path) -> None:
+    tables = []
+    for workers in (1, 2):
+        config = replace(QUICK, stability=True, hull=str(hull_file), workers=workers, chunk=2)
+        run = screen(str(samples), config, output=str(tmp_path / str(workers)))
+        tables.append((run / "table.csv").read_bytes())
+    assert tables[0] == tables[1]
+
+
+# ---- known truth ----
+
+
+def test_shortest_distance_against_pymatgen() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(30):
+        lattice = Lattice.from_parameters(*rng.uniform(2, 12, 3), *rng.uniform(60, 115, 3))
+        structure = Structure(lattice, ["Na"] * 4, rng.random((4, 3)))
+        expected = min(n.nn_distance for site in structure for n in structure.get_neighbors(site, 6.0))
+        assert stages.shortest_distance(structure) == pytest.approx(expected, abs=1e-6)
+
+
+def test_wilson_interval_against_published_numbers() -> None:
+    """Newcombe, Stat. Med. 17, 857 (1998), table I, method 3."""
+    for count, total, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+        found = rate("valid", count, total)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_materials_project_crystals_as_if_generated(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 known crystals and 20 of them again: nothing novel, 200 unique, the database's stability."""
+    monkeypatch.setattr(screening, "LocalEngine", SerialEngine)
+    csv.field_size_limit(10**9)
+    with gzip.open(shared / "data" / "mp_20.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))[::60][:200]
+    paths = tmp_path / "samples.csv", tmp_path / "known.csv"
+    for path, chosen in zip(paths, (rows + rows[::10], rows), strict=True):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(chosen)
+    config = ScreenConfig(
+        relax=False, workers=1, known=[str(paths[1])], hull=str(shared / "data" / "mp_energies.csv.gz")
+    )
+    run = screen(str(paths[0]), config, output=str(tmp_path / "run"))
+    rates = {r["name"]: r for r in json.loads((run / "summary.json").read_text())["rates"]}
+    assert rates["valid"]["count"] == 220
+    assert rates["unique"]["count"] == 200
+    assert rates["novel"]["count"] == 0
+    columns = read_columns(run / "screen.h5")
+    error = np.abs(columns["e_above_hull"] - columns["input_e_above_hull"])
+    assert np.isfinite(error).sum() > 180
+    assert np.nanmedian(error) < 0.030

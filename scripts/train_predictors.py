@@ -48,9 +48,8 @@ def main() -> None:
     potential = load_potential("chgnet")
     for name in arguments.names:
         files, column, unit, options = PREDICTORS[name]
-        parts = [
-            known_rows(arguments.data / f"{file}.csv.gz", column, arguments.cache, potential, console) for file in files
-        ]
+        paths = [arguments.data / f"{file}.csv.gz" for file in files]
+        parts = [known_rows(path, column, arguments.cache, potential, console) for path in paths]
         x, values, formulas = (np.concatenate(part) for part in zip(*parts, strict=True))
         header = {
             "target": name,

@@ -1,6 +1,6 @@
 """One interface for every interatomic potential: many crystals in, energies, forces, stress and features out.
 
-This file owns what all potentials share: checking crystals, batching by atoms, building graphs while the
+This file owns what all potentials share: batching by atoms, building graphs while the
 model works, halving batches when memory runs out, and confining a failure to the crystal that caused it.
 What a graph is and how a model reads it is left to the adapters (chgnet.py, mace.py).
 """
@@ -16,15 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cfrl.potentials.cells import SymmetricCell, UnusableCrystal
+
 POOLING = ("mean", "std", "min", "max")
-MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
-MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal
 MAX_ENERGY = 100.0  # eV/atom; beyond any crystal, only extrapolation gives it
-MIN_VOLUME, MAX_VOLUME = 0.1, 10_000.0  # cubic angstrom per atom; a flat cell, a gas
-
-
-class UnusableCrystal(ValueError):
-    """This one crystal cannot be evaluated; the message is its status."""
 
 
 @dataclass
@@ -94,8 +89,8 @@ class Potential(ABC):
     device: torch.device
 
     @abstractmethod
-    def prepare(self, structure: Any) -> Any:
-        """The model's graph of one crystal. Raises UnusableCrystal with the reason."""
+    def prepare(self, cell: SymmetricCell) -> Any:
+        """The model's graph of one checked crystal. Raises UnusableCrystal with the reason."""
 
     @abstractmethod
     def evaluate(self, graphs: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
@@ -109,7 +104,7 @@ class Potential(ABC):
         features: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
-        """Evaluate pymatgen structures (or a CrystalBatch) of mixed sizes.
+        """Evaluate pymatgen structures, SymmetricCells or a CrystalBatch, of mixed sizes.
 
         Never raises because of a crystal: what cannot be evaluated gets NaN and a status. `progress` is
         called with the number of crystals done so far.
@@ -158,8 +153,10 @@ class Potential(ABC):
         batch = []
         for row in rows:
             try:
-                check_crystal(structures[row], self.elements, self.cutoff)
-                batch.append((row, self.prepare(structures[row])))
+                crystal = structures[row]
+                cell = crystal if isinstance(crystal, SymmetricCell) else SymmetricCell.of(crystal)
+                cell.check(self.elements, self.cutoff)
+                batch.append((row, self.prepare(cell)))
             except UnusableCrystal as reason:
                 status[row] = str(reason)
             except Exception as error:  # a crystal that no one thought of must not end the run
@@ -206,26 +203,6 @@ class Potential(ABC):
                 result.stress[row] = part.stress[i]
             if result.features is not None:
                 result.features[row] = part.features[i]
-
-
-def check_crystal(structure: Any, elements: frozenset[int], cutoff: float) -> None:
-    """Raise UnusableCrystal for what no potential can evaluate, before any graph is built."""
-    if not len(structure):
-        raise UnusableCrystal("no atoms")
-    if not structure.is_ordered:
-        raise UnusableCrystal("disordered sites")
-    unknown = sorted({e.symbol for e in structure.composition.elements if e.Z not in elements})
-    if unknown:
-        raise UnusableCrystal(f"element {', '.join(unknown)} unknown to the potential")
-    if not (np.isfinite(structure.lattice.matrix).all() and np.isfinite(structure.frac_coords).all()):
-        raise UnusableCrystal("cell or coordinates are not finite")
-    volume = structure.lattice.volume / len(structure)
-    if not MIN_VOLUME < volume < MAX_VOLUME:
-        raise UnusableCrystal(f"volume of {volume:.3g} A^3 per atom")
-    if min(structure.lattice.abc) < MIN_DISTANCE:
-        raise UnusableCrystal(f"atoms closer than {MIN_DISTANCE} A")
-    if len(structure) / volume * 4 / 3 * np.pi * cutoff**3 > MAX_NEIGHBOURS:
-        raise UnusableCrystal(f"more than {MAX_NEIGHBOURS} neighbours")
 
 
 def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
-from cfrl.potentials.folded import FoldedGraph, SymmetricCell, fold
+from cfrl.potentials.cells import SymmetricCell
+from cfrl.potentials.folded import FoldedGraph, fold
 
 VERSIONS = ("0.3.0", "0.2.0", "r2scan")
 # MPtrj, the training set, holds no Po, At, Rn, Fr or Ra: their embeddings exist but were never trained.
@@ -56,8 +57,8 @@ class CHGNetPotential(Potential):
         self.device = device
         self.symmetry = symmetry
 
-    def prepare(self, structure: Any) -> FoldedGraph:
-        cell = SymmetricCell.of(structure, symmetry=self.symmetry)
+    def prepare(self, cell: SymmetricCell) -> FoldedGraph:
+        cell = cell if self.symmetry else cell.without_symmetry()
         return fold(cell, self.cutoff, self.model.graph_converter.bond_graph_cutoff)
 
     def evaluate(self, graphs: list[FoldedGraph], forces: bool, stress: bool, features: bool) -> Evaluation:
@@ -68,7 +69,7 @@ class CHGNetPotential(Potential):
             energy, layers = self._forward(batch)
             wanted = [batch.frac] * forces + [batch.strain] * stress
             gradients = list(torch.autograd.grad(energy.sum(), wanted)) if wanted else []
-        atoms = np.array([len(g.cell.numbers) for g in graphs])
+        atoms = np.array([len(g.cell) for g in graphs])
         return Evaluation(
             energy=_numpy(energy) / atoms,
             status=[""] * len(graphs),
@@ -117,7 +118,7 @@ class _Batch:
     def __init__(self, graphs: list[FoldedGraph], device: torch.device) -> None:
         self.n = len(graphs)
         self._graphs, self._device = graphs, device
-        atoms = [len(g.cell.numbers) for g in graphs]
+        atoms = [len(g.cell) for g in graphs]
         self.frac = self._float([g.cell.frac for g in graphs])
         self.lattice = self._float([g.cell.matrix[None] for g in graphs])
         self.strain = torch.zeros_like(self.lattice)
@@ -178,12 +179,7 @@ def _forces(graphs: list[FoldedGraph], atoms: np.ndarray, gradient: np.ndarray) 
 
 
 def _stress(graphs: list[FoldedGraph], gradient: np.ndarray) -> np.ndarray:
-    return np.stack(
-        [
-            g.cell.unfold_strain(part) / abs(np.linalg.det(g.cell.matrix))
-            for g, part in zip(graphs, gradient, strict=True)
-        ]
-    )
+    return np.stack([g.cell.unfold_strain(part) / g.cell.volume for g, part in zip(graphs, gradient, strict=True)])
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -11,77 +11,13 @@ Only for potentials whose features are scalars; what a network computes on the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from cfrl.potentials.base import MAX_NEIGHBOURS, MIN_DISTANCE, UnusableCrystal
-from cfrl.symmetry import _moyo
+from cfrl.potentials.cells import SymmetricCell, neighbours
 
-SYMPREC = 1e-4  # angstrom; tight, since equivalent atoms are taken as exactly equivalent
-MARGIN = 1e-2  # angstrom beyond the cutoff, so that equivalent bonds at the cutoff are found together
 IMAGES = 128  # lattice translations of a neighbour lie within +-64
-PAIRS_AT_ONCE = 2_000_000  # bounds the memory of matching atoms under operations
-
-
-@dataclass
-class SymmetricCell:
-    """A cell of N atoms with its g symmetry operations as permutations of atoms.
-
-    matrix (3, 3): rows are the lattice vectors, angstrom
-    frac (N, 3), numbers (N,)
-    rotations (g, 3, 3) int: in fractional coordinates, acting on columns
-    image (g, N) int, shift (g, N, 3) int: operation g takes atom i to atom image[g, i], translated by shift
-    """
-
-    matrix: np.ndarray
-    frac: np.ndarray
-    numbers: np.ndarray
-    rotations: np.ndarray
-    image: np.ndarray
-    shift: np.ndarray
-
-    @classmethod
-    def of(cls, structure: Any, symmetry: bool = True, symprec: float = SYMPREC) -> SymmetricCell:
-        """The cell of a pymatgen structure with the operations that moyo finds, or with none."""
-        matrix = np.ascontiguousarray(structure.lattice.matrix)
-        frac = np.ascontiguousarray(structure.frac_coords)
-        numbers = np.array([site.specie.Z for site in structure])
-        if not symmetry:
-            return cls._without_symmetry(matrix, frac, numbers)
-        operations = _operations(matrix, frac, numbers, symprec)
-        matched = operations and _match_atoms(matrix, frac, numbers, *operations, 10 * symprec)
-        if not matched:
-            return cls._without_symmetry(matrix, frac, numbers)
-        return cls(matrix, frac, numbers, operations[0], *matched)
-
-    @classmethod
-    def _without_symmetry(cls, matrix: np.ndarray, frac: np.ndarray, numbers: np.ndarray) -> SymmetricCell:
-        n = len(numbers)
-        identity = np.eye(3, dtype=np.int64)[None]
-        return cls(matrix, frac, numbers, identity, np.arange(n)[None], np.zeros((1, n, 3), dtype=np.int64))
-
-    def orbits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """First atom (r,) and number of atoms (r,) of each orbit, and the orbit of each atom (N,)."""
-        first, orbit, size = np.unique(self.image.min(axis=0), return_inverse=True, return_counts=True)
-        return first, size, orbit
-
-    def translations_only(self) -> SymmetricCell:
-        """The same cell with its centring translations as the only symmetry."""
-        keep = (self.rotations == np.eye(3)).all(axis=(1, 2))
-        return replace(self, rotations=self.rotations[keep], image=self.image[keep], shift=self.shift[keep])
-
-    def unfold_gradient(self, gradient: np.ndarray) -> np.ndarray:
-        """dE/dfrac (N, 3) of the folded energy -> of the whole cell, by averaging over the group."""
-        return np.einsum("gba,gnb->na", self.rotations, gradient[self.image]) / len(self.rotations)
-
-    def unfold_strain(self, gradient: np.ndarray) -> np.ndarray:
-        """dE/dstrain (3, 3) of the folded energy -> of the whole cell."""
-        inverse = np.linalg.inv(self.matrix)
-        turns = inverse @ self.rotations.transpose(0, 2, 1) @ self.matrix
-        average = np.einsum("gab,bc,gdc->ad", turns, gradient, turns) / len(turns)
-        return (average + average.T) / 2
 
 
 @dataclass
@@ -233,59 +169,3 @@ class _EdgeOrbits:
         index, count = index[found >= 0], count[found >= 0]
         row, column = np.divmod(index, int(others.sum()))
         return _Angles(bond[row], np.stack([edge[row], mine[others][column]]), count)
-
-
-def neighbours(
-    cell: SymmetricCell, first: np.ndarray, cutoff: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs from each orbit's first atom: orbit, neighbour, its translation, distance, sorted by orbit.
-
-    They reach MARGIN beyond the cutoff. Raises UnusableCrystal for overlapping or isolated atoms.
-    """
-    from pymatgen.optimization.neighbors import find_points_in_spheres
-
-    cart = cell.frac @ cell.matrix
-    pbc = np.ones(3, dtype=np.int64)
-    center, neighbour, translation, distance = find_points_in_spheres(
-        cart, np.ascontiguousarray(cart[first]), cutoff + MARGIN, pbc, cell.matrix, 1e-8
-    )
-    translation = np.rint(translation).astype(np.int64)
-    itself = (first[center] == neighbour) & (translation == 0).all(axis=1)
-    center, neighbour, translation, distance = (a[~itself] for a in (center, neighbour, translation, distance))
-    if len(distance) and distance.min() < MIN_DISTANCE:
-        raise UnusableCrystal(f"atoms closer than {MIN_DISTANCE} A")
-    if len(distance) > MAX_NEIGHBOURS:
-        raise UnusableCrystal(f"more than {MAX_NEIGHBOURS} neighbours")
-    if len(np.unique(center[distance < cutoff])) < len(first):
-        raise UnusableCrystal(f"an atom has no neighbour within {cutoff:g} A")
-    order = np.argsort(center, kind="stable")
-    return center[order], neighbour[order], translation[order], distance[order]
-
-
-def _operations(matrix, frac, numbers, symprec):
-    """Rotations (g, 3, 3) and translations (g, 3) of a cell, or None where moyo gives up."""
-    cell_type, dataset_type = _moyo()
-    cell = cell_type(matrix.tolist(), frac.tolist(), numbers.tolist())
-    try:
-        operations = dataset_type(cell, symprec=symprec).operations
-    except Exception:  # extreme cells; no symmetry is always right
-        return None
-    return np.array(operations.rotations), np.array(operations.translations)
-
-
-def _match_atoms(matrix, frac, numbers, rotations, translations, tolerance):
-    """Where each operation takes each atom: (g, n) atoms and (g, n, 3) translations; None if one goes astray."""
-    moved = np.einsum("gab,nb->gna", rotations, frac) + translations[:, None]
-    image = np.empty(moved.shape[:2], dtype=np.int64)
-    for number in np.unique(numbers):
-        atoms = np.nonzero(numbers == number)[0]
-        pieces = 1 + len(rotations) * len(atoms) ** 2 // PAIRS_AT_ONCE
-        for rows in np.array_split(np.arange(len(rotations)), pieces):
-            offset = moved[rows[:, None], atoms][:, :, None] - frac[atoms]  # (g, s, s, 3)
-            nearest = np.abs(offset - np.rint(offset)).sum(axis=-1).argmin(axis=-1)
-            image[rows[:, None], atoms] = atoms[nearest]
-    shift = np.rint(moved - frac[image])
-    stray = np.linalg.norm((moved - frac[image] - shift) @ matrix, axis=-1).max()
-    if stray > tolerance or (np.sort(image, axis=1) != np.arange(len(frac))).any():
-        return None
-    return image, shift.astype(np.int64)

@@ -2,7 +2,7 @@
 
 A `.model` file is a pickled module. It is read with torch's restricted unpickler, which is told the classes
 that MACE models are made of; anything else in the file is refused. Cells are reduced by their centring
-translations before the model sees them: equivariant features do not allow more (see folded.py).
+translations before the model sees them: equivariant features do not allow more (see cells.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
-from cfrl.potentials.folded import SymmetricCell, neighbours
+from cfrl.potentials.cells import SymmetricCell, neighbours
 
 MODEL_PACKAGES = ("mace.modules.", "e3nn.o3.", "e3nn.nn.", "e3nn.math.", "torch.nn.modules.")
 HARMLESS = {
@@ -89,8 +89,8 @@ class MACEPotential(Potential):
         self.feature_size = len(POOLING) * invariant
         self.feature_version = f"{self.name}/invariants-{invariant}/{'-'.join(POOLING)}"
 
-    def prepare(self, structure: Any) -> _Graph:
-        cell = SymmetricCell.of(structure).translations_only()
+    def prepare(self, cell: SymmetricCell) -> _Graph:
+        cell = cell.translations_only()
         first, size, orbit = cell.orbits()
         atom, neighbour, translation, distance = neighbours(cell, first, self.cutoff)
         inside = distance < self.cutoff

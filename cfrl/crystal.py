@@ -277,6 +277,29 @@ class CrystalBatch:
         moved = replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
         return moved._with_representatives()[0]
 
+    def canonical(self) -> "CrystalBatch":
+        """The same crystals, each in the one of its descriptions that comes first.
+
+        By letters, then elements, then coordinates (to 1e-3), in the order of the sites. What the input's origin and
+        axes were no longer matters, so a model has one thing to learn where it would have several. Only shifts along
+        polar axes and monoclinic and triclinic cell choices stay as they are.
+        """
+        best = self
+        descriptions = self.num_descriptions()
+        for choice in range(1, int(descriptions.max()) if len(self) else 0):
+            rows = (descriptions > choice).nonzero()[:, 0]
+            other = self[rows].described_as(torch.full_like(rows, choice))
+            earlier = _comes_first(other._order_key(), best[rows]._order_key())
+            source = torch.arange(len(self), device=self.device)
+            source[rows[earlier]] = len(self) + earlier.nonzero()[:, 0]
+            best = CrystalBatch.cat([best, other])[source]
+        return best
+
+    def _order_key(self) -> Tensor:
+        """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s)."""
+        coords = (self.frac_coords * 1000).round().long() % 1000
+        return torch.cat([self.wyckoff, self.species, coords.flatten(1)], 1)
+
     # ---- to and from other libraries ----
 
     @staticmethod
@@ -287,7 +310,7 @@ class CrystalBatch:
         dropped: dict[int, str] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "CrystalBatch":
-        """A batch of what `symmetry.analyse` found: representatives chosen, sites ordered.
+        """A batch of what `symmetry.analyse` found, each crystal in its canonical description.
 
         A unit whose points do not fit its letters is left out and noted in `dropped` (row -> reason).
 
@@ -317,6 +340,7 @@ class CrystalBatch:
         if off.any():
             dropped.update(dict.fromkeys(off.nonzero()[:, 0].tolist(), reason))
             batch = batch[~off]
+        batch = batch.canonical()
         coords = symmetry.project_coords(batch.space_group, batch.wyckoff, batch.frac_coords.to(dtype))
         return replace(batch, frac_coords=coords, lattice=batch.lattice.to(dtype))
 
@@ -408,6 +432,13 @@ class CrystalBatch:
         ends = batch.num_atoms.cumsum(0).tolist()[:-1]
         cells = np.split(frac.numpy(), ends), np.split(numbers.numpy(), ends)
         return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
+
+
+def _comes_first(a: Tensor, b: Tensor) -> Tensor:
+    """(n,) bool: row of a before row of b, lexicographically; both (n, k)."""
+    sign = (a - b).sign()
+    first = (sign != 0).int().argmax(1, keepdim=True)
+    return sign.gather(1, first)[:, 0] < 0
 
 
 def _analyse_structure(structure: "Structure", symprec: float, max_sites: int) -> AsymmetricUnit:

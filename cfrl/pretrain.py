@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cfrl import symmetry
 from cfrl.config import PretrainConfig, nearest, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
@@ -123,7 +122,8 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
         mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
         if self.config.augment:
-            mine = symmetry.equivalent_descriptions(mine)
+            choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()
+            mine = mine.described_as(choice.long())
         self.network.train()
         with self._autocast():
             scores = self.network(mine)
@@ -167,15 +167,21 @@ class Trainer:
         return {"validation/loss": sum(means.values()), **means}
 
     def _training_metrics(self) -> dict[str, float]:
+        if self.world > 1:  # every process has summed its own crystals
+            sums = torch.tensor([self.sums[f"train/{name}"] for name in FACTORS], device=self.device)
+            torch.distributed.all_reduce(sums)
+            self.sums.update(zip((f"train/{name}" for name in FACTORS), sums.tolist(), strict=True))
         crystals = self.sums["crystals"]
         means = {name: value / crystals for name, value in self.sums.items() if name not in ("crystals", "seconds")}
-        metrics = {"train/loss": self._mean_loss(), **means}
+        metrics = {"train/loss": sum(means[f"train/{name}"] for name in FACTORS), **means}
         metrics["crystals_per_second"] = crystals / max(self.sums["seconds"], 1e-9)
         self.sums.clear()
         return metrics
 
     def _mean_loss(self) -> float:
-        return sum(self.sums[f"train/{name}"] for name in FACTORS) / max(self.sums["crystals"], 1)
+        """Of this process's crystals, scaled up to the whole batch: for the progress bar."""
+        total = sum(self.sums[f"train/{name}"] for name in FACTORS)
+        return total * self.world / max(self.sums["crystals"], 1)
 
     def _out_of_patience(self) -> bool:
         epoch = self.step // self.batches_per_epoch

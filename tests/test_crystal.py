@@ -151,6 +151,21 @@ def test_equivalent_descriptions_are_the_same_crystals(batch: CrystalBatch) -> N
         assert same(one, two), one.formula
 
 
+def test_canonical_description_is_one_for_all_equivalent_ones(batch: CrystalBatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    choice = (torch.rand(len(batch), generator=generator) * batch.num_descriptions()).long()
+    described = batch.described_as(choice)
+    changed = (described.wyckoff != batch.wyckoff).any(1) | (described.species != batch.species).any(1)
+    assert changed.float().mean() > 0.2  # else there is nothing to show
+    back = described.canonical()
+    assert torch.equal(back.wyckoff, batch.wyckoff)
+    gap = back.frac_coords - batch.frac_coords
+    moved = (gap - gap.round()).abs().amax((1, 2)) > 2e-3
+    # Where a coordinate lies between two roundings, noise of 1e-16 may decide for another description.
+    assert (moved | (back.species != batch.species).any(1)).float().mean() < 0.02
+    assert all(same(a, b) for a, b in zip(back.to_structures()[:60], batch.to_structures()[:60], strict=True))
+
+
 def test_first_description_is_the_crystal_itself(batch: CrystalBatch) -> None:
     same_again = batch.described_as(torch.zeros(len(batch), dtype=torch.long))
     assert torch.equal(same_again.wyckoff, batch.wyckoff)

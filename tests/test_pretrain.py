@@ -1,0 +1,214 @@
+"""Training: exact continuation, data-parallel equality, a model that learns real crystals, and what goes wrong."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfrl.config import PretrainConfig
+from cfrl.data import load_dataset
+from cfrl.errors import UserError
+from cfrl.model import PRESETS, load_model
+from cfrl.pretrain import Trainer, epoch_batches, learning_rate, pretrain
+from cfrl.runs import RunFolder
+from cfrl.sampler import sample
+from cfrl.storage import write_crystals
+from tests.test_model import TINY
+
+FACTORS = ("wyckoff", "species", "coords", "lattice")
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch, tmp_path):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prototypes.h5"
+    crystals = load_dataset("prototypes")
+    crystals = crystals[crystals.num_sites <= 8][:120]
+    write_crystals(path, crystals, split=[int(i % 10 == 0) for i in range(len(crystals))])
+    return path
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return run.load_checkpoint()["model"]
+
+
+def settings(data: Path, **changes) -> PretrainConfig:
+    return PretrainConfig(**{"dataset": str(data), "preset": "small", "epochs": 3, "batch_size": 16, **changes})
+
+
+def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
+    config = settings(dataset, augment=True)
+    straight = pretrain(config, root="straight")
+
+    class Killed(KeyboardInterrupt):
+        pass
+
+    step = Trainer._train_step
+
+    def interrupted(self, rows):
+        if self.step == 11:  # in the middle of the second epoch
+            raise Killed
+        step(self, rows)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    with pytest.raises(Killed):
+        pretrain(config, root="halved")
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    folder = next(Path("halved").iterdir())
+    assert not RunFolder.open(folder).finished
+    resumed = pretrain(PretrainConfig(), resume=folder)
+
+    one, two = weights(straight), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    a, b = straight.metrics(), resumed.metrics()
+    assert a["step"] == b["step"]
+    assert a["validation/loss"] == b["validation/loss"]
+    assert a["train/loss"] == b["train/loss"]
+
+
+def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
+    command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "small"]
+    command += ["--epochs", "200", "--checkpoint-minutes", "0.01"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) or not list(tmp_path.glob("runs/*/metrics.csv")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    time.sleep(0.37)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run = RunFolder.open(next((tmp_path / "runs").iterdir()))
+    state = run.load_checkpoint()
+    assert state["step"] > 0
+    # The run goes on from its checkpoint to an end that comes soon after.
+    text = (run.path / "config.toml").read_text()
+    epochs = state["step"] // 7 + 2
+    (run.path / "config.toml").write_text(text.replace("epochs = 200", f"epochs = {epochs}"))
+    finished = pretrain(PretrainConfig(), resume=run.path)
+    assert finished.finished
+    assert finished.metrics()["epoch"] == [float(i + 1) for i in range(epochs)]
+    load_model(finished.path)
+
+
+WORKER = """
+import torch
+from cfrl.config import PretrainConfig
+from cfrl.pretrain import pretrain
+torch.set_num_threads(1)
+pretrain(PretrainConfig(dataset={dataset!r}, preset="small", epochs=2, batch_size=16, dropout=0.0, device="cpu"))
+"""
+
+
+def test_two_processes_train_as_one_with_the_same_batch(dataset, tmp_path):
+    """DDP over gloo: half a batch each, the same weights as the whole batch in one process."""
+    script = tmp_path / "train.py"
+    script.write_text(WORKER.format(dataset=str(dataset)))
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / f"with-{processes}"
+        folder.mkdir()
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        root = str(Path(__file__).parents[1])
+        done = subprocess.run(
+            [*launch, str(script)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**_environment(), "PYTHONPATH": root},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(RunFolder.open(next((folder / "runs").iterdir())))
+    one, two = map(weights, results)
+    assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
+    losses = [run.metrics()["train/loss"] for run in results]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+
+
+def test_a_small_model_learns_50_real_crystals_by_heart():
+    """Overfits prototypes, samples them back, and StructureMatcher says that they are the same crystals."""
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    crystals = load_dataset("prototypes")
+    crystals = crystals[crystals.num_sites <= 3]
+    crystals = crystals[torch.linspace(0, len(crystals) - 1, 50).long()]
+    write_crystals("fifty.h5", crystals)
+    training = {"epochs": 400, "batch_size": 50, "lr": 4e-3, "warmup": 20, "ema": 0.98, "validate_every": 100}
+    config = PretrainConfig(dataset="fifty.h5", preset="small", dropout=0.0, weight_decay=0.0, **training)
+    run = pretrain(config)
+    model = load_model(run.path)
+    drawn = sample(model, 150, seed=0)
+    known = {}
+    for structure in crystals.to_structures():
+        known.setdefault(structure.composition.reduced_formula, []).append(structure)
+    matcher = StructureMatcher()
+    met = set()
+    for structure in drawn.to_structures():
+        for i, other in enumerate(known.get(structure.composition.reduced_formula, [])):
+            if matcher.fit(structure, other):
+                met.add((structure.composition.reduced_formula, i))
+    assert len(met) >= 25  # half of them, in three draws per crystal
+
+
+def test_batches_hold_every_crystal_once_and_lengths_together():
+    lengths = torch.randint(1, 21, (5000,), generator=torch.Generator().manual_seed(0))
+    batches = epoch_batches(lengths, 32, seed=3, epoch=5)
+    assert torch.cat(batches).sort().values.tolist() == list(range(5000))
+    padding = sum(int((lengths[rows].max() - lengths[rows]).sum()) for rows in batches)
+    assert padding < 0.1 * int(lengths.sum())
+    again, other = epoch_batches(lengths, 32, 3, 5), epoch_batches(lengths, 32, 3, 6)
+    assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = PretrainConfig(lr=1.0, lr_final=0.1, warmup=10)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_early_stopping(dataset):
+    run = pretrain(settings(dataset, preset="tiny", epochs=50, patience=2, lr=0.0))
+    assert max(run.metrics()["epoch"]) == 3  # nothing can get better after the first
+
+
+def test_models_know_their_space_groups(dataset):
+    run = pretrain(settings(dataset, preset="tiny", epochs=1))
+    train = load_dataset(dataset, "train")
+    shares = load_model(run.path).space_group_log_prob.exp()
+    expected = torch.bincount(train.space_group, minlength=231) / len(train)
+    torch.testing.assert_close(shares, expected.float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "alex20"}, "did you mean 'alex-20'"),
+        ({"dataset": "nowhere.h5"}, "nowhere"),
+        ({"precision": "float8"}, "float32 or bfloat16"),
+        ({"device": "cuda:77"}, "cannot be used"),
+        ({"init": "no.safetensors"}, "no such model"),
+    ],
+)
+def test_bad_settings(dataset, changes, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(settings(dataset, **{"epochs": 1, **changes}))

@@ -222,6 +222,24 @@ def report(
     write_report(run or newest_reportable(), _console())
 
 
+@data_app.command("hull")
+def data_hull(
+    datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
+    potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
+    near_hull: Annotated[float, typer.Option(help="Keep phases up to so many eV/atom above the hull.")] = 0.05,
+    relax: Annotated[bool, typer.Option(help="Relax each crystal first (slow).")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Make a reference hull of known crystals, with the energies of a potential.
+
+    Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
+    """
+    from cfrl.hull import run_build
+
+    run_build(datasets, output, potential, near_hull, relax, device, _console())
+
+
 @model_app.command("import")
 def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],

@@ -16,16 +16,21 @@ import gzip
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cfrl.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.errors import UserError
+from cfrl.files import check_writable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 VERSION = 1
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
@@ -310,6 +315,43 @@ def build_hull(
     dense, _ = fractions(structures)
     hull = ReferenceHull(*_sparse(dense[used]), result.energy[used], potential.name)
     return (hull if near_hull is None else hull.near_hull(near_hull)), result.status
+
+
+def run_build(
+    datasets: Sequence[str],
+    output: str | Path,
+    potential: str = "chgnet",
+    near_hull: float = 0.05,
+    relax: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+) -> None:
+    """`cfrl data hull`: energies of the crystals of datasets -> a reference hull in one HDF5 file.
+
+    Raises:
+        UserError: a dataset or potential that cannot be loaded, or nowhere to write.
+    """
+    from cfrl.crystal import CrystalBatch
+    from cfrl.data import load_dataset
+    from cfrl.devices import choose_device
+    from cfrl.potentials import load_potential
+    from cfrl.progress import progress_bar
+
+    check_writable(output)
+    crystals = CrystalBatch.cat(load_dataset(name) for name in datasets)
+    model = load_potential(potential, choose_device(device))
+    with progress_bar("energies", len(crystals), console) as advance:
+        hull, status = build_hull(crystals, model, relax=relax, near_hull=near_hull, progress=advance)
+    hull.save(output, {"source": " ".join(Path(name).name for name in datasets), "relaxed": relax})
+    if console is not None:
+        failed = Counter(reason for reason in status if reason)
+        for reason, count in failed.most_common(5):
+            console.print(f"{count} crystals left out: {reason}")
+        console.print(
+            f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(crystals):,} crystals, "
+            f"{len(hull.elements)} elements, energies by {model.name}",
+            highlight=False,
+        )
 
 
 def _crystal_amounts(crystals: Any) -> np.ndarray:

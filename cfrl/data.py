@@ -38,13 +38,14 @@ from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.readers import Entry, Unusable
-from cfrl.symmetry import AsymmetricUnit, SymmetryError, analyse
+from cfrl.symmetry import SymmetryError, analyse
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
     from rich.console import Console
 
 PROTOTYPES = "prototypes"
+Analysed = tuple[list[np.ndarray], dict[int, str]]  # tensors of a CrystalBatch as arrays; row -> why it was dropped
 MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
 _JOB = 64  # entries per job of a worker
 _INLINE = 256  # so few entries are not worth starting processes
@@ -318,16 +319,14 @@ def read_files(
     with _progress(console, "import") as advance:
         work = partial(_analyse, symprec=config.symprec, max_sites=config.max_sites, max_atoms=config.max_atoms)
         with closing(_map(work, _entries(files, advance), config.workers)) as jobs:
-            for entries, results in jobs:
-                units = []
-                for entry, result in zip(entries, results, strict=True):
+            for entries, (arrays, reasons) in jobs:
+                batches.append(CrystalBatch(*map(torch.from_numpy, arrays)))
+                for row, entry in enumerate(entries):
                     entry.payload = None  # the text is not needed any more
-                    if isinstance(result, str):
-                        dropped.append(Dropped(entry.file, entry.row, entry.id, result))
+                    if row in reasons:
+                        dropped.append(Dropped(entry.file, entry.row, entry.id, reasons[row]))
                     else:
-                        units.append(result)
                         kept.append(entry)
-                batches.append(CrystalBatch.from_units(units))
     crystals = replace(CrystalBatch.cat(batches), ids=[_name(entry) for entry in kept])
     split = np.array([entry.split for entry in kept], dtype=np.int64)
     return _join([*parts, Imported(crystals, _columns([entry.values for entry in kept]), split, dropped)])
@@ -371,35 +370,36 @@ def _files(name: str | Path) -> list[tuple[Path, bool]]:
     return [(path, not Path(name).is_dir()) for path in readers.input_files(name)]
 
 
-def _analyse(
-    payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int
-) -> list[AsymmetricUnit | str]:
-    """For each (kind, payload) of entries its crystal, or the reason why there is none."""
+def _analyse(payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int) -> Analysed:
+    """The crystals of entries given as (kind, payload), and for the other rows the reason why there is none."""
     logging.getLogger("moyo").setLevel(logging.ERROR)  # it remarks on every cell that is not primitive
-    results: list[AsymmetricUnit | str] = []
-    for kind, payload in payloads:
+    units, rows, reasons = [], [], {}
+    for row, (kind, payload) in enumerate(payloads):
         try:
-            results.append(analyse(*readers.parse(kind, payload), symprec, max_sites))
+            units.append(analyse(*readers.parse(kind, payload), symprec, max_sites))
+            rows.append(row)
         except (Unusable, SymmetryError) as error:
-            results.append(str(error))
+            reasons[row] = str(error)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic inside moyo is no Exception, and must cost one row only
-            results.append(f"symmetry not found: {type(error).__name__}: {error}")
-    found = [i for i, result in enumerate(results) if not isinstance(result, str)]
-    crystals = CrystalBatch.from_units([results[i] for i in found])
-    valid, atoms = crystals.valid(MIN_DISTANCE), crystals.num_atoms.tolist()
-    for row, i in enumerate(found):
-        if max_atoms and atoms[row] > max_atoms:
-            results[i] = f"too many atoms: {atoms[row]} in the conventional cell, at most {max_atoms} fit"
-        elif not valid[row]:
-            results[i] = f"atoms too close: {crystals[row].shortest_distances().item():.3f} angstrom"
-    return results
+            reasons[row] = f"symmetry not found: {type(error).__name__}: {error}"
+    off: dict[int, str] = {}
+    crystals = CrystalBatch.from_units(units, dropped=off)
+    reasons |= {rows[i]: reason for i, reason in off.items()}
+    rows = [row for i, row in enumerate(rows) if i not in off]
+    valid, atoms = crystals.valid(MIN_DISTANCE), crystals.num_atoms
+    small = atoms <= (max_atoms or torch.inf)
+    for i in (~(valid & small)).nonzero()[:, 0].tolist():
+        distance = crystals[i].shortest_distances().item()
+        large = f"too many atoms: {atoms[i]} in the conventional cell, at most {max_atoms} fit"
+        reasons[rows[i]] = f"atoms too close: {distance:.3f} angstrom" if small[i] else large
+    crystals = crystals[valid & small]
+    tensors = (crystals.space_group, crystals.wyckoff, crystals.species, crystals.frac_coords, crystals.lattice)
+    return [tensor.numpy() for tensor in tensors], reasons  # between processes, arrays are lighter than tensors
 
 
-def _map(
-    work: Callable, entries: Iterator[Entry], workers: int
-) -> Iterator[tuple[list[Entry], list[AsymmetricUnit | str]]]:
+def _map(work: Callable, entries: Iterator[Entry], workers: int) -> Iterator[tuple[list[Entry], Analysed]]:
     """Jobs of entries with their results, in order; few entries are done in this process."""
     workers = workers or _cores()
     jobs = iter(lambda: list(itertools.islice(entries, _JOB)), [])

@@ -741,4 +741,6 @@ def test_worker_function_survives_a_panic(monkeypatch):
     cell = readers.Cell(np.eye(3) * 4, np.zeros((1, 3)), np.array([3]))
     monkeypatch.setitem(readers._PARSERS, "cell", lambda payload: payload)
     work = partial(data._analyse, symprec=0.01, max_sites=20, max_atoms=0)
-    assert work([("cell", cell)]) == ["symmetry not found: PanicException: index out of bounds"]
+    arrays, reasons = work([("cell", cell)])
+    assert len(arrays[0]) == 0
+    assert reasons == {0: "symmetry not found: PanicException: index out of bounds"}

@@ -105,7 +105,8 @@ def train(
     calibration = float(np.quantile((np.abs(center - y) / (spread * scale))[measured], ONE_SIGMA))
     metrics = _metrics(y, center, spread * scale, calibration, options)
     if zero is not None:
-        metrics |= _zero_metrics(y, center, torch.sigmoid(held_back[..., 2]).mean(0).numpy(), options.zero)
+        positive = torch.sigmoid(held_back[..., 2]).mean(0).numpy()
+        metrics |= _zero_metrics(y, center, spread * scale * calibration, positive, options.zero)
     last = slice(options.folds * options.members, None)
     final = Ensemble(options.members, x.shape[1], options.hidden, out.shape[-1])
     with torch.no_grad():
@@ -209,14 +210,22 @@ def _metrics(
     }
 
 
-def _zero_metrics(y: np.ndarray, center: np.ndarray, positive: np.ndarray, zero: float) -> dict[str, float]:
+def _zero_metrics(
+    y: np.ndarray, center: np.ndarray, spread: np.ndarray, positive: np.ndarray, zero: float
+) -> dict[str, float]:
     from scipy.stats import rankdata
 
     truth = y >= zero
     n1, n0 = truth.sum(), (~truth).sum()
     auc = (rankdata(positive)[truth].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
     error = np.abs(center - y)
-    return {"auc": float(auc), "mae_nonzero": float(error[truth].mean()), "mae_zero": float(error[~truth].mean())}
+    return {
+        "auc": float(auc),
+        "mae_nonzero": float(error[truth].mean()),
+        "mae_zero": float(error[~truth].mean()),
+        "within_1_sigma_nonzero": float((error <= spread)[truth].mean()),
+        "within_2_sigma_nonzero": float((error <= 2 * spread)[truth].mean()),
+    }
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -321,6 +330,8 @@ def card(predictor: Predictor) -> str:
             (f"AUC, below {h['zero']:g} or not", f"{m['auc']:.4f}"),
             (f"MAE of values of at least {h['zero']:g}", f"{m['mae_nonzero']:.3f}{unit}"),
             (f"MAE of values below {h['zero']:g}", f"{m['mae_zero']:.3f}{unit}"),
+            (f"errors within 1 sigma, values of at least {h['zero']:g} (fitted)", f"{m['within_1_sigma_nonzero']:.1%}"),
+            (f"errors within 2 sigma, values of at least {h['zero']:g}", f"{m['within_2_sigma_nonzero']:.1%}"),
         ]
     o = h["options"]
     return "\n".join(

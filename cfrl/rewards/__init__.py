@@ -1,4 +1,4 @@
-"""Rewards: what a crystal is worth. `cfrl rewards` lists them, docs/rewards.md explains the formulas."""
+"""Rewards: what a crystal is worth. `cfrl rewards` lists them and shows how formulas are written."""
 
 from __future__ import annotations
 

@@ -257,6 +257,18 @@ def model_import(
     run_import(checkpoint, output, dataset, num_heads or None, coord_components or None, _console())
 
 
+@model_app.command("pack")
+def model_pack(
+    model: Annotated[str, typer.Argument(help="A weights file or run folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
+    dataset: Annotated[str, typer.Option(help="What it was trained on, for the header.")] = "",
+) -> None:
+    """Write a trained model as it is shared: half the size (float16), no local paths in its header."""
+    from cfrl.model import pack_model
+
+    pack_model(model, output, dataset)
+
+
 @model_app.command("info")
 def model_info(
     model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing for the default.")] = "",

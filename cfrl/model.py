@@ -595,3 +595,17 @@ def describe_model(model: str | Path | None) -> str:
     lines.append(f"  space groups in training: {int((shares > 0).sum())}; most often {shares.topk(5).indices.tolist()}")
     lines += [f"  {name}: {value}" for name, value in header.items() if name not in ("format", "config") and value]
     return "\n".join(lines)
+
+
+def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None:
+    """`cfrl model pack`: a trained model as it is shipped: float16, and a header without local paths.
+
+    Args:
+        model: weights file or run folder.
+        output: the file to write.
+        dataset: what it was trained on, for the header; empty: keep the name of the file.
+    """
+    header = read_header(model_path(model))
+    info = {name: value for name, value in header.items() if name in ("preset", "training_crystals", "metrics")}
+    info["dataset"] = dataset or Path(header.get("dataset", "")).name
+    save_model(load_model(model), output, info, dtype=torch.float16)

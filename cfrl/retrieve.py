@@ -37,7 +37,7 @@ from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder, newest_run
 from cfrl.sampler import sample
-from cfrl.storage import describe, iter_crystals, read_crystals, write_crystals
+from cfrl.storage import SPLITS, describe, iter_crystals, read_crystals, write_crystals
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
 RESULT = "retrieval.json"
@@ -248,6 +248,8 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
 def _check(config: RetrieveConfig) -> None:
     if config.rank not in RANKINGS:
         raise UserError(f"rank '{config.rank}': give one of {', '.join(RANKINGS)}")
+    if config.split and config.split not in SPLITS:
+        raise UserError(f"split '{config.split}': give one of {', '.join(SPLITS)}, or nothing for all")
     for name, least in (("top", 1), ("samples", 0), ("reward_crystals", 0)):
         if getattr(config, name) < least:
             raise UserError(f"{name} = {getattr(config, name)}: must be at least {least}")
@@ -291,7 +293,7 @@ class _Dataset:
         if name == PROTOTYPES or not Path(name).exists() or Path(name).suffix in (".h5", ".hdf5"):
             self._path = dataset_path(name)
             about = describe(self._path)
-            self.size = about["splits"][split] if split in about["splits"] else about["crystals"]
+            self.size = about["splits"][split] if split else about["crystals"]
             self.properties = about["properties"]
         else:
             self._crystals = load_dataset(name, split)

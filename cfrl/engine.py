@@ -28,6 +28,17 @@ _ATTEMPTS = 2  # of a chunk, before its items are tried one by one
 Function = Callable[[list[Any]], list[Any]]
 
 
+def count_workers(asked: int, device: str) -> int:
+    """As many as asked for; 0: one for each core, or one where the work is done by a GPU.
+
+    Raises:
+        UserError: a negative number.
+    """
+    if asked < 0:
+        raise UserError(f"--workers {asked}: should be 0 (automatic) or more")
+    return asked or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+
+
 @dataclass
 class Task:
     """Part of a chunk: its items, and which places of the chunk's results they are for."""

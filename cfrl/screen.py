@@ -17,12 +17,10 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,14 +35,13 @@ from cfrl.crystal import CrystalBatch, reduced_formula
 from cfrl.data import load_dataset, read_structures
 from cfrl.devices import choose_device
 from cfrl.elements import SYMBOLS
-from cfrl.engine import LOST, LocalEngine
+from cfrl.engine import LocalEngine, count_workers
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.fingerprint import fingerprints, group_by
 from cfrl.hull import ReferenceHull
-from cfrl.progress import progress_bar
+from cfrl.journal import Work, digest
 from cfrl.runs import RunFolder
-from cfrl.stages import Record
 from cfrl.storage import write_crystals
 from cfrl.tally import TEXT, Summary, Table, expression, summarise
 
@@ -84,13 +81,6 @@ class Samples:
     structures: list[Structure]
     problems: list[str]
     columns: dict[str, np.ndarray]
-
-    def digest(self) -> str:
-        """Changes with any crystal."""
-        sha = hashlib.sha256()
-        for s in self.structures:
-            sha.update(s.lattice.matrix.tobytes() + s.frac_coords.tobytes() + s.formula.encode())
-        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -138,8 +128,8 @@ def screen(
         check_writable(copy)
     run = run or _run_folder(source, config, "" if copy else output)
     try:
-        with LocalEngine(_workers(config)) as engine:
-            work = Work(run.path / "stages", engine, samples.digest(), console)
+        with LocalEngine(count_workers(config.workers, choose_device(config.device).type)) as engine:
+            work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = _stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:
         if console:
@@ -231,80 +221,6 @@ def load_hull(config: ScreenConfig) -> ReferenceHull:
 # ---- the stages ----
 
 
-class Work:
-    """Runs stages on an engine and keeps their results in journals."""
-
-    def __init__(self, folder: Path, engine: LocalEngine, key: str, console: Console | None) -> None:
-        self.folder, self.engine, self.key, self.console = folder, engine, key, console
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def run(
-        self,
-        name: str,
-        function: Callable[[list[Any]], list[Record]],
-        items: Mapping[K, Any],
-        settings: Mapping[str, Any],
-        chunk: int,
-    ) -> dict[K, Record]:
-        """The records of `items`; those that are in the journal are not computed again.
-
-        Args:
-            name: of the stage.
-            function: one of `stages.py`, with its settings bound.
-            items: what it works on, by row or another name that stays the same.
-            settings: everything but the input that the records depend on.
-            chunk: items that a worker gets at once.
-        """
-        text = json.dumps([self.key, name, settings], sort_keys=True)
-        journal = Journal(self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl")
-        missing = [key for key in items if str(key) not in journal.records]
-        chunks = [missing[i : i + chunk] for i in range(0, len(missing), chunk)]
-        with journal, progress_bar(f"{name:<12}", len(items), self.console) as progress:
-            done = len(items) - len(missing)
-            progress(done)
-            for index, records in self.engine.map(function, [[items[key] for key in keys] for keys in chunks]):
-                journal.add(chunks[index], [record or {"status": LOST} for record in records])
-                done += len(records)
-                progress(done)
-        return {key: journal.records[str(key)] for key in items}
-
-
-class Journal:
-    """Records by key in a file of JSON lines, one line per chunk, written as chunks are done.
-
-    A line that a kill or a full disk cut off is forgotten.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: dict[str, Record] = {}
-        data = path.read_bytes() if path.exists() else b""
-        self._end = data.rfind(b"\n") + 1
-        for line in data[: self._end].splitlines():
-            self.records.update(json.loads(line))
-
-    def __enter__(self) -> Journal:
-        self._file = self.path.open("ab")
-        self._file.truncate(self._end)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def add(self, keys: Iterable[Hashable], records: Iterable[Record]) -> None:
-        """Raises UserError where it cannot be written."""
-        new = {str(key): record for key, record in zip(keys, records, strict=True)}
-        try:
-            self._file.write(json.dumps(new).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; --resume {self.path.parents[1]} goes on from here"
-            ) from error
-        self.records.update(new)
-
-
 def _stages(
     work: Work,
     samples: list[Structure],
@@ -391,12 +307,7 @@ def restore(cell: Mapping[str, Any]) -> Structure:
 
 
 def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
-    sha = hashlib.sha256()
-    for crystals in (known or {}).values():
-        for crystal in crystals:
-            sha.update(crystal.name.encode() + crystal.structure.frac_coords.tobytes())
-            sha.update(crystal.structure.lattice.matrix.tobytes())
-    return sha.hexdigest()
+    return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)
 
 
 def _predictors(names: str) -> dict[str, str]:
@@ -411,13 +322,6 @@ def _predictors(names: str) -> dict[str, str]:
 
     chosen = BUILT_IN if names == "all" else [name.strip() for name in names.split(",")]
     return {name: load_predictor(name).target for name in chosen}
-
-
-def _workers(config: ScreenConfig) -> int:
-    if config.workers < 0:
-        raise UserError(f"--workers {config.workers}: should be 0 (automatic) or more")
-    on_gpu = choose_device(config.device).type != "cpu"
-    return config.workers or (1 if on_gpu else len(os.sched_getaffinity(0)))
 
 
 def _run_folder(source: str, config: ScreenConfig, folder: str) -> RunFolder:

@@ -16,11 +16,12 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
 import cfrl
+from cfrl import journal, stages
 from cfrl import screen as screening
-from cfrl import stages
 from cfrl.config import ScreenConfig
 from cfrl.errors import UserError
-from cfrl.screen import Journal, screen
+from cfrl.journal import Journal
+from cfrl.screen import screen
 from cfrl.storage import read_columns
 from cfrl.tally import rate
 
@@ -81,8 +82,8 @@ def read_table(run: Path) -> dict[str, dict[str, str]]:
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
-@pytest.fixture
-def samples(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight crystals: two of them twice, one with atoms on top of each other."""
     strained = perovskite("Ba", "Ti")
     strained.apply_strain([0.004, -0.003, 0.002])
@@ -97,7 +98,9 @@ def samples(tmp_path: Path) -> Path:
         "crowded": crowded,
         "Cu": Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]]),
     }
-    return write_csv(tmp_path / "samples.csv", crystals, gap=[5.0, 5.0, 4.4, 1.8, 1.8, 1.9, 0.0, 0.0])
+    return write_csv(
+        tmp_path_factory.mktemp("input") / "samples.csv", crystals, gap=[5.0, 5.0, 4.4, 1.8, 1.8, 1.9, 0.0, 0.0]
+    )
 
 
 @pytest.fixture
@@ -244,7 +247,7 @@ def test_files_that_are_not_what_they_say(
         message = str(error)
     else:
         message = "".join(f"{key}: {row['status']}" for key, row in read_table(run).items())
-    assert name in message
+    assert Path(name).stem in message
     assert "Traceback" not in message
 
 
@@ -254,10 +257,14 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    serial.interrupt_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        screen(str(samples), QUICK, output=str(tmp_path / "run"))
+    serial.interrupt_after = None
     with monkeypatch.context() as context:
-        context.setattr(screening.os, "fsync", full)
+        context.setattr(journal.os, "fsync", full)
         with pytest.raises(UserError, match="No space left on device"):
-            screen(str(samples), QUICK, output=str(tmp_path / "run"))
+            screen("", QUICK, resume=tmp_path / "run")
     table = read_table(screen(str(samples), QUICK, resume=tmp_path / "run"))
     assert len(table) == 8
 

@@ -251,7 +251,7 @@ class _Walk:
         if expected < 1e-12:
             return
         if seen < 0.2 * expected:
-            change = change + (0.8 * expected / (expected - seen)) * (image - change)
+            change = image + (0.8 * expected / (expected - seen)) * (change - image)
         self.hessian = hessian - np.outer(image, image) / expected + np.outer(change, change) / (step @ change)
 
     def _springs(self, cutoff: float) -> np.ndarray:

@@ -194,6 +194,7 @@ class ScreenConfig:
     rank: str = option("ehull", "Smallest first: a column or an expression of columns, e.g. `-band_gap`.")
     filter: str = option("", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3`.")
     top: int = option(100, "Candidates written as CIF files, at most.")
+    report: bool = option(True, "Write report.html and plots.")
     dft: str = option("", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet).")
     workers: int = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
     chunk: int = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")

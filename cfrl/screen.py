@@ -11,6 +11,7 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
         table.csv          one row per crystal of the input, best first
         screen.h5          the final crystals (relaxed, if they were) with the same columns; a dataset of ours
         summary.json       counts and rates with 95% confidence intervals, and what they mean
+        report.html        the same to look at, with plots beside it
         cifs/, dft/        the candidates
         stages/            the journals
 """
@@ -142,6 +143,10 @@ def screen(
     _write(run.path, table, order, structures, config, summary)
     if copy:
         shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), copy)
+    if config.report:
+        from cfrl.report import write_report
+
+        write_report(run)
     run.finish()
     if console:
         _show(run.path, table, order, summary, config, console)
@@ -435,4 +440,6 @@ def _show(
     console.print(best)
     if summary.warning:
         console.print(f"Mind: {summary.warning}")
-    console.print(f"Wrote {path}/: table.csv, screen.h5, summary.json, cifs/" + (", dft/" if config.dft else ""))
+    console.print(
+        f"Wrote {path}/: table.csv, screen.h5, cifs/{', dft/' * bool(config.dft)}{', report.html' * config.report}"
+    )

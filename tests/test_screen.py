@@ -25,7 +25,7 @@ from cfrl.screen import screen
 from cfrl.storage import read_columns
 from cfrl.tally import rate
 
-QUICK = ScreenConfig(relax=False, stability=False, workers=1)
+QUICK = ScreenConfig(relax=False, stability=False, report=False, workers=1)
 
 
 class SerialEngine:
@@ -148,11 +148,14 @@ def test_hull_distances_agree_with_pymatgen(serial: type[SerialEngine], samples:
 
 
 def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Path) -> None:
-    config = replace(QUICK, rank="-input_gap", filter="input_gap > 1.8 and num_atoms >= 5", top=2, dft="pbe")
+    config = replace(
+        QUICK, report=True, rank="-input_gap", filter="input_gap > 1.8 and num_atoms >= 5", top=2, dft="pbe"
+    )
     run = screen(str(samples), config)
     rows = list(read_table(run).values())
     assert [row["id"] for row in rows if row["candidate"] == "1"] == ["salt", "MgO", "SrTiO3"]
     assert [row["id"] for row in rows][:3] == ["salt", "MgO", "SrTiO3"], "candidates stand first, best first"
+    assert (run / "report.html").exists()
     assert sorted(path.name for path in (run / "cifs").iterdir()) == ["1-NaCl.cif", "2-MgO.cif"]
     assert Structure.from_file(run / "cifs" / "1-NaCl.cif").reduced_formula == "NaCl"
     assert Poscar.from_file(run / "dft" / "2-MgO" / "POSCAR").structure.reduced_formula == "MgO"
@@ -290,7 +293,7 @@ def test_ctrl_c_in_each_stage_then_resume(
     """Interrupted after every single chunk of every stage: the same table, and no chunk computed twice."""
     monkeypatch.setattr(screening, "_CHECK_CHUNK", 3)
     monkeypatch.setattr(screening, "_MATCH_CHUNK", 1)
-    config = ScreenConfig(hull=str(hull_file), chunk=2, workers=1)
+    config = ScreenConfig(hull=str(hull_file), chunk=2, report=False, workers=1)
     whole = screen(str(samples), config, output=str(tmp_path / "whole"))
     total = len(serial.done)
     assert {path.name.partition("-")[0] for path in (whole / "stages").iterdir()} == {
@@ -368,7 +371,7 @@ def test_materials_project_crystals_as_if_generated(
             writer.writeheader()
             writer.writerows(chosen)
     config = ScreenConfig(
-        relax=False, workers=1, known=[str(paths[1])], hull=str(shared / "data" / "mp_energies.csv.gz")
+        relax=False, report=False, workers=1, known=[str(paths[1])], hull=str(shared / "data" / "mp_energies.csv.gz")
     )
     run = screen(str(paths[0]), config, output=str(tmp_path / "run"))
     rates = {r["name"]: r for r in json.loads((run / "summary.json").read_text())["rates"]}

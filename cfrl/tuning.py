@@ -199,4 +199,5 @@ class RunLog:
         if self.reward is not None:
             state["reward"] = self.reward.state_dict()
         self.run.save_checkpoint(state)
-        self.tuning.save_model(self.run.path / "model.safetensors")
+        if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
+            self.tuning.save_model(self.run.path / "model.safetensors")

@@ -284,16 +284,19 @@ class CrystalBatch:
         axes were no longer matters, so a model has one thing to learn where it would have several. Only shifts along
         polar axes and monoclinic and triclinic cell choices stay as they are.
         """
-        best = self
-        descriptions = self.num_descriptions()
-        for choice in range(1, int(descriptions.max()) if len(self) else 0):
-            rows = (descriptions > choice).nonzero()[:, 0]
-            other = self[rows].described_as(torch.full_like(rows, choice))
-            earlier = _comes_first(other._order_key(), best[rows]._order_key())
-            source = torch.arange(len(self), device=self.device)
-            source[rows[earlier]] = len(self) + earlier.nonzero()[:, 0]
-            best = CrystalBatch.cat([best, other])[source]
-        return best
+        count = self.num_descriptions()
+        crystal = torch.repeat_interleave(count)
+        choice = torch.arange(len(crystal), device=self.device) - (count.cumsum(0) - count)[crystal]
+        # Letters alone decide most cases, and are had without moving an atom.
+        letters = symmetry.described_letters(self.space_group[crystal], self.wyckoff[crystal], choice)
+        first = _first_of_each(crystal, letters.sort(-1).values, len(self))
+        crystal, choice = crystal[first], choice[first]
+        described = self[crystal].described_as(choice)
+        first = _first_of_each(crystal, described._order_key(), len(self))
+        # Where several are equal, any will do.
+        row = torch.empty(len(self), dtype=torch.long, device=self.device)
+        row[crystal[first]] = first.nonzero()[:, 0]
+        return described[row]
 
     def _order_key(self) -> Tensor:
         """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s)."""
@@ -434,11 +437,17 @@ class CrystalBatch:
         return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
 
 
-def _comes_first(a: Tensor, b: Tensor) -> Tensor:
-    """(n,) bool: row of a before row of b, lexicographically; both (n, k)."""
-    sign = (a - b).sign()
-    first = (sign != 0).int().argmax(1, keepdim=True)
-    return sign.gather(1, first)[:, 0] < 0
+def _first_of_each(crystal: Tensor, key: Tensor, n: int) -> Tensor:
+    """(r,) bool: the rows of key (r, k) that are lexicographically smallest among those of the same crystal (r,)."""
+    smallest = torch.ones_like(crystal, dtype=torch.bool)
+    for column in key.unbind(1):
+        rows = smallest.nonzero()[:, 0]
+        if len(rows) == n:
+            break
+        least = torch.full((n,), torch.iinfo(torch.long).max, device=key.device)
+        least.scatter_reduce_(0, crystal[rows], column[rows], "amin")
+        smallest[rows] = column[rows] == least[crystal[rows]]
+    return smallest
 
 
 def _analyse_structure(structure: "Structure", symprec: float, max_sites: int) -> AsymmetricUnit:

@@ -324,7 +324,13 @@ def transform_sites(
     rotation = t.rotations[row].to(frac_coords.dtype)
     points = torch.einsum("nij,nsj->nsi", rotation, frac_coords) + t.translations[row].to(rotation)[:, None]
     lengths = lattice[:, :3].gather(1, t.lengths[row])
-    return t.letters[row].gather(1, wyckoff), wrap(points), torch.cat([lengths, lattice[:, 3:]], -1)
+    return described_letters(space_group, wyckoff, choice), wrap(points), torch.cat([lengths, lattice[:, 3:]], -1)
+
+
+def described_letters(space_group: Tensor, wyckoff: Tensor, choice: Tensor) -> Tensor:
+    """The letters that `transform_sites` gives, (n, s), sites in their places."""
+    t = normalizer_tables(wyckoff.device)
+    return t.letters[t.offset[space_group] + choice].gather(1, wyckoff)
 
 
 def _scatter_min(row: Tensor, values: Tensor, size: int) -> Tensor:

@@ -280,7 +280,7 @@ def _match(
     rows = list(table.going_on(structures))
     table["unique"][rows] = 1.0
     if known is not None:
-        table["novel"][rows] = 1.0
+        table.note_novel(rows)
     known = known or {}
     formulas = group_by(rows, lambda row: table["formula"][row])
     groups = {

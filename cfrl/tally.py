@@ -118,6 +118,11 @@ class Table:
         self["duplicate_of"][row] = self["id"][original]
         self["status"][row] = f"duplicate of {self['id'][original]}"
 
+    def note_novel(self, rows: Sequence[int]) -> None:
+        """Novel until `note_known` says otherwise; what was known before it was relaxed stays known."""
+        unknown = [row for row in rows if np.isnan(self["novel"][row])]
+        self["novel"][unknown] = 1.0
+
     def note_known(self, row: int, name: str) -> None:
         self["novel"][row] = 0.0
         self["known_as"][row] = name
@@ -243,7 +248,7 @@ DEFINITIONS = {
     "valid, charge neutral": "valid, and the composition passes SMACT's test (both validities of Xie et al. 2022)",
     "space group as wanted": "of the valid crystals that should have a space group, those in which exactly it is found",
     "unique": "valid, and StructureMatcher (its defaults) finds no earlier equal, before and after the relaxation",
-    "novel": "valid, and equal to no crystal of --known, judged after the relaxation if there is one",
+    "novel": "valid, and equal to no crystal of --known, neither before nor after the relaxation",
     "stable": "on the reference hull or below it (energy above hull <= 0); a duplicate counts as its original",
     "metastable": "energy above hull <= 0.1 eV/atom; a duplicate counts as its original",
     "S.U.N.": "stable (<= 0 eV/atom), unique and novel",

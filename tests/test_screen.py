@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from pymatgen.analysis.phase_diagram import PDEntry, PhaseDiagram
+from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
@@ -338,6 +339,19 @@ def test_one_and_two_workers_agree(samples: Path, hull_file: Path, tmp_path: Pat
 
 
 # ---- known truth ----
+
+
+def test_a_known_crystal_that_relaxes_to_another_is_not_novel(serial: type[SerialEngine], tmp_path: Path) -> None:
+    """Atoms thrown into a box match nothing after the relaxation; thrown in they were known."""
+    lattice = Lattice.from_parameters(5.2, 5.0, 4.8, 80, 95, 85)
+    places = [[0.4, 0.2, 0.09], [0.58, 0.3, 0.67], [0.2, 0.94, 0.37], [0.11, 0.63, 0.93]]
+    apart = Structure(lattice, ["Mg", "Mg", "O", "O"], places)
+    known = write_csv(tmp_path / "known.csv", {"known": apart})
+    config = replace(QUICK, relax=True, known=[str(known)])
+    run = screen(str(write_csv(tmp_path / "samples.csv", {"sample": apart})), config)
+    row = read_table(run)["sample"]
+    assert not StructureMatcher().fit(apart, cfrl.read_crystals(run / "screen.h5").to_structures()[0])
+    assert (row["novel"], row["known_as"]) == ("0", "known")
 
 
 def test_shortest_distance_against_pymatgen() -> None:

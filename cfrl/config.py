@@ -198,6 +198,8 @@ class ScreenConfig:
     dft: str = option("", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet).")
     workers: int = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
     chunk: int = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
+    engine: str = option("local", "Where workers run: local (this machine) or ray.")
+    address: str = option("", "Of the Ray cluster; empty: a local one.")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
 
 

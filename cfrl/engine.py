@@ -49,6 +49,33 @@ class Task:
     attempts: int = 0
 
 
+class Ledger:
+    """Tasks that wait, and the results of chunks that are not yet complete."""
+
+    def __init__(self, chunks: Sequence[list[Any]]) -> None:
+        self.waiting = deque(Task(i, list(items), list(range(len(items)))) for i, items in enumerate(chunks))
+        self._results: list[list[Any]] = [[None] * len(items) for items in chunks]
+        self._open = [len(items) for items in chunks]
+
+    def enter(self, task: Task, values: list[Any] | None) -> Iterator[tuple[int, list[Any]]]:
+        """Take the results of a task, None if its worker died; yields the chunk if that completes it."""
+        if values is None:
+            task.attempts += 1
+            if task.attempts < _ATTEMPTS:
+                self.waiting.appendleft(task)
+                return
+            if len(task.items) > 1:
+                parts = zip(task.items, task.places, strict=True)
+                self.waiting.extendleft(Task(task.chunk, [item], [place]) for item, place in parts)
+                return
+            values = [None]
+        for place, value in zip(task.places, values, strict=True):
+            self._results[task.chunk][place] = value
+        self._open[task.chunk] -= len(values)
+        if not self._open[task.chunk]:
+            yield task.chunk, self._results[task.chunk]
+
+
 class LocalEngine:
     """Worker processes of this machine, started when they are first needed. Close it, or use it with `with`.
 
@@ -80,28 +107,20 @@ class LocalEngine:
             UserError: as the function raises it.
             RuntimeError: any other exception of the function, with its traceback.
         """
-        waiting = deque(Task(i, list(items), list(range(len(items)))) for i, items in enumerate(chunks))
-        results: list[list[Any]] = [[None] * len(items) for items in chunks]
-        open_parts = [len(items) for items in chunks]
+        ledger = Ledger(chunks)
         busy: dict[Connection, _Worker] = {}
         try:
-            while waiting or busy:
-                for worker in self._idle(min(self.workers, len(waiting) + len(busy)), busy):
-                    if waiting:
-                        worker.start(function, waiting.popleft())
+            while ledger.waiting or busy:
+                for worker in self._idle(min(self.workers, len(ledger.waiting) + len(busy)), busy):
+                    if ledger.waiting:
+                        worker.start(function, ledger.waiting.popleft())
                         busy[worker.connection] = worker
                 for connection in wait(list(busy)):
                     worker = busy.pop(connection)
                     task, values = worker.task, worker.result()
                     if values is None:
                         self._pool.remove(worker)
-                        waiting.extendleft(reversed(_again(task)))
-                        values = [None] * len(task.items) if _hopeless(task) else []
-                    for place, value in zip(task.places, values, strict=False):
-                        results[task.chunk][place] = value
-                    open_parts[task.chunk] -= len(values)
-                    if values and not open_parts[task.chunk]:
-                        yield task.chunk, results[task.chunk]
+                    yield from ledger.enter(task, values)
         finally:
             for worker in busy.values():
                 worker.stop()
@@ -111,6 +130,67 @@ class LocalEngine:
         while len(self._pool) < wanted:
             self._pool.append(_Worker())
         return [worker for worker in self._pool if worker.connection not in busy]
+
+
+class RayEngine:
+    """The same on a Ray cluster: the one at `address`, or a local one with `workers` processes."""
+
+    def __init__(self, workers: int, address: str = "") -> None:
+        """Raises UserError if ray is missing or the cluster does not answer."""
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("--engine ray needs the package: pip install 'cfrl[ray]'") from error
+        self._ray = ray
+        here = {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+        self._ray.shutdown()
+
+    def map(self, function: Function, chunks: Sequence[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+        """As `LocalEngine.map`."""
+        threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_attempt)
+        ledger = Ledger(chunks)
+        busy: dict[Any, Task] = {}
+        try:
+            while ledger.waiting or busy:
+                while ledger.waiting:
+                    task = ledger.waiting.popleft()
+                    busy[attempt.remote(function, task.items)] = task
+                for reference in self._ray.wait(list(busy))[0]:
+                    task = busy.pop(reference)
+                    try:
+                        values = _unpack(self._ray.get(reference))
+                    except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError):
+                        values = None
+                    yield from ledger.enter(task, values)
+        finally:
+            for reference in busy:
+                self._ray.cancel(reference, force=True)
+
+
+Engine = LocalEngine | RayEngine
+
+
+def make_engine(name: str, workers: int, address: str = "") -> Engine:
+    """The engine of the settings. Raises UserError for a name that is none, and as `RayEngine`."""
+    if name == "local":
+        return LocalEngine(workers)
+    if name == "ray":
+        return RayEngine(workers, address)
+    raise UserError(f"--engine {name}: use local or ray")
 
 
 class _Worker:
@@ -133,40 +213,21 @@ class _Worker:
 
     def start(self, function: Function, task: Task) -> None:
         self.task = task
-        task.attempts += 1
         with suppress(BrokenPipeError):  # it died while idle; `result` will tell
             self.connection.send((function, task.items))
 
     def result(self) -> list[Any] | None:
         """The results of the task, or None if the process died."""
         try:
-            kind, value = self.connection.recv()
+            return _unpack(self.connection.recv())
         except (EOFError, ConnectionResetError):
             self.stop()
             return None
-        if kind == "user error":
-            raise UserError(value)
-        if kind == "error":
-            raise RuntimeError(f"in a worker process:\n{value}")
-        return value
 
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
         self.connection.close()
-
-
-def _again(task: Task) -> list[Task]:
-    """What to try after the worker died on a task: the same, its items one by one, or nothing more."""
-    if task.attempts < _ATTEMPTS:
-        return [task]
-    if _hopeless(task):
-        return []
-    return [Task(task.chunk, [item], [place]) for item, place in zip(task.items, task.places, strict=True)]
-
-
-def _hopeless(task: Task) -> bool:
-    return len(task.items) == 1 and task.attempts >= _ATTEMPTS
 
 
 def _serve(connection: Connection) -> None:
@@ -179,12 +240,25 @@ def _serve(connection: Connection) -> None:
         except (EOFError, ConnectionResetError):
             return
         try:
-            reply = "done", function(items)
-        except UserError as error:
-            reply = "user error", str(error)
-        except Exception:
-            reply = "error", traceback.format_exc()
-        try:
-            connection.send(reply)
+            connection.send(_attempt(function, items))
         except BrokenPipeError:
             return
+
+
+def _attempt(function: Function, items: list[Any]) -> tuple[str, Any]:
+    """What happened, in a form that crosses processes: "done" and the results, or a kind of error and its text."""
+    try:
+        return "done", function(items)
+    except UserError as error:
+        return "user error", str(error)
+    except Exception:
+        return "error", traceback.format_exc()
+
+
+def _unpack(reply: tuple[str, Any]) -> list[Any]:
+    kind, value = reply
+    if kind == "user error":
+        raise UserError(value)
+    if kind == "error":
+        raise RuntimeError(f"in a worker process:\n{value}")
+    return value

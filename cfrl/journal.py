@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cfrl.engine import LOST, LocalEngine
+from cfrl.engine import LOST, Engine
 from cfrl.errors import UserError
 from cfrl.progress import progress_bar
 from cfrl.stages import Record
@@ -35,7 +35,7 @@ def digest(structures: Iterable[Structure]) -> str:
 class Work:
     """Runs stages on an engine and keeps their results in journals."""
 
-    def __init__(self, folder: Path, engine: LocalEngine, key: str, console: Console | None) -> None:
+    def __init__(self, folder: Path, engine: Engine, key: str, console: Console | None) -> None:
         self.folder, self.engine, self.key, self.console = folder, engine, key, console
         folder.mkdir(parents=True, exist_ok=True)
 

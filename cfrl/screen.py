@@ -36,7 +36,7 @@ from cfrl.crystal import CrystalBatch, reduced_formula
 from cfrl.data import load_dataset, read_structures
 from cfrl.devices import choose_device
 from cfrl.elements import SYMBOLS
-from cfrl.engine import LocalEngine, count_workers
+from cfrl.engine import count_workers, make_engine
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.fingerprint import fingerprints, group_by
@@ -129,7 +129,8 @@ def screen(
         check_writable(copy)
     run = run or _run_folder(source, config, "" if copy else output)
     try:
-        with LocalEngine(count_workers(config.workers, choose_device(config.device).type)) as engine:
+        workers = count_workers(config.workers, choose_device(config.device).type)
+        with make_engine(config.engine, workers, config.address) as engine:
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = _stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:

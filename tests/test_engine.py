@@ -2,12 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from cfrl.engine import LocalEngine
+from cfrl.engine import Engine, LocalEngine, RayEngine
 from cfrl.errors import UserError
 
 
@@ -36,9 +37,12 @@ def fail(items: list[int]) -> list[int]:
     raise ZeroDivisionError("a fault")
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with LocalEngine(2) as engine:
+@pytest.fixture(scope="module", params=["local", "ray"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Two workers; those of Ray belong to a real cluster on this machine."""
+    if request.param == "ray":
+        pytest.importorskip("ray", reason="needs pip install 'cfrl[ray]'")
+    with (RayEngine if request.param == "ray" else LocalEngine)(2) as engine:
         yield engine
 
 
@@ -46,23 +50,23 @@ CHUNKS = [[1, 2], [3, 4], [5], [6, 7, 8]]
 EXPECTED = {0: [1, 4], 1: [9, 16], 2: [25], 3: [36, 49, 64]}
 
 
-def test_every_chunk_once(engine: LocalEngine) -> None:
+def test_every_chunk_once(engine: Engine) -> None:
     results = list(engine.map(squares, CHUNKS))
     assert len(results) == len(CHUNKS)
     assert dict(results) == EXPECTED
 
 
-def test_a_killed_worker_is_replaced_and_its_chunk_computed_again(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_its_chunk_computed_again(engine: Engine, tmp_path: Path) -> None:
     function = partial(die_once, marker=str(tmp_path / "died"))
     assert dict(engine.map(function, CHUNKS)) == EXPECTED
     assert (tmp_path / "died").exists()
 
 
-def test_only_the_item_that_kills_is_lost(engine: LocalEngine) -> None:
+def test_only_the_item_that_kills_is_lost(engine: Engine) -> None:
     assert dict(engine.map(partial(die_on, bad=7), CHUNKS)) == EXPECTED | {3: [36, None, 64]}
 
 
-def test_errors_come_back(engine: LocalEngine) -> None:
+def test_errors_come_back(engine: Engine) -> None:
     with pytest.raises(UserError, match="no such potential"):
         list(engine.map(complain, CHUNKS))
     with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault"):
@@ -70,7 +74,7 @@ def test_errors_come_back(engine: LocalEngine) -> None:
     assert dict(engine.map(squares, CHUNKS)) == EXPECTED, "the engine can still be used"
 
 
-def test_stopping_early_leaves_no_work_behind(engine: LocalEngine) -> None:
+def test_stopping_early_leaves_no_work_behind(engine: Engine) -> None:
     results = engine.map(squares, CHUNKS)
     next(results)
     results.close()

@@ -35,7 +35,7 @@ class SerialEngine:
     interrupt_after: int | None = None
     done: ClassVar[list[int]] = []
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, name: str, workers: int, address: str) -> None:
         pass
 
     def __enter__(self) -> "SerialEngine":
@@ -54,7 +54,7 @@ class SerialEngine:
 
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[SerialEngine]:
-    monkeypatch.setattr(screening, "LocalEngine", SerialEngine)
+    monkeypatch.setattr(screening, "make_engine", SerialEngine)
     monkeypatch.chdir(tmp_path)
     SerialEngine.interrupt_after, SerialEngine.done = None, []
     return SerialEngine
@@ -374,7 +374,7 @@ def test_materials_project_crystals_as_if_generated(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """200 known crystals and 20 of them again: nothing novel, 200 unique, the database's stability."""
-    monkeypatch.setattr(screening, "LocalEngine", SerialEngine)
+    monkeypatch.setattr(screening, "make_engine", SerialEngine)
     csv.field_size_limit(10**9)
     with gzip.open(shared / "data" / "mp_20.csv.gz", "rt") as file:
         rows = list(csv.DictReader(file))[::60][:200]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 VERSION = 1
+DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
@@ -96,14 +97,15 @@ class ReferenceHull:
         return cls(*_sparse(dense), np.asarray(energies), energy_scale)
 
     @classmethod
-    def load(cls, path: str | Path, energy_scale: str | None = None) -> ReferenceHull:
+    def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
         """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
 
+        An empty path is the embedded reference (energies by CHGNet).
         CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
         compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
         missing, unreadable or empty, naming the row at fault.
         """
-        path = Path(path)
+        path = Path(path or DEFAULT_HULL)
         if not path.is_file():
             raise UserError(f"no such hull reference: {path}")
         if path.suffix in (".h5", ".hdf5"):
@@ -122,8 +124,6 @@ class ReferenceHull:
         hull.energy_scale = energy_scale or hull.energy_scale
         return hull
 
-    from_csv = load
-
     @classmethod
     def _load_hdf5(cls, path: Path) -> ReferenceHull:
         import h5py
@@ -131,7 +131,7 @@ class ReferenceHull:
         try:
             with h5py.File(path, "r") as file:
                 if file.attrs.get("format") != "cfrl-hull":
-                    raise UserError(f"{path}: not a reference hull (`cfrl screen --build-hull` makes one)")
+                    raise UserError(f"{path}: not a reference hull (`cfrl data hull` makes one)")
                 data = (file["numbers"][:], file["fractions"][:], file["energies"][:])
                 return cls(*data, energy_scale=str(file.attrs["energy_scale"]))
         except (OSError, KeyError) as error:

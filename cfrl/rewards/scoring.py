@@ -114,7 +114,7 @@ class RewardContext:
     def hull(self) -> ReferenceHull:
         from cfrl.hull import ReferenceHull
 
-        return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull or "")
+        return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull)
 
     @cached_property
     def dataset(self) -> CrystalBatch:

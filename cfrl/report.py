@@ -111,7 +111,7 @@ def _metrics_page(run: RunFolder) -> Page:
     """Every metric that was logged, grouped by the word before the slash."""
     page = _page(run, f"cfrl {_command(run)}".strip(), run.path.name)
     metrics = _metrics(run)
-    if "step" not in metrics:
+    if not len(metrics.get("step", ())):
         raise UserError(f"{run.path}: has no metrics yet; there is nothing to report")
     groups: dict[str, dict[str, str]] = {}
     for name in metrics:

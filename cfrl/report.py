@@ -226,7 +226,8 @@ def _comparison(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -
     sites = {key: crystals.num_sites.numpy().astype(float) for key, crystals in groups.items()}
     figures += [_pareto(groups, quantities), histogram("sites", "Sites", "inequivalent sites", sites), _systems(groups)]
     before, after = (_element_shares(crystals) for crystals in groups.values())
-    shift = {z: math.log2((after[z] + 1e-3) / (before[z] + 1e-3)) for z in range(1, 119) if before[z] + after[z] > 0}
+    few = 0.5 / min(len(crystals) for crystals in groups.values())  # half a crystal: an element met once is no change
+    shift = {z: math.log2((after[z] + few) / (before[z] + few)) for z in range(1, 119) if before[z] + after[z] > 0}
     note = "log<sub>2</sub> of the share of crystals that hold the element, after over before: blue, more often."
     return [
         *figures,

@@ -27,6 +27,7 @@ from cfrl.fingerprint import fingerprints
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS
 from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.report import write_report
 from cfrl.rollouts import Rollout, chemical_systems, collect
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals
@@ -104,6 +105,7 @@ def finetune(
             evaluate(tuning, config, scorer, run.path)
     if config.plots:
         monitor.plot(run)
+        write_report(run)
     run.finish()
     if not quiet:
         monitor.summarise(run)

@@ -26,8 +26,8 @@ from cfrl.errors import UserError
 from cfrl.fingerprint import fingerprints
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS
-from cfrl.rewards import Reward, RewardContext, build_reward
 from cfrl.report import write_report
+from cfrl.rewards import Reward, RewardContext, build_reward
 from cfrl.rollouts import Rollout, chemical_systems, collect
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals

@@ -131,7 +131,7 @@ class FinetuneConfig:
     dataset: str = option("", "Pre-training data: watch the validation loss on it, and measure novelty against it.")
     validate_every: int = option(5, "Steps between validation losses.")
     evaluate: int = option(256, "Fresh crystals of the model before and after that are compared at the end; 0: none.")
-    plots: bool = option(True, "Draw progress.png (and pareto.png) at the end.")
+    plots: bool = option(True, "Draw progress.png (and pareto.png) and write report.html at the end.")
     checkpoint_minutes: float = option(1.0, "Minutes between checkpoints (one is also written at the end).")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     seed: int = option(0, "Seed of sampling and of the order of updates.")

@@ -229,6 +229,9 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
     """Several passes of minibatches over one batch; metrics of the last pass."""
     parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
     metrics: dict[str, float] = {}
+    for group in tuning.optimiser.param_groups:
+        # Adam's first steps are as large as any, on no more than one batch's evidence.
+        group["lr"] = group["peak"] * min(1.0, (tuning.step + 1) / max(config.warmup, 1))
     for epoch in range(config.epochs):
         sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
         order = torch.randperm(len(batch.items), generator=generator).to(batch.items.device)

@@ -74,9 +74,10 @@ class Tuning:
         self.options = SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
         shares = starting_shares(self.model, config.space_group, config.max_atoms)
         self.prior = SpaceGroupPrior(shares, config.learn_space_groups, config.space_group_floor).to(device)
-        groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
+        groups = [{"params": list(self.model.parameters()), "lr": config.lr, "peak": config.lr}]
         if config.learn_space_groups:
-            groups.append({"params": [self.prior.logits], "lr": config.space_group_lr})
+            rate = config.space_group_lr
+            groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
         self.memory = Memory(
             config.penalty, 0 if config.rollouts else config.diversity, config.replay_size if config.replay else 0

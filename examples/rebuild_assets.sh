@@ -25,4 +25,4 @@ cfrl model pack "$run" -o cfrl/assets/default.safetensors \
 cp "$work/hull.h5" cfrl/assets/hull.h5
 
 # The predictors
-python scripts/train_predictors.py
+python scripts/train_predictors.py --data "$data"

@@ -19,6 +19,7 @@ from cfrl.potentials import load_potential
 from cfrl.storage import SPLITS, write_crystals
 
 NEAR_HULL = 0.1  # eV/atom
+ELEMENTS_BELOW = 0.3  # eV/atom; high-pressure polymorphs beyond it are no use
 KEPT = ("e_above_hull", "formation_energy_per_atom", "band_gap")
 
 
@@ -45,9 +46,10 @@ def main(folder: Path, output: Path) -> None:
     held_back = torch.as_tensor(assign_splits(mp_20, DataConfig()) == SPLITS["validation"])
     validation = mp_20[held_back]
     mpts_52 = read(folder / "mpts_52.csv.gz")
+    elements = read(folder / "elements.csv.gz")
     others = [
         mpts_52[mpts_52.properties["e_above_hull"] < NEAR_HULL],
-        read(folder / "elements.csv.gz"),
+        elements[elements.properties["e_above_hull"] < ELEMENTS_BELOW],
         near_hull_by_chgnet(read(folder / "mixed_databases.csv.gz"), folder / "mp_energies.csv.gz"),
         load_dataset("prototypes"),
     ]

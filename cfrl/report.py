@@ -97,7 +97,11 @@ def _read_csv(path: Path) -> dict[str, list[Any]]:
         raise UserError(f"{path}: there is no such file; did the run come to its end?")
     with open(path, newline="", encoding="utf-8") as file:
         head, *rows = list(csv.reader(file)) or [[]]
-    return {name: _typed([row[i] for row in rows]) for i, name in enumerate(head)}
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(head)}
+    return {name: words if name in _NAMES else _typed(words) for name, words in columns.items()}
+
+
+_NAMES = ("id", "known_as", "duplicate_of")  # text, also where every one of them looks like a number
 
 
 def _typed(words: list[str]) -> list[Any]:

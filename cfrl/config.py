@@ -62,7 +62,7 @@ class SampleConfig:
     """Generate crystals."""
 
     n: int = option(100, "Number of crystals.", flags=("-n",))
-    model: str = option("", "Model: empty for the embedded default; a weights file or a run folder.")
+    model: str = option("", "Empty: the embedded default; a weights file, a run folder, or `last` (the newest run).")
     space_group: str = option("", "Only these space groups, e.g. `225` or `221,225`; empty: as in training.")
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
     max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
@@ -81,7 +81,7 @@ class FinetuneConfig:
 
     reward: str = option("ehull", "What to maximise: an expression of rewards (`cfrl rewards` lists them).")
     algorithm: str = option("ppo", "ppo, grpo (space group as prompt), rloo (leave-one-out) or dpo (pairs).")
-    model: str = option("", "Model to tune: empty for the embedded default; a weights file or a run folder.")
+    model: str = option("", "Model to tune. Empty: the embedded default; a weights file, a run folder, or `last`.")
     steps: int = option(60, "Rounds of sampling, scoring and updating.")
     time_limit: float = option(0.0, "Minutes after which the run ends as if its steps were done; 0: no limit.")
     batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))

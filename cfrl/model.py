@@ -24,6 +24,7 @@ from cfrl.descriptors import element_descriptors, site_descriptors, space_group_
 from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
+from cfrl.runs import newest_run
 from cfrl.symmetry import tables
 
 NUM_ELEMENTS = 119  # with 0 = empty
@@ -554,7 +555,8 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     """A model, ready to use: in evaluation mode, float32.
 
     Args:
-        model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors).
+        model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors);
+            "last": the newest run of finetune or pretrain under runs/.
 
     Raises:
         UserError: there is no such model, or the file is not one.
@@ -576,6 +578,11 @@ def model_path(model: str | Path | None) -> Path:
     """The weights file that a model's name stands for. Raises UserError where there is none."""
     if not model or str(model) == "default":
         return DEFAULT_MODEL
+    if str(model) == "last":
+        run = newest_run(("finetune", "pretrain"), holding="model.safetensors")
+        if run is None:
+            raise UserError("model 'last': there is no finished tuning or training under runs/ here yet")
+        return run.path / "model.safetensors"
     path = Path(model)
     if path.is_dir():
         path = path / "model.safetensors"

@@ -23,7 +23,7 @@ from cfrl.distributions import SamplerOptions
 from cfrl.elements import atomic_number
 from cfrl.errors import UserError
 from cfrl.export import export_crystals
-from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, load_model, unscale_lattice
+from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, load_model, model_path, unscale_lattice
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder
 from cfrl.symmetry import constrain_lattice, tables
@@ -260,6 +260,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
             batch_size=config.batch_size,
             progress=advance,
         )
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
     _describe(crystals, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from cfrl.distributions import SamplerOptions
 from cfrl.errors import UserError
 from cfrl.model import PRESETS, CrystalTransformer, KeyValueCache, ModelConfig, load_model, save_model, unscale_lattice
 from cfrl.published import import_published, read_checkpoint
+from cfrl.runs import RunFolder
 from cfrl.sampler import draw
 from cfrl.symmetry import multiplicity, tables
 
@@ -279,6 +280,16 @@ def test_save_and_load(tmp_path, crystals, descriptors):
         assert all(
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True)
         )
+
+
+def test_last_is_the_newest_run_with_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no finished tuning"):
+        load_model("last")
+    for seed, command in ((1, "pretrain"), (2, "finetune")):
+        save_model(tiny_model(seed).float(), RunFolder.create(command).path / "model.safetensors")
+    RunFolder.create("finetune")  # interrupted before it had weights
+    assert torch.equal(load_model("last").head.weight, tiny_model(2).float().head.weight)
 
 
 def test_files_that_are_no_models(tmp_path):

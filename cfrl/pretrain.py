@@ -35,11 +35,11 @@ from cfrl.runs import RunFolder
 BUCKET = 50  # batches among which crystals are sorted by length
 
 
-def pretrain(config: PretrainConfig, resume: Path | None = None, root: str = "runs") -> RunFolder:
+def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, root: str = "runs") -> RunFolder:
     """Trains a model; returns the run folder, whose `model.safetensors` is the best one by validation loss.
 
     Args:
-        config: settings; with `resume` they are read from the run folder instead.
+        config: settings; None: the defaults or, with `resume`, those of the run.
         resume: an interrupted run to go on with.
         root: where the new run folder goes.
 
@@ -49,7 +49,8 @@ def pretrain(config: PretrainConfig, resume: Path | None = None, root: str = "ru
     """
     if resume is not None:
         run = RunFolder.open(resume)
-        config = read_run_config(PretrainConfig, run.path / "config.toml")
+        config = config or read_run_config(PretrainConfig, run.path / "config.toml")
+    config = config or PretrainConfig()
     with processes(config.device) as (rank, world, device):
         train, validation = _datasets(config)
         if resume is None:

@@ -65,7 +65,7 @@ def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
     monkeypatch.setattr(Trainer, "_train_step", step)
     folder = next(Path("halved").iterdir())
     assert not RunFolder.open(folder).finished
-    resumed = pretrain(PretrainConfig(), resume=folder)
+    resumed = pretrain(resume=folder)
 
     one, two = weights(straight), weights(resumed)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -94,7 +94,7 @@ def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
     text = (run.path / "config.toml").read_text()
     epochs = state["step"] // 7 + 2
     (run.path / "config.toml").write_text(text.replace("epochs = 200", f"epochs = {epochs}"))
-    finished = pretrain(PretrainConfig(), resume=run.path)
+    finished = pretrain(resume=run.path)
     assert finished.finished
     assert finished.metrics()["epoch"] == [float(i + 1) for i in range(epochs)]
     load_model(finished.path)

@@ -55,7 +55,8 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         train, validation = _datasets(config)
         if resume is None:
             run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root) if rank == 0 else None
-        trainer = Trainer(config, train, validation, device, rank, world, run)
+        # Every process reads the checkpoint; only the first one writes.
+        trainer = Trainer(config, train, validation, device, rank, world, run if rank == 0 else None)
         if resume is not None:
             trainer.restore(run.load_checkpoint())
         trainer.fit()
@@ -220,7 +221,7 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.sums = defaultdict(float, state["sums"])
             self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]
-        if self.rank == 0:
+        if self.run is not None:
             self.run.truncate(self.step)
 
     def _write_model(self, metrics: dict[str, float]) -> None:

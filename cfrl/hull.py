@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
+CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference lacks the compounds of the system
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
@@ -52,6 +53,15 @@ class HullResult:
     e_above_hull: np.ndarray
     status: list[str]
     num_references: np.ndarray
+
+    def credible(self) -> HullResult:
+        """The same without distances below CREDIBLE, which get a status: an optimiser would hunt for such faults."""
+        absurd = np.nan_to_num(self.e_above_hull) < CREDIBLE
+        status = [
+            f"{-distance:.1f} eV/atom below the hull: its energy, or the reference, must be at fault" if bad else reason
+            for distance, bad, reason in zip(self.e_above_hull, absurd, self.status, strict=True)
+        ]
+        return HullResult(np.where(absurd, np.nan, self.e_above_hull), status, self.num_references)
 
 
 class ReferenceHull:

@@ -130,7 +130,8 @@ class Table:
     def judge_stability(self, hull: ReferenceHull, structures: Sequence[Structure]) -> None:
         """Energy above the hull of every crystal that has an energy. A duplicate is as stable as its original."""
         rows = np.nonzero(np.isfinite(self["energy_per_atom"]))[0]
-        found = hull.e_above_hull([structures[row].composition for row in rows], self["energy_per_atom"][rows])
+        compositions = [structures[row].composition for row in rows]
+        found = hull.e_above_hull(compositions, self["energy_per_atom"][rows]).credible()
         self["e_above_hull"][rows] = found.e_above_hull
         self["num_references"][rows] = found.num_references
         self["hull_status"][rows] = found.status

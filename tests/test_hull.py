@@ -233,3 +233,12 @@ def test_every_subset_of_a_large_system_counts():
     result = hull.e_above_hull(["".join(symbols)], [-1.0])
     assert result.num_references[0] == 13 + len(pairs)
     np.testing.assert_allclose(result.e_above_hull, [0.5])
+
+
+def test_incredible_distances_become_a_status():
+    hull = ReferenceHull.from_compositions(["Na", "Cl", "NaCl"], [0.0, 0.0, -1.0])
+    result = hull.e_above_hull(["NaCl", "NaCl", "NaCl2"], [-1.2, -30.0, 0.0]).credible()
+    assert result.e_above_hull[0] == pytest.approx(-0.2)
+    assert np.isnan(result.e_above_hull[1])
+    assert result.status[0] == result.status[2] == ""
+    assert result.status[1] == "29.0 eV/atom below the hull: its energy, or the reference, must be at fault"

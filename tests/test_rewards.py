@@ -47,8 +47,8 @@ def chgnet():
 
 @pytest.fixture(scope="module")
 def hull() -> ReferenceHull:
-    """Elements near CHGNet's energies, and rock salt below the line between them."""
-    energies = {"Na": -1.31, "Cl": -1.84, "NaCl": -3.5, "Mg": -1.6, "O": -4.95, "Cu": -4.1, "Si": -5.42}
+    """Elements, an oxide and a salt, near CHGNet's energies."""
+    energies = {"Na": -1.31, "Cl": -1.84, "NaCl": -3.5, "MgO": -6.0, "Mg": -1.6, "O": -4.95, "Cu": -4.1, "Si": -5.42}
     return ReferenceHull.from_compositions(list(energies), list(energies.values()), "chgnet-0.3.0")
 
 
@@ -111,7 +111,7 @@ def test_charge_neutral() -> None:
 def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet) -> None:
     result = build_reward("ehull", context=context)(crystals)
     energy = chgnet.compute(structures).energy
-    expected = [energy[0] + 3.5, energy[1] - (-1.6 - 4.95) / 2, energy[2] + 4.1, energy[3] + 5.42]
+    expected = [energy[0] + 3.5, energy[1] + 6.0, energy[2] + 4.1, energy[3] + 5.42]
     np.testing.assert_allclose(result.terms["ehull"][:4], expected, atol=1e-4)
     np.testing.assert_array_equal(result.total[:4], -result.terms["ehull"][:4])
     assert np.isnan(result.total[4])

@@ -16,7 +16,7 @@ STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and f
 @register_reward("ehull", unit="eV/atom", goal="min", needs=("energy", "hull"))
 def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
     """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed)."""
-    result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy)
+    result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     failed = inputs.evaluation.status
     return Scored(result.e_above_hull, [a or b for a, b in zip(failed, result.status, strict=True)])
 

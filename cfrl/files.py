@@ -37,7 +37,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         _remove_leftovers(path, host)
         temp.touch()  # fails at once where nothing can be written, before the work is done
+        mode = temp.stat().st_mode
         yield temp
+        temp.chmod(mode)  # some libraries make files that only their owner can read
         _fsync(temp)
         os.replace(temp, path)
     except OSError as error:

@@ -88,7 +88,7 @@ class FinetuneConfig:
     sample_batch: int = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: int = option(2, "Passes over each step's crystals.")
     minibatch: int = option(64, "Crystals (dpo: pairs) per optimiser step.")
-    micro_batch: int = option(64, "Crystals per backward pass; gradients of a minibatch are accumulated.")
+    micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
     lr: float = option(3e-4, "Learning rate of Adam.")
     warmup: int = option(5, "Steps of linear learning-rate warm-up.")
     clip_gradient: float = option(1.0, "Largest norm of the gradient.")

@@ -415,7 +415,7 @@ class CrystalTransformer(nn.Module):
         options: SamplerOptions | None = None,
         *,
         entropy: bool = False,
-        chunk: int = 256,
+        chunk: int | None = None,
     ) -> dict[str, Tensor]:
         """Log-probability of crystals, by factor; their sum is log P(C | G) in nats.
 
@@ -427,7 +427,7 @@ class CrystalTransformer(nn.Module):
             options: how they were drawn; the log-probability is under exactly that sampler.
             entropy: also return "entropy/<factor>" (n,): exact along the crystal for letters and elements, one-sample
                 estimates (-log p) for the densities.
-            chunk: crystals per pass; they are grouped by length, so that no padding is computed.
+            chunk: crystals per pass, None: `chunk_size`; they are grouped by length, so that no padding is computed.
 
         Returns:
             dict of (n,) tensors "wyckoff", "species", "coords", "lattice". Gradients flow; wrap in `torch.no_grad`
@@ -441,11 +441,18 @@ class CrystalTransformer(nn.Module):
             raise UserError(f"a crystal has {int(crystals.num_sites.max())} sites; this model holds at most {limit}")
         crystals = crystals.to(self.device)
         order = crystals.num_sites.argsort()
-        parts = [self(crystals[rows].trim(), options, entropy) for rows in order.split(chunk)]
+        parts = [
+            self(crystals[rows].trim(), options, entropy) for rows in order.split(chunk or chunk_size(self.device))
+        ]
         if not parts:
             return {name: torch.zeros(0, device=self.device) for name in FACTORS}
         back = order.argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def chunk_size(device: torch.device) -> int:
+    """Crystals per pass that go quickest: what fits a CPU's cache (2.5 times the rate of 256), or fills a GPU."""
+    return 32 if device.type == "cpu" else 512
 
 
 def scale_lattice(lattice: Tensor, num_atoms: Tensor) -> Tensor:

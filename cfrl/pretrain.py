@@ -29,7 +29,7 @@ from cfrl.data import load_dataset
 from cfrl.devices import processes
 from cfrl.errors import UserError
 from cfrl.files import provenance
-from cfrl.model import FACTORS, PRESETS, CrystalTransformer, load_model, save_model, space_group_shares
+from cfrl.model import FACTORS, PRESETS, CrystalTransformer, chunk_size, load_model, save_model, space_group_shares
 from cfrl.runs import RunFolder
 
 BUCKET = 50  # batches among which crystals are sorted by length
@@ -127,22 +127,30 @@ class Trainer:
             choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()
             mine = mine.described_as(choice.long())
         self.network.train()
-        with self._autocast():
-            scores = self.network(mine)
-        # DDP averages over processes; this makes it the mean over the whole batch, however it was shared out.
-        losses = {name: -scores[name].sum() * self.world / len(rows) for name in FACTORS}
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        parts = torch.arange(len(mine), device=self.device).split(chunk_size(self.device))
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last or self.world == 1 else self.network.no_sync():
+                self._accumulate(mine[part].trim(), len(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
-        for name in FACTORS:
-            self.sums[f"train/{name}"] += losses[name].item() * len(rows) / self.world
         self.sums["gradient_norm"] += float(norm) * len(rows)
         self.sums["crystals"] += len(rows)
         self.sums["seconds"] += time.monotonic() - began
+
+    def _accumulate(self, crystals: CrystalBatch, batch_size: int) -> None:
+        """Adds the gradient of some crystals of a batch of `batch_size`, over all processes."""
+        with self._autocast():
+            scores = self.network(crystals)
+        losses = {name: -scores[name].sum() for name in FACTORS}
+        # DDP averages over processes; this makes it the mean over the whole batch, however it was shared out.
+        (sum(losses.values()) * self.world / batch_size).backward()
+        for name in FACTORS:
+            self.sums[f"train/{name}"] += losses[name].item()
 
     def _end_epoch(self, epoch: int) -> None:
         if epoch % self.config.validate_every and self.step < self.total_steps:

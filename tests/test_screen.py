@@ -108,7 +108,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hull_file(tmp_path: Path) -> Path:
     """CHGNet-like energies (eV/atom) of elements and oxides; none for copper."""
     energies = {"Na": -1.3, "Cl": -1.8, "Mg": -1.5, "O": -4.9, "Ba": -1.9, "Ti": -7.8, "Sr": -1.7}
-    energies |= {"NaCl": -3.4, "MgO": -6.1, "BaO": -6.2, "TiO2": -9.3}
+    energies |= {"NaCl": -3.4, "MgO": -6.1, "BaO": -6.2, "SrO": -6.0, "TiO2": -9.3}
     path = tmp_path / "hull.csv"
     path.write_text("formula,energy_per_atom\n" + "".join(f"{f},{e}\n" for f, e in energies.items()))
     return path

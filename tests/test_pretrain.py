@@ -77,7 +77,7 @@ def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
 
 def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
     command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "small"]
-    command += ["--epochs", "200", "--checkpoint-minutes", "0.01"]
+    command += ["--epochs", "5000", "--checkpoint-minutes", "0.01"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) or not list(tmp_path.glob("runs/*/metrics.csv")):
@@ -93,7 +93,7 @@ def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
     # The run goes on from its checkpoint to an end that comes soon after.
     text = (run.path / "config.toml").read_text()
     epochs = state["step"] // 7 + 2
-    (run.path / "config.toml").write_text(text.replace("epochs = 200", f"epochs = {epochs}"))
+    (run.path / "config.toml").write_text(text.replace("epochs = 5000", f"epochs = {epochs}"))
     finished = pretrain(resume=run.path)
     assert finished.finished
     assert finished.metrics()["epoch"] == [float(i + 1) for i in range(epochs)]

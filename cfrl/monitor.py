@@ -199,6 +199,8 @@ def summarise(run: RunFolder) -> None:
     for path in sorted(run.path.glob("*")):
         if path.suffix in (".safetensors", ".h5", ".csv", ".png"):
             console.print(f"  {path}", soft_wrap=True)
+    if (run.path / "report.html").exists():
+        console.print(f"Look at {run.path / 'report.html'} in a browser.", soft_wrap=True)
 
 
 def _comparison(run: RunFolder) -> Table:

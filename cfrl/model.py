@@ -310,7 +310,7 @@ class CrystalTransformer(nn.Module):
         if previous is not None:
             lowest = previous + (t.dof[space_group, previous] == 0)
             mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
-        return Categorical(logits.float() if logits.dtype != torch.float64 else logits, mask, options)
+        return Categorical(_at_least_float32(logits), mask, options)
 
     def species_distribution(self, features: Tensor, options: SamplerOptions) -> Categorical:
         """Of the element, from features (..., d) at W tokens."""

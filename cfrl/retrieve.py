@@ -36,7 +36,7 @@ from cfrl.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read_header
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder, newest_run
-from cfrl.sampler import sample
+from cfrl.sampler import parse_space_groups, sample
 from cfrl.storage import SPLITS, describe, iter_crystals, read_crystals, write_crystals
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
@@ -332,7 +332,7 @@ def _draw(
         return sample(
             model,
             config.samples,
-            space_group=[int(word) for word in groups.split(",")] if groups not in ("", "uniform") else None,
+            space_group=None if groups == "uniform" else parse_space_groups(groups),
             elements=tuning.elements.split(",") if tuning.elements else None,
             max_atoms=tuning.max_atoms or None,
             temperature=tuning.temperature,

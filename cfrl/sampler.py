@@ -221,6 +221,14 @@ def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | No
     return tuple(numbers)
 
 
+def parse_space_groups(text: str) -> list[int] | None:
+    """Numbers of a setting such as "221,225"; None for "". Raises UserError for what are no numbers."""
+    try:
+        return [int(word) for word in text.split(",")] if text else None
+    except ValueError as error:
+        raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
+
+
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Random state of its own, so that sampling neither depends on nor disturbs the caller's."""
@@ -249,7 +257,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
         crystals = sample(
             model,
             config.n,
-            space_group=_numbers(config.space_group),
+            space_group=parse_space_groups(config.space_group),
             elements=config.elements.split(",") if config.elements else None,
             max_atoms=config.max_atoms or None,
             temperature=config.temperature,
@@ -265,13 +273,6 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
     _describe(crystals, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return path
-
-
-def _numbers(text: str) -> list[int] | None:
-    try:
-        return [int(word) for word in text.split(",")] if text else None
-    except ValueError as error:
-        raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
 
 
 def _describe(crystals: CrystalBatch, console: Console) -> None:

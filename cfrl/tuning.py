@@ -13,13 +13,12 @@ from cfrl.config import FinetuneConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
-from cfrl.errors import UserError
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
 from cfrl.policy import floored_log_prob
 from cfrl.rewards import Reward
 from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
-from cfrl.sampler import parse_elements, space_group_prior
+from cfrl.sampler import parse_elements, parse_space_groups, space_group_prior
 from cfrl.storage import append_crystals, read_columns
 
 
@@ -151,11 +150,7 @@ def starting_shares(model: CrystalTransformer, space_group: str, max_atoms: int)
     if space_group in ("", "uniform"):
         shares = space_group_prior(model, None, max_atoms or None)
         return torch.where(shares.isfinite(), 0.0, shares).log_softmax(0) if space_group else shares
-    try:
-        numbers = [int(word) for word in space_group.split(",")]
-    except ValueError as error:
-        raise UserError(f"space_group '{space_group}': give numbers such as 221,225, or uniform") from error
-    return space_group_prior(model, numbers, max_atoms or None)
+    return space_group_prior(model, parse_space_groups(space_group), max_atoms or None)
 
 
 class RunLog:

@@ -228,16 +228,17 @@ def data_hull(
     output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
     potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
     near_hull: Annotated[float, typer.Option(help="Keep phases up to so many eV/atom above the hull.")] = 0.05,
-    relax: Annotated[bool, typer.Option(help="Relax each crystal first (slow).")] = False,
+    relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
-    """Make a reference hull of known crystals, with the energies of a potential.
+    """Make a reference hull of known crystals, with the energies of a potential. Stopped, it goes on when called again.
 
     Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
     """
-    from cfrl.hull import run_build
+    from cfrl.hull_builder import build_hull
 
-    run_build(datasets, output, potential, near_hull, relax, device, _console())
+    build_hull(datasets, output, potential, near_hull, relax, workers, device, _console())
 
 
 @model_app.command("import")

@@ -5,7 +5,7 @@ chemical system count. The lower hull of a system is kept as the planes of its f
 function is the maximum of its supporting planes: a lookup is one matrix product. Crystals are not added to
 the hull, so a distance may be negative: that crystal would be a new stable phase.
 
-Relaxation and potentials are elsewhere; `build_hull` only calls them.
+Where the energies come from is not its business; `hull_builder` makes references with a potential.
 """
 
 from __future__ import annotations
@@ -16,21 +16,16 @@ import gzip
 import itertools
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cfrl.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.errors import UserError
-from cfrl.files import check_writable
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 VERSION = 1
 DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
@@ -295,73 +290,6 @@ def fractions(compositions: Any) -> tuple[np.ndarray, list[str]]:
         status[row] = status[row] or "no composition"
     amounts[bad] = 0.0
     return amounts / np.where(bad[:, None], 1.0, total), status
-
-
-def build_hull(
-    crystals: Any,
-    potential: Any,
-    *,
-    relax: bool = False,
-    near_hull: float | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[ReferenceHull, list[str]]:
-    """A reference hull of known crystals with a potential's own energies, so that no correction is needed.
-
-    crystals: CrystalBatch or pymatgen structures
-    relax: relax each crystal first (slow)
-    near_hull: keep only phases up to so many eV/atom above the hull
-    Returns the hull and each crystal's status ("" = used). Raises UserError if none could be used.
-    """
-    structures = crystals.to_structures() if hasattr(crystals, "to_structures") else list(crystals)
-    if relax:
-        from cfrl.relax import relax as relax_structures
-
-        result = relax_structures(structures, potential, progress=progress)
-    else:
-        result = potential.compute(structures, progress=progress)
-    used = np.array([not reason for reason in result.status], dtype=bool)
-    if not used.any():
-        raise UserError(f"no crystal could be evaluated for the hull; the first: {result.status[:1]}")
-    dense, _ = fractions(structures)
-    hull = ReferenceHull(*_sparse(dense[used]), result.energy[used], potential.name)
-    return (hull if near_hull is None else hull.near_hull(near_hull)), result.status
-
-
-def run_build(
-    datasets: Sequence[str],
-    output: str | Path,
-    potential: str = "chgnet",
-    near_hull: float = 0.05,
-    relax: bool = False,
-    device: str = "auto",
-    console: Console | None = None,
-) -> None:
-    """`cfrl data hull`: energies of the crystals of datasets -> a reference hull in one HDF5 file.
-
-    Raises:
-        UserError: a dataset or potential that cannot be loaded, or nowhere to write.
-    """
-    from cfrl.crystal import CrystalBatch
-    from cfrl.data import load_dataset
-    from cfrl.devices import choose_device
-    from cfrl.potentials import load_potential
-    from cfrl.progress import progress_bar
-
-    check_writable(output)
-    crystals = CrystalBatch.cat(load_dataset(name) for name in datasets)
-    model = load_potential(potential, choose_device(device))
-    with progress_bar("energies", len(crystals), console) as advance:
-        hull, status = build_hull(crystals, model, relax=relax, near_hull=near_hull, progress=advance)
-    hull.save(output, {"source": " ".join(Path(name).name for name in datasets), "relaxed": relax})
-    if console is not None:
-        failed = Counter(reason for reason in status if reason)
-        for reason, count in failed.most_common(5):
-            console.print(f"{count} crystals left out: {reason}")
-        console.print(
-            f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(crystals):,} crystals, "
-            f"{len(hull.elements)} elements, energies by {model.name}",
-            highlight=False,
-        )
 
 
 def _crystal_amounts(crystals: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from cfrl.elements import ATOMIC_NUMBERS
 from cfrl.errors import UserError
-from cfrl.hull import ReferenceHull, build_hull, fractions
+from cfrl.hull import ReferenceHull, fractions
 
 SYMBOLS = ["Li", "Fe", "P", "O", "Na", "U", "Cl"]  # U lies beyond bit 64 of a chemical system
 
@@ -187,26 +187,6 @@ def test_mismatch_of_scales_is_told():
     assert hull.mismatch("mp2020") == ""
     assert "chgnet-0.3.0" in hull.mismatch("chgnet-0.3.0")
     assert "mp2020" in hull.mismatch("chgnet-0.3.0")
-
-
-def test_build_hull_takes_the_potentials_energies():
-    from pymatgen.core import Lattice, Structure
-
-    from cfrl.potentials import load_potential
-
-    potential = load_potential("chgnet", "cpu")
-    sodium = Structure(Lattice.cubic(4.2), ["Na", "Na"], [[0, 0, 0], [0.5, 0.5, 0.5]])
-    chlorine = Structure(Lattice.cubic(5.0), ["Cl", "Cl"], [[0, 0, 0], [0.4, 0, 0]])
-    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
-    unknown = Structure(Lattice.cubic(3.3), ["Po"], [[0, 0, 0]])
-    hull, status = build_hull([sodium, chlorine, salt, unknown], potential)
-    assert len(hull) == 3
-    assert hull.energy_scale == potential.name
-    assert [bool(s) for s in status] == [False, False, False, True]
-    energy = potential.compute([salt]).energy
-    np.testing.assert_allclose(hull.e_above_hull([salt], energy).e_above_hull, [0.0], atol=1e-6)
-    with pytest.raises(UserError, match="Po"):
-        build_hull([unknown], potential)
 
 
 def test_distances_agree_with_the_materials_project(shared):

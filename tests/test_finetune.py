@@ -523,11 +523,10 @@ def test_sparkline():
 
 def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     """The real pipeline: CHGNet's energies against a hull of prototypes, which lacks some of the elements."""
-    from cfrl.hull import build_hull
+    from cfrl.hull_builder import build_hull
     from cfrl.potentials import load_potential
 
-    hull, _ = build_hull(load_dataset("prototypes")[:120], load_potential("chgnet", "cpu"))
-    hull.save(tmp_path / "hull.h5")
+    hull = build_hull(["prototypes"], tmp_path / "hull.h5")
     settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)
     run = tune(tiny_model, tmp_path / "runs", None, steps=2, batch_size=32, evaluate=16, **settings)
     columns = read_columns(run.path / "rollouts.h5")

@@ -16,6 +16,7 @@ from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.hull import ReferenceHull
 from cfrl.potentials import load_potential
+from cfrl.properties import load_predictor
 from cfrl.rewards import RewardContext, Scored, build_reward, registry
 from cfrl.rewards.stability import GPA_PER_EV_A3
 
@@ -452,10 +453,19 @@ def test_a_predictor_of_other_features(crystals: CrystalBatch) -> None:
     old = load_potential("chgnet:0.2.0", "cpu")
     result = build_reward("band_gap", context=RewardContext(old))(crystals[:1])
     assert result.total[0] > 4, "the features that it was trained on come from the potential named in its file"
-    from cfrl.properties import load_predictor
-
     with pytest.raises(UserError, match="trained on other features"):
         load_predictor("band_gap").check(old)
+
+
+@pytest.mark.parametrize(("key", "value"), [("feature_version", "chgnet-0.1/old"), ("composition", "elements-0")])
+def test_a_predictor_file_of_other_features_is_refused(key, value, crystals: CrystalBatch, chgnet, tmp_path: Path):
+    """Features of the potential, or descriptors of elements, that have changed since: one line, never a number."""
+    predictor = load_predictor("band_gap")
+    predictor.header[key] = value
+    predictor.save(tmp_path / "old.safetensors")
+    with pytest.raises(UserError, match="'band_gap' was trained on other features") as caught:
+        build_reward("property:old.safetensors", context=RewardContext(chgnet))(crystals[:1])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_table_of_rewards() -> None:

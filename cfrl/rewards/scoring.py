@@ -141,14 +141,19 @@ class RewardContext:
         Raises UserError if neither it nor the one named in the predictor's file does.
         """
         if predictor.feature_version == self.potential.feature_version:
-            return self.potential
-        if predictor.potential not in self._others:
+            potential = self.potential
+        else:
+            potential = self._other(predictor.potential)
+        predictor.check(potential)
+        return potential
+
+    def _other(self, name: str) -> Potential:
+        """A potential beside the shared one, loaded once."""
+        if name not in self._others:
             from cfrl.potentials import load_potential
 
-            self._others[predictor.potential] = load_potential(predictor.potential, self.device)
-        other = self._others[predictor.potential]
-        predictor.check(other)
-        return other
+            self._others[name] = load_potential(name, self.device)
+        return self._others[name]
 
 
 class Inputs:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
-import logging
 import math
 import multiprocessing
 import os
@@ -372,7 +371,6 @@ def _files(name: str | Path) -> list[tuple[Path, bool]]:
 
 def _analyse(payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int) -> Analysed:
     """The crystals of entries given as (kind, payload), and for the other rows the reason why there is none."""
-    logging.getLogger("moyo").setLevel(logging.ERROR)  # it remarks on every cell that is not primitive
     units, rows, reasons = [], [], {}
     for row, (kind, payload) in enumerate(payloads):
         try:

@@ -10,14 +10,14 @@ ones are integer combinations of *earlier* free ones plus a constant, as in (x, 
 coordinates to coordinates, and wrapping a coordinate to [0, 1) never makes a tied one ambiguous.
 
 What a crystal is made of (CrystalBatch) lives in crystal.py; nothing here knows of it. moyopy is imported
-only by `analyse`.
+only by `find_symmetry`.
 """
 
 import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -372,15 +372,7 @@ def analyse(
     """
     if len(numbers) == 0:
         raise SymmetryError("no atoms")
-    cell_type, dataset_type = _moyo()
-    cell = cell_type(np.asarray(lattice).tolist(), np.asarray(frac_coords).tolist(), np.asarray(numbers).tolist())
-    try:
-        found = dataset_type(cell, symprec=symprec)
-    except BaseException as error:  # a panic in moyo's Rust is not an Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise SymmetryError(f"symmetry not found: {error}") from error
-
+    found = find_symmetry(lattice, frac_coords, numbers, symprec)
     orbit_atoms = np.unique(found.orbits)
     if len(orbit_atoms) > max_sites:
         raise SymmetryError(f"too many sites: {len(orbit_atoms)} inequivalent sites, at most {max_sites} fit")
@@ -396,9 +388,24 @@ def analyse(
     return AsymmetricUnit(found.number, wyckoff, species, points, _lattice_parameters(found.number, basis))
 
 
+def find_symmetry(lattice: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, symprec: float) -> Any:
+    """What moyo finds of a cell, its MoyoDataset; arguments as for `analyse`.
+
+    Raises SymmetryError when moyo gives up.
+    """
+    cell_type, dataset_type = _moyo()
+    cell = cell_type(np.asarray(lattice).tolist(), np.asarray(frac_coords).tolist(), np.asarray(numbers).tolist())
+    try:
+        return dataset_type(cell, symprec=symprec)
+    except BaseException as error:  # a panic in moyo's Rust is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise SymmetryError(f"symmetry not found: {error}") from error
+
+
 @cache
 def _moyo() -> tuple[type, type]:
-    """moyo's classes, imported when needed; without its warnings on supercells, which do not concern us."""
+    """moyo's classes, imported when needed; without its remarks on every cell that is not primitive."""
     from moyopy import Cell, MoyoDataset
 
     logging.getLogger("moyo").setLevel(logging.ERROR)

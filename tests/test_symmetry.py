@@ -185,6 +185,15 @@ def one_crystal_per_position() -> CrystalBatch:
     return random_crystals(group, torch.stack([letter, general], 1))
 
 
+def test_moyo_keeps_its_remarks_to_itself(caplog) -> None:
+    """It has one for every cell that is not primitive."""
+    caplog.set_level(0)
+    positions = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
+    found = symmetry.find_symmetry(np.diag([3.0, 3.0, 6.0]), positions, np.array([29, 29]), 0.01)
+    assert found.number == 221
+    assert not [record for record in caplog.records if record.name.startswith("moyo")]
+
+
 def test_moyo_finds_the_group_and_the_positions(one_crystal_per_position: CrystalBatch) -> None:
     """Letters may differ from ours by a change of origin only, and the crystal stays the same."""
     crystals = one_crystal_per_position

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cfrl.elements import SYMBOLS
-from cfrl.symmetry import _moyo
+from cfrl.symmetry import SymmetryError, find_symmetry
 
 MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
 MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal
@@ -157,14 +157,10 @@ def neighbours(
 
 def _operations(matrix, frac, numbers, symprec):
     """Rotations (g, 3, 3) and translations (g, 3) of a cell, or None where moyo gives up."""
-    cell_type, dataset_type = _moyo()
-    cell = cell_type(matrix.tolist(), frac.tolist(), numbers.tolist())
     try:
-        operations = dataset_type(cell, symprec=symprec).operations
-    except BaseException as error:  # extreme cells, where no symmetry is right too; a panic is no Exception
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            return None
-        raise
+        operations = find_symmetry(matrix, frac, numbers, symprec).operations
+    except SymmetryError:  # extreme cells, where no symmetry is right too
+        return None
     return np.array(operations.rotations), np.array(operations.translations)
 
 

@@ -222,6 +222,17 @@ def report(
     write_report(run or newest_reportable(), _console())
 
 
+@app.command()
+def doctor() -> None:
+    """Versions, devices, folders, and whether the embedded models open; says what is broken and how to mend it.
+
+    Exit status 2 if anything that cfrl needs is broken. Example: cfrl doctor
+    """
+    from cfrl.doctor import doctor as run
+
+    run(_console())
+
+
 @data_app.command("hull")
 def data_hull(
     datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
@@ -229,6 +240,7 @@ def data_hull(
     potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
     near_hull: Annotated[float, typer.Option(help="Keep phases up to so many eV/atom above the hull.")] = 0.05,
     relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
+    fill: Annotated[str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
@@ -238,7 +250,7 @@ def data_hull(
     """
     from cfrl.hull_builder import build_hull
 
-    build_hull(datasets, output, potential, near_hull, relax, workers, device, _console())
+    build_hull(datasets, output, potential, near_hull, relax, fill, workers, device, _console())
 
 
 @model_app.command("import")

@@ -161,6 +161,21 @@ class ReferenceHull:
         keep = np.nonzero(distance <= cutoff + FLAT)[0]
         return ReferenceHull(self.numbers[keep], self.fractions[keep], self.energies[keep], self.energy_scale)
 
+    def filled(self, other: ReferenceHull) -> ReferenceHull:
+        """With those phases of `other` whose composition this one lacks.
+
+        For a reference with few compounds, whose gaps would make unstable crystals look stable. The scales should be
+        close to each other; the energy scale stays this one's.
+        """
+        own = {row.tobytes() for row in self._dense().round(4)}
+        new = np.array([row.tobytes() not in own for row in other._dense().round(4)])
+        width = max(self.numbers.shape[1], other.numbers.shape[1])
+        numbers, fractions = (
+            np.concatenate([_widened(a, width), _widened(b[new], width)])
+            for a, b in ((self.numbers, other.numbers), (self.fractions, other.fractions))
+        )
+        return ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+
     def _dense(self) -> np.ndarray:
         dense = np.zeros((len(self), len(SYMBOLS)))
         np.add.at(dense, (np.arange(len(self))[:, None], self.numbers), self.fractions)
@@ -222,6 +237,10 @@ class ReferenceHull:
         bits = [1 << z for z in elements]
         subsets = (sum(c) for k in range(1, len(bits) + 1) for c in itertools.combinations(bits, k))
         return (s for s in subsets if s in self._systems)
+
+
+def _widened(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
 
 class _SystemHull:

@@ -40,6 +40,7 @@ def build_hull(
     potential: str = "chgnet",
     near_hull: float = 0.05,
     relax: bool = False,
+    fill: str = "",
     workers: int = 0,
     device: str = "auto",
     console: Console | None = None,
@@ -52,12 +53,14 @@ def build_hull(
         potential: as in `load_potential`.
         near_hull: eV/atom; phases farther above the hull are left out, and not relaxed.
         relax: relax the crystals near the hull, symmetry kept.
+        fill: another reference, for compositions that the datasets lack; its energies should be on a close scale.
         workers: processes; 0: one for each core.
 
     Raises:
         UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, or nowhere to write.
     """
     check_writable(output)
+    filling = ReferenceHull.load(fill) if fill else None
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
     device = str(choose_device(device))
     unfinished = Path(f"{output}.unfinished")
@@ -80,14 +83,17 @@ def build_hull(
             energy |= {row: record["energy_per_atom"] for row, record in relaxed.items() if not record["status"]}
             energy = _near(structures, _distinct(structures, energy), scale, near_hull)
     hull = _hull(structures, energy, scale)
-    hull.save(output, {"source": " ".join(Path(name).name for name in datasets), "relaxed": relax})
+    if filling is not None:
+        hull = hull.filled(filling).near_hull(near_hull)
+    hull.save(output, {"source": " ".join(Path(name).name for name in [*datasets, fill]), "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:
         for reason, count in failed.most_common(5):
             console.print(f"{count} crystals left out: {reason}")
         console.print(
             f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(structures):,} crystals, "
-            f"{len(hull.elements)} elements, energies by {scale}{', relaxed' if relax else ''}",
+            f"{len(hull.elements)} elements, energies by {scale}{', relaxed' if relax else ''}"
+            + (f"; what they lack from {fill}" if fill else ""),
             highlight=False,
         )
     return hull

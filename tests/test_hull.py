@@ -189,6 +189,15 @@ def test_mismatch_of_scales_is_told():
     assert "mp2020" in hull.mismatch("chgnet-0.3.0")
 
 
+def test_filling_adds_only_compositions_that_are_missing():
+    hull = ReferenceHull.from_compositions(["Na", "Cl", "NaCl"], [-1.0, -2.0, -3.0], "chgnet")
+    other = ReferenceHull.from_compositions(["Na2Cl2", "NaCl3", "K", "KNaCl2"], [-9.0, -2.5, -1.0, -3.0], "mp")
+    filled = hull.filled(other)
+    assert len(filled) == 6
+    assert filled.energy_scale == "chgnet"
+    np.testing.assert_allclose(filled.e_above_hull(["NaCl", "NaCl3", "KNaCl2"], [-3.0, -2.5, -3.0]).e_above_hull, 0)
+
+
 def test_distances_agree_with_the_materials_project(shared):
     path = shared / "data" / "mp_energies.csv.gz"
     hull = ReferenceHull.load(path, energy_scale="mp2020")

@@ -46,6 +46,13 @@ def test_a_hull_holds_the_potentials_energies_of_the_phases_near_it(dataset, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["crystals.h5", "hull.h5"]
 
 
+def test_gaps_are_filled_from_another_reference(dataset, tmp_path):
+    (tmp_path / "other.csv").write_text("formula,energy_per_atom\nNa3Cl,-9\nNaCl,-9\nNaCl5,9\n")
+    hull = build_hull([str(dataset)], tmp_path / "hull.h5", fill=str(tmp_path / "other.csv"), workers=1)
+    assert len(hull) == 3  # sodium, chlorine, and Na3Cl, which puts our own NaCl far above the hull
+    np.testing.assert_allclose(hull.e_above_hull(["Na3Cl"], [-9.0]).e_above_hull, [0.0], atol=1e-6)
+
+
 def test_relaxing_lowers_what_is_near_the_hull(dataset, tmp_path):
     hull = build_hull([str(dataset)], tmp_path / "hull.h5", relax=True, workers=1)
     relaxed = relax([rock_salt(5.6)], load_potential("chgnet", "cpu")).energy

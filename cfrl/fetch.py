@@ -58,9 +58,9 @@ def cache_folder() -> Path:
     """Where downloads and prepared datasets are kept: `$CFRL_CACHE`, or the user's cache folder."""
     if os.environ.get("CFRL_CACHE"):
         return Path(os.environ["CFRL_CACHE"])
-    import pooch
+    import platformdirs
 
-    return Path(pooch.os_cache("cfrl"))
+    return platformdirs.user_cache_path("cfrl")
 
 
 def source_files(name: str, extra: Mapping[str, Any]) -> tuple[SourceFile, ...]:

@@ -30,7 +30,7 @@ from cfrl.data import PROTOTYPES, dataset_path, load_dataset
 from cfrl.devices import choose_device
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
-from cfrl.fingerprint import fingerprints
+from cfrl.fingerprint import find_duplicates, find_known, fingerprints
 from cfrl.hull import fractions
 from cfrl.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read_header
@@ -150,7 +150,7 @@ def _descending(scores: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Meetings:
-    """Known materials met by the samples of two models. A material is what has one fingerprint.
+    """Known materials met by the samples of two models. A material is what pymatgen's StructureMatcher takes for one.
 
     tuned, base: the dataset's row that each sample meets, in the order of drawing; -1: none. (n,) int64.
     """
@@ -177,15 +177,32 @@ def discovery_curve(rows: np.ndarray) -> np.ndarray:
 
 
 def meet(tuned: CrystalBatch, base: CrystalBatch, batches: Iterable[CrystalBatch]) -> Meetings:
-    """Match samples with a dataset that streams by: same formula, space group and Wyckoff sequence."""
-    drawn = [fingerprints(tuned), fingerprints(base)]
-    wanted, found, seen = {*drawn[0], *drawn[1]}, {}, 0
+    """Match samples with a dataset that streams by; only its crystals of a drawn formula are kept.
+
+    StructureMatcher decides; it asks first those of the same fingerprint. Invalid draws (see `CrystalBatch.valid`)
+    meet nothing.
+    """
+    drawn = [crystals[crystals.valid()] for crystals in (tuned, base)]
+    wanted = {formula for crystals in drawn for formula in crystals.formulas()}
+    candidates, rows, seen = [], [], 0
     for crystals in batches:
-        for row, key in enumerate(fingerprints(crystals), seen):
-            if key in wanted:
-                found.setdefault(key, row)
+        near = [i for i, formula in enumerate(crystals.formulas()) if formula in wanted]
+        if near:
+            candidates.append(crystals[near])
+            rows += [seen + i for i in near]
         seen += len(crystals)
-    return Meetings(*(np.array([found.get(key, -1) for key in keys], dtype=np.int64) for keys in drawn))
+    known = CrystalBatch.cat(candidates).to_structures() if candidates else []
+    same = find_duplicates(known)  # a material that the dataset holds twice is one
+    rows = [row if same[i] is None else rows[same[i]] for i, row in enumerate(rows)]
+    return Meetings(*(_met(crystals, known, rows) for crystals in (tuned, base)))
+
+
+def _met(crystals: CrystalBatch, known: list[Any], rows: list[int]) -> np.ndarray:
+    valid = crystals.valid()
+    found = find_known(crystals[valid].to_structures(), known, fingerprints(crystals[valid]))
+    met = np.full(len(crystals), -1, dtype=np.int64)
+    met[valid.cpu().numpy()] = [-1 if i is None else rows[i] for i in found]
+    return met
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 
@@ -155,6 +156,21 @@ def test_samples_that_are_in_the_dataset_are_met(prototypes):
 
 def test_a_material_that_is_not_in_the_dataset_is_not_met(prototypes):
     assert meet(prototypes[:5], prototypes[:1], [prototypes[5:10]]).base.tolist() == [-1]
+
+
+def test_the_same_letters_are_not_yet_the_same_crystal(prototypes):
+    """Pyrite with its sulphur moved to 1/4 has the same formula, group and letters; the bonds differ."""
+    row = next(i for i, p in enumerate(prototypes) if p.space_group == 205 and p.num_sites == 2)
+    other = replace(prototypes[row], frac_coords=prototypes[row].frac_coords.clone())
+    sulphur = int(other.frac_coords[0, :, 0].argmax())
+    other.frac_coords[0, sulphur] = 0.25
+    assert meet(prototypes[row], other, [prototypes]).tuned.tolist() == [row]
+    assert meet(prototypes[row], other, [prototypes]).base.tolist() == [-1]
+
+
+def test_atoms_on_top_of_each_other_meet_nothing(prototypes):
+    squeezed = replace(prototypes[3], lattice=prototypes[3].lattice * torch.tensor([0.1, 0.1, 0.1, 1, 1, 1]))
+    assert meet(squeezed, prototypes[3], [prototypes]).tuned.tolist() == [-1]
 
 
 def test_a_crystal_is_met_in_another_setting_of_its_origin(prototypes):

@@ -231,3 +231,27 @@ def test_incredible_distances_become_a_status():
     assert np.isnan(result.e_above_hull[1])
     assert result.status[0] == result.status[2] == ""
     assert result.status[1] == "29.0 eV/atom below the hull: its energy, or the reference, must be at fault"
+
+
+def test_doubt_falls_with_what_is_known_and_is_none_for_elements():
+    salts = ["Na", "Cl", "K", "NaCl", "NaCl", "Na2Cl"]
+    hull = ReferenceHull.from_compositions(salts, [0.0, 0.0, 0.0, -1.0, -0.9, -0.1], "x")
+    doubt = hull.e_above_hull(["Na", "NaK", "NaCl3", "NaKCl"], np.zeros(4)).doubt
+    assert doubt.tolist() == [0.0, 0.4, 0.1 / 2.25, pytest.approx(0.1 / (2 / 3 + 0.25))]  # polymorphs count once
+
+
+def test_doubt_is_the_gap_to_a_fuller_reference(shared):
+    """Half of the Materials Project's compounds forgotten: how far the hull was too high at the forgotten ones."""
+    full = ReferenceHull.load(shared / "data" / "mp_energies.csv.gz")
+    pure = (full.numbers > 0).sum(1) == 1
+    known = pure | (np.random.default_rng(0).random(len(full)) < 0.5)
+    half = ReferenceHull(full.numbers[known], full.fractions[known], full.energies[known])
+    rows = np.random.default_rng(1).choice(np.flatnonzero(~known), 400, replace=False)
+    compositions = full._dense()[rows]
+    low, high = (hull.e_above_hull(compositions, np.zeros(400)) for hull in (full, half))
+    known = np.isfinite(low.e_above_hull)  # a few hold xenon or neptunium, which have no elemental reference
+    gap, doubt = (low.e_above_hull - high.e_above_hull)[known], high.doubt[known]
+    assert known.mean() > 0.98
+    assert (gap > -1e-9).all()
+    assert gap[doubt > np.median(doubt)].mean() > 1.3 * gap[doubt <= np.median(doubt)].mean()
+    assert 1 / 3 < doubt.mean() / gap.mean() < 3

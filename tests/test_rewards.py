@@ -18,7 +18,7 @@ from cfrl.hull import ReferenceHull
 from cfrl.potentials import load_potential
 from cfrl.properties import load_predictor
 from cfrl.rewards import RewardContext, Scored, build_reward, registry
-from cfrl.rewards.stability import GPA_PER_EV_A3
+from cfrl.rewards.stability import BEST, GPA_PER_EV_A3
 
 COPPER = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0, 0, 0]])
 
@@ -114,10 +114,32 @@ def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet)
     energy = chgnet.compute(structures).energy
     expected = [energy[0] + 3.5, energy[1] + 6.0, energy[2] + 4.1, energy[3] + 5.42]
     np.testing.assert_allclose(result.terms["ehull"][:4], expected, atol=1e-4)
-    np.testing.assert_array_equal(result.total[:4], -result.terms["ehull"][:4])
+    result = build_reward("ehull", context=RewardContext(chgnet, hull, caution=0))(crystals)
+    np.testing.assert_array_equal(result.total[:4], -np.maximum(result.terms["ehull"][:4], BEST))
     assert np.isnan(result.total[4])
     assert result.status[:4] == [""] * 4
     assert "Ba" in result.status[4], "no reference for barium: a status, not an error"
+
+
+def test_far_below_the_hull_and_in_unknown_systems_there_is_no_prize(crystals, chgnet) -> None:
+    """An offline reference misses compounds: a distance below its hull is worth as much as BEST, less the doubt."""
+    poor = {"Na": -1.31, "Cl": -1.84, "NaCl": -3.5, "Na3Cl": -1.7}
+    context = RewardContext(chgnet, ReferenceHull.from_compositions(list(poor), list(poor.values()), "chgnet-0.3.0"))
+    result = build_reward("ehull", context=context)(crystals[:1])
+    assert -0.3 < result.terms["ehull"][0] < -0.1, "the column holds the distance itself"
+    assert result.terms["ehull/spread"][0] == pytest.approx(0.1 / 2.25)  # two compounds known
+    assert result.total[0] == pytest.approx(-BEST)
+    close = build_reward("ehull", context=RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.1)))(crystals[:1])
+    assert close.terms["ehull"][0] == pytest.approx(-0.1, abs=1e-4)
+    assert close.total[0] == pytest.approx(-(0.4 - 0.1), abs=1e-4), "no compound known: 0.4 eV/atom of doubt"
+    free = RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.02), caution=0)
+    assert build_reward("ehull", context=free)(crystals[:1]).total[0] == pytest.approx(0.02, abs=1e-4)
+
+
+def _shifted(crystals: CrystalBatch, chgnet, depth: float) -> ReferenceHull:
+    """Elements alone, such that the one crystal lies `depth` eV/atom below the line between them."""
+    energy = float(chgnet.compute(crystals).energy[0]) + depth
+    return ReferenceHull.from_compositions(["Na", "Cl"], [energy, energy], "chgnet-0.3.0")
 
 
 def test_force_is_the_larger_pull_on_atoms_and_cell(chgnet) -> None:
@@ -245,7 +267,7 @@ def test_order_of_columns_and_no_crystals(crystals, context) -> None:
     assert nothing.total.shape == (0,)
     assert nothing.status == []
     parts = [f"dielectric_bandgap/{part}" for part in ("spread", "band_gap", "dielectric")]
-    assert list(nothing.terms) == reward.columns == ["ehull", "dielectric_bandgap", *parts]
+    assert list(nothing.terms) == reward.columns == ["ehull", "ehull/spread", "dielectric_bandgap", *parts]
 
 
 def test_given_structures_are_used(crystals, structures) -> None:

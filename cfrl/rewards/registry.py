@@ -37,9 +37,9 @@ class RewardInfo:
     goal: "max" or "min": what a bare ``--reward NAME`` does with it; in an expression the user writes signs
     needs: some of `NEEDS`; the passes of the potential that they ask for are made once for all terms
     parts: names of further columns that the function returns
-    spread: whether it returns the spread of an ensemble
+    spread: whether it returns its own uncertainty, such as the spread of an ensemble
     caution: how many spreads are subtracted if the user does not say
-    minimum: the least value that the quantity can have, where caution stops
+    minimum: the least value that counts in a total: that the quantity can have, or below which less is no merit
     cached: whether a crystal's value depends on that crystal alone
     parameters: name -> default
     """

@@ -10,15 +10,19 @@ from cfrl.rewards.registry import register_reward
 from cfrl.rewards.scoring import Inputs, Scored
 
 GPA_PER_EV_A3 = 160.21766208
+BEST = -0.05  # eV/atom; about a potential's error: what lies deeper below a hull is more likely wrong than new
 STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and float32 noise is far below
 
 
-@register_reward("ehull", unit="eV/atom", goal="min", needs=("energy", "hull"))
+@register_reward("ehull", unit="eV/atom", goal="min", needs=("energy", "hull"), spread=True, caution=1.0, minimum=BEST)
 def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
-    """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed)."""
+    """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed).
+
+    The spread is what the reference may lack: how much lower its hull is to be expected with all compounds known.
+    """
     result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     failed = inputs.evaluation.status
-    return Scored(result.e_above_hull, [a or b for a, b in zip(failed, result.status, strict=True)])
+    return Scored(result.e_above_hull, [a or b for a, b in zip(failed, result.status, strict=True)], result.doubt)
 
 
 @register_reward("force", unit="eV/A", goal="min", needs=("forces", "stress"), parts=("atoms", "cell"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -286,9 +287,14 @@ def summarise(table: Table, hull: ReferenceHull | None) -> Summary:
     ]
     columns = [("e_above_hull", "eV/atom"), ("rmsd", "angstrom"), ("volume_change", "of the volume")]
     averages = [_average(name, unit, table[name]) for name, unit in columns if table.has(name)]
-    failures = Counter("duplicate" if s.startswith("duplicate of") else s for s in table["status"] if s)
+    failures = Counter(_kind(status) for status in table["status"] if status)
     warning = hull.mismatch(table.energy_scale) if hull and table.energy_scale else ""
     return Summary(len(table), rates, averages, dict(failures.most_common(20)), warning)
+
+
+def _kind(status: str) -> str:
+    """A status without the particulars of its crystal."""
+    return "duplicate" if status.startswith("duplicate of") else re.sub(r"\d+(\.\d+)?", "x", status)
 
 
 def _average(name: str, unit: str, values: np.ndarray) -> Average:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -226,30 +226,40 @@ def _prepare(
 
 
 def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: torch.Generator) -> dict[str, float]:
-    """Several passes of minibatches over one batch; metrics of the last pass."""
+    """Passes of minibatches over one batch, until the policy is `max_step_kl` from its start; means over all of them.
+
+    `epochs` of the metrics is how many passes were learned from.
+    """
     parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
-    metrics: dict[str, float] = {}
     for group in tuning.optimiser.param_groups:
         # Adam's first steps are as large as any, on no more than one batch's evidence.
         group["lr"] = group["peak"] * min(1.0, (tuning.step + 1) / max(config.warmup, 1))
-    for epoch in range(config.epochs):
-        sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
-        order = torch.randperm(len(batch.items), generator=generator).to(batch.items.device)
-        for chosen in order.split(config.minibatch) if len(order) else ():  # dpo may have found no pair
-            tuning.optimiser.zero_grad(set_to_none=True)
-            for part in chosen.split(config.micro_batch):
-                loss, watched = _loss(tuning, config, batch, batch.items[part])
-                (loss.sum() / len(chosen)).backward()
-                for name, value in watched.items():
-                    sums[name] += float(value.sum()) / len(order)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip_gradient)
-            tuning.optimiser.step()
-            sums["gradient_norm"] += float(norm) * len(chosen) / len(order)
-        metrics = sums
-        metrics["epochs"] = epoch + 1
-        if config.max_step_kl and sums["step_kl"] > config.max_step_kl:
+    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
+    seen = learned = 0
+    for chosen in _minibatches(config, len(batch.items), generator):
+        tuning.optimiser.zero_grad(set_to_none=True)
+        kl = 0.0
+        for part in chosen.split(config.micro_batch):
+            loss, watched = _loss(tuning, config, batch, batch.items[part.to(batch.items.device)])
+            (loss.sum() / len(chosen)).backward()
+            for name, value in watched.items():
+                sums[name] += float(value.sum())
+            kl += float(watched["step_kl"].sum()) / len(chosen)
+        sums["gradient_norm"] += float(nn.utils.clip_grad_norm_(parameters, config.clip_gradient)) * len(chosen)
+        seen += len(chosen)
+        if config.max_step_kl and kl > config.max_step_kl:
             break
-    return metrics
+        tuning.optimiser.step()
+        learned += len(chosen)
+    means = {name: value / max(seen, 1) for name, value in sums.items()}  # dpo may have found no pair
+    return {**means, "epochs": learned / max(len(batch.items), 1)}
+
+
+def _minibatches(config: FinetuneConfig, n: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of each minibatch, shuffled anew for each pass."""
+    for _ in range(config.epochs):
+        order = torch.randperm(n, generator=generator)
+        yield from order.split(config.minibatch) if n else ()
 
 
 def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

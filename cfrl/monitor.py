@@ -25,6 +25,7 @@ from cfrl.storage import read_columns, read_crystals
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a sparkline
+STAGES = ("sample", "score", "likelihood", "update")
 BEST = 8  # crystals listed in the summary
 
 
@@ -67,17 +68,17 @@ class Live:
         for name, value in metrics.items():
             self.history[name].append(value)
         if self._live:
-            self._live.update(self._table(step), refresh=True)
+            self._live.update(self._table(step, metrics), refresh=True)
         else:
             m = metrics
             self.console.print(
                 f"step {step}/{self.steps}  reward {m['reward/mean']:.4g} (median {m['reward/median']:.4g})"
                 f"  kl {m['kl']:.2f}  valid {m['valid']:.0%}  scored {m['scored']:.0%}  unique {m['unique']:.0%}"
-                f"  {self.history['seconds/step'][-1]:.1f} s",
+                f"  {self.history['seconds/step'][-1]:.1f} s ({stage_seconds(metrics)})",
                 soft_wrap=True,
             )
 
-    def _table(self, step: int) -> Table:
+    def _table(self, step: int, metrics: Mapping[str, float]) -> Table:
         table = Table(title=f"step {step} of {self.steps}   {self.path}", title_justify="left", box=None)
         for heading, justify in (("", "left"), ("first", "right"), ("now", "right"), ("", "left")):
             table.add_column(heading, justify=justify)
@@ -87,9 +88,7 @@ class Live:
         for name in shown:
             if values := self.history.get(name):
                 table.add_row(name, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
-        stages = ("sample", "score", "likelihood", "update", "step")
-        took = "  ".join(f"{s} {self.history[f'seconds/{s}'][-1]:.2f}" for s in stages if self.history[f"seconds/{s}"])
-        table.add_row("seconds", "", "", took)
+        table.add_row("seconds", "", f"{self.history['seconds/step'][-1]:.1f}", stage_seconds(metrics))
         return table
 
     def _terms(self) -> list[str]:
@@ -100,6 +99,11 @@ def reward_terms(metrics: Mapping[str, object]) -> list[str]:
     """Metrics `reward/<term>` of the single terms."""
     summary = {f"reward/{name}" for name in ("mean", "median", "std", "max")}
     return [name for name in metrics if name.startswith("reward/") and name not in summary]
+
+
+def stage_seconds(metrics: Mapping[str, float]) -> str:
+    """`sample 0.31, score 0.82, ...`: time by stage; the first two overlap where crystals come in several lots."""
+    return ", ".join(f"{stage} {metrics[f'seconds/{stage}']:.2f}" for stage in STAGES if f"seconds/{stage}" in metrics)
 
 
 def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
@@ -127,7 +131,7 @@ def plot(run: RunFolder) -> None:
         "space groups": {"space_groups": "in the batch", "effective_space_groups": "effective"},
         "clipped": {"clip_fraction": ""},
         "validation loss (nats)": {"validation/loss": ""},
-        "seconds per step": {f"seconds/{stage}": stage for stage in ("sample", "score", "likelihood", "update")},
+        "seconds per step": {f"seconds/{stage}": stage for stage in STAGES},
     }
     figures = []
     for label, lines in panels.items():
@@ -196,6 +200,8 @@ def summarise(run: RunFolder) -> None:
         console.print(_comparison(run))
     if (run.path / "rollouts.h5").exists():
         console.print(_best(run))
+    means = {name: float(np.mean(values)) for name, values in run.metrics().items() if values}
+    console.print(f"Seconds per step: {stage_seconds(means)}")
     for path in sorted(run.path.glob("*")):
         if path.suffix in (".safetensors", ".h5", ".csv", ".png"):
             console.print(f"  {path}", soft_wrap=True)

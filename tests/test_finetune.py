@@ -6,16 +6,19 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from cfrl import finetune as module
-from cfrl import monitor
+from cfrl import monitor, rollouts
 from cfrl.config import FinetuneConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
@@ -123,6 +126,20 @@ def test_ratio_starts_at_one_although_the_model_has_dropout(tiny_model, tmp_path
     assert plain.metrics()["kl"][0] == pytest.approx(0, abs=1e-6)  # the policy is the starting model
     several = tune(tiny_model, tmp_path, steps=1, epochs=3, elements="O,Mg")  # both occur, so there is a gradient
     assert abs(several.metrics()["ratio"][0] - 1) > 1e-4
+
+
+def test_a_step_ends_where_the_policy_has_gone_far_enough(tiny_model, tmp_path):
+    """The first minibatch is always learned from: there the policy is still its start."""
+    settings = dict(steps=1, epochs=4, minibatch=8, warmup=0, lr=0.02, elements="O,Mg,Ti,Si")
+    free = tune(tiny_model, tmp_path, max_step_kl=0, **settings).metrics()
+    bound = tune(tiny_model, tmp_path, max_step_kl=0.02, **settings).metrics()
+    assert free["epochs"] == [4]
+    assert bound["epochs"][0] in (1 / 3, 2 / 3, 1)
+    assert 0 < bound["step_kl"][0] < free["step_kl"][0]
+    assert bound["clip_fraction"][0] < free["clip_fraction"][0]
+    once = load_model(tune(tiny_model, tmp_path, max_step_kl=1e-12, **settings).path).state_dict()
+    short = load_model(tune(tiny_model, tmp_path, max_step_kl=1e-12, **settings | {"epochs": 1}).path).state_dict()
+    assert all(torch.equal(once[name], short[name]) for name in once)
 
 
 def test_rollouts_hold_the_likelihood_of_what_was_drawn(tiny_model, tmp_path):
@@ -245,7 +262,7 @@ def test_a_policy_that_repeats_itself_is_seen_in_the_metrics(tiny_model, tmp_pat
 # ---- scoring -----------------------------------------------------------------------------------------------------
 
 
-def test_lots_are_scored_in_order_while_the_next_is_drawn(tiny_model):
+def test_lots_are_scored_in_order(tiny_model):
     model, groups, lots = load_model(tiny_model), torch.tensor([225] * 10 + [62] * 10), []
 
     def reward(crystals: CrystalBatch) -> SimpleNamespace:
@@ -259,6 +276,36 @@ def test_lots_are_scored_in_order_while_the_next_is_drawn(tiny_model):
     assert torch.equal(rollout.reward[known], rollout.crystals.species[known, 0].double())
     assert [reason == "" for reason in rollout.status] == known.tolist()
     assert set(rollout.seconds) == {"sample", "score"}
+
+
+def test_drawing_and_scoring_do_not_wait_for_each_other(tiny_model, monkeypatch):
+    """The first lot's score waits for the second lot, the third lot for that score: in turns neither would come."""
+    drawn, scoring, draw = threading.Event(), threading.Event(), rollouts.draw
+    draws, waits = [], []
+
+    def watched_draw(*arguments):
+        draws.append(1)
+        if len(draws) == 3:
+            waits.append(scoring.wait(60))
+        crystals = draw(*arguments)
+        if len(draws) == 2:
+            drawn.set()
+        return crystals
+
+    def reward(crystals: CrystalBatch) -> SimpleNamespace:
+        scoring.set()
+        waits.append(drawn.wait(60))
+        return first_is_oxygen(crystals)
+
+    monkeypatch.setattr(rollouts, "draw", watched_draw)
+    settings = dict(seed=3, chunk=8, min_distance=0.0)
+    model, groups = load_model(tiny_model), torch.tensor([225] * 24)
+    together = collect(model, groups, SamplerOptions(), reward, **settings)
+    assert waits == [True] * 4
+    monkeypatch.undo()
+    again = collect(model, groups, SamplerOptions(), first_is_oxygen, **settings)
+    assert torch.equal(together.crystals.frac_coords, again.crystals.frac_coords)
+    assert FinetuneConfig().sample_batch <= FinetuneConfig().batch_size / 2  # so that there is something to overlap
 
 
 def test_crystals_without_a_score_earn_the_penalty_and_never_nan(tiny_model, tmp_path):
@@ -338,6 +385,7 @@ def test_spread_is_robust():
 # ---- ends and interruptions --------------------------------------------------------------------------------------
 
 EVERYTHING = dict(learn_space_groups=True, replay=6, target_kl=2.0, entropy_species=0.01, diversity=1, epochs=2)
+EVERYTHING |= dict(sample_batch=10)  # lots, scored while others are drawn
 
 
 def same_run(one: RunFolder, other: RunFolder) -> None:
@@ -511,6 +559,24 @@ def test_validation_loss_evaluation_and_plots(tiny_model, tmp_path, capsys):
     assert "20 fresh crystals" in shown
     assert "Best crystals" in shown
     assert "model.safetensors" in shown
+
+
+def test_time_by_stage_is_shown(tiny_model, tmp_path, capsys):
+    config = FinetuneConfig(model=tiny_model, reward="toy", **QUICK | {"steps": 2})
+    run = finetune(config, reward=first_is_oxygen, root=tmp_path)
+    took = run.metrics()
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 2
+    for line, drawing, update in zip(steps, took["seconds/sample"], took["seconds/update"], strict=True):
+        assert f"(sample {drawing:.2f}, score " in line
+        assert line.endswith(f"update {update:.2f})")
+    assert any(line.startswith("Seconds per step: sample ") for line in lines)
+    live = monitor.Live(run, 2, quiet=True)
+    live.update(1, {name: values[0] for name, values in took.items()})
+    console = Console(width=150, file=StringIO())
+    console.print(live._table(1, {name: values[0] for name, values in took.items()}))
+    assert f"update {took['seconds/update'][0]:.2f}" in console.file.getvalue()
 
 
 def test_sparkline():

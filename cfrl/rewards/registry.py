@@ -104,6 +104,9 @@ def register_reward(
     Keyword-only arguments of the function become parameters of the reward. Without a `description` the first
     paragraph of its docstring is taken. The other arguments: see `RewardInfo`. A later function of the same name
     replaces the earlier one.
+
+    `finetune` calls the function in a thread while it draws more crystals: random numbers in it should come from a
+    generator of its own, else neither they nor the crystals repeat.
     """
     if not name.isidentifier():
         raise UserError(f"reward name {name!r}: use letters, digits and underscores, so that it can stand in a formula")

@@ -85,7 +85,7 @@ class FinetuneConfig:
     steps: int = option(60, "Rounds of sampling, scoring and updating.")
     time_limit: float = option(0.0, "Minutes after which the run ends as if its steps were done; 0: no limit.")
     batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
-    sample_batch: int = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    sample_batch: int = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: int = option(2, "Passes over each step's crystals.")
     minibatch: int = option(64, "Crystals (dpo: pairs) per optimiser step.")
     micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
@@ -102,7 +102,9 @@ class FinetuneConfig:
     kl: str = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
     target_kl: float = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
     max_kl: float = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
-    max_step_kl: float = option(1.0, "End a step's epochs once the policy is this many nats from its start; 0: never.")
+    max_step_kl: float = option(
+        0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never."
+    )
     entropy_wyckoff: float = option(0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat.")
     entropy_species: float = option(0.0, "Bonus for the entropy of elements.")
     entropy_coords: float = option(0.0, "Bonus for the entropy of coordinates.")
@@ -126,7 +128,9 @@ class FinetuneConfig:
     potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.")
     hull: str = option("", "Reference hull, .h5 or .csv; empty: the embedded one.")
     caution: float = option(
-        -1.0, "Subtract so many ensemble spreads from predicted properties; negative: the reward's own."
+        -1.0,
+        "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
+        "negative: the reward's own number.",
     )
     rollouts: str = option("", "dpo: learn from the rewards in this file instead of sampling.")
     dataset: str = option("", "Pre-training data: watch the validation loss on it, and measure novelty against it.")

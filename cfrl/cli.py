@@ -22,16 +22,45 @@ from cfrl.errors import UserError
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
 Work goes pretrain -> sample -> finetune -> sample -> screen -> retrieve; the embedded model lets you start
-anywhere.
-Settings: defaults, then cfrl.toml of the working folder, then flags. Results go to a new
-folder under runs/."""
+anywhere. Settings: defaults, then cfrl.toml of the working folder, then flags. Results go to a new folder under
+runs/; Ctrl-C stops a run, `--resume last` goes on with it.
+
+Example: cfrl finetune --reward dielectric_bandgap && cfrl sample -n 1000 --model last && cfrl retrieve
+"""
 
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+# The five commands stand first in the help, in the order of the work; the others follow.
 COMMANDS = "Commands, in the order of the work"
-# The five commands stand first in the help, in the order of the work; groups follow.
-data_app = typer.Typer(help="Datasets: import, fetch, look into.", no_args_is_help=True)
-rewards_app = typer.Typer(help="Rewards: list them; train a predictor to make one.", invoke_without_command=True)
-model_app = typer.Typer(help="Model files: import published weights, look into.", no_args_is_help=True)
+OTHERS = "Beside them"
+DATA_HELP = """Datasets: import, fetch, look into; reference hulls.
+
+Example: cfrl data import mp_20.csv.gz -o mp_20.h5
+"""
+MODEL_HELP = """Model files: look into, import published weights, pack to share.
+
+Example: cfrl model info
+"""
+REWARDS_HELP = """Rewards: list them (no argument), with units and how to combine them; train a predictor to make one.
+
+Example: cfrl rewards
+"""
+data_app = typer.Typer(help=DATA_HELP, no_args_is_help=True)
+model_app = typer.Typer(help=MODEL_HELP, no_args_is_help=True)
+rewards_app = typer.Typer(help=REWARDS_HELP, invoke_without_command=True)
+
+
+def _offer(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What the Tab key asks; where nothing fits, the shell goes on to file names."""
+    return (lambda incomplete: [word for word in choices if word.startswith(incomplete)]) if choices else None
+
+
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="Go on with this run folder (`last`: the newest), exactly where it stopped; flags change settings.",
+        autocompletion=_offer(("last",)),
+    ),
+]
 
 
 def configured(cls: type) -> Callable[[Callable], Callable]:
@@ -78,8 +107,10 @@ def _flag(f: Field, kind: Any) -> inspect.Parameter:
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default
-    annotation = Annotated[kind, typer.Option(*names, help=f.metadata["help"])]
-    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(f.metadata["choices"]))
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
 
 
 def _show_version(value: bool) -> None:
@@ -131,14 +162,15 @@ def _console() -> Any:
 @configured(config.PretrainConfig)
 def pretrain(
     config: config.PretrainConfig,
-    resume: Annotated[
-        str, typer.Option(help="Go on with this run folder (`last`: the newest), exactly where it stopped.")
-    ] = "",
+    resume: Resume = "",
 ) -> None:
     """Train the transformer on a dataset of crystals.
 
-    Example: cfrl pretrain --dataset mp_20.h5 --epochs 50. Under torchrun it trains on several devices:
-    torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20.
+    Writes model.safetensors, metrics.csv and checkpoints to a new folder under runs/.
+
+    Example: cfrl pretrain --dataset mp_20.h5 --epochs 50
+
+    On several devices: torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20
     """
     from cfrl.pretrain import pretrain as run
 
@@ -150,7 +182,12 @@ def pretrain(
 def sample(
     config: config.SampleConfig,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="A .h5, .csv, .extxyz, .zip of CIFs, or a folder of CIFs.")
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A .h5, .csv, .extxyz, .zip of CIFs, or a folder of CIFs; empty: crystals.h5 of a new run folder.",
+        ),
     ] = "",
 ) -> None:
     """Generate crystals, by space group and elements if wanted.
@@ -166,12 +203,12 @@ def sample(
 @configured(config.FinetuneConfig)
 def finetune(
     config: config.FinetuneConfig,
-    resume: Annotated[
-        str,
-        typer.Option(help="Go on with this run folder (`last`: the newest), exactly; flags change its settings."),
-    ] = "",
+    resume: Resume = "",
 ) -> None:
     """Tune a model towards a reward.
+
+    Each step draws crystals, scores them and updates the model. Writes the tuned model, every crystal with its reward,
+    metrics, plots and report.html to a new folder under runs/.
 
     Example: cfrl finetune --reward "dielectric_bandgap - 2*ehull" --steps 100
     """
@@ -188,13 +225,18 @@ def screen(
         str, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
     ] = "",
     output: Annotated[
-        str, typer.Option("-o", "--output", help="The run folder to make, or a .csv or .h5 to copy the table to.")
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The run folder to make, or a .csv or .h5 to copy the table to; empty: a new folder under runs/.",
+        ),
     ] = "",
-    resume: Annotated[
-        str, typer.Option(help="Go on with this run folder (`last`: the newest); what is done stays done.")
-    ] = "",
+    resume: Resume = "",
 ) -> None:
     """Find the crystals that deserve a DFT calculation: valid, new, stable, with the properties wanted.
+
+    Writes table.csv, CIF files of the candidates and report.html to a new folder under runs/.
 
     Example: cfrl screen crystals.h5 --known mp_20.h5 --filter "ehull < 0.05"
     """
@@ -208,6 +250,8 @@ def screen(
 def retrieve(config: config.RetrieveConfig) -> None:
     """Rank known materials by how much likelier tuning has made them; judge the ranking where labels are known.
 
+    Writes the ranking, its figures and report.html to a new folder under runs/.
+
     Example: cfrl retrieve --dataset mp_20.h5 --property band_gap
     """
     from cfrl.retrieve import retrieve as run
@@ -215,17 +259,20 @@ def retrieve(config: config.RetrieveConfig) -> None:
     run(config, _console())
 
 
-@app.command()
+@app.command(rich_help_panel=OTHERS)
 def report(
     run: Annotated[str, typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.")] = "",
 ) -> None:
-    """Write report.html of a run once more (each run writes its own at the end)."""
+    """Write report.html of a run once more (each run writes its own at the end).
+
+    Example: cfrl report runs/20260131-142507-finetune-ehull
+    """
     from cfrl.report import newest_reportable, write_report
 
     write_report(run or newest_reportable(), _console())
 
 
-@app.command()
+@app.command(rich_help_panel=OTHERS)
 def doctor() -> None:
     """Versions, devices, folders, and whether the embedded models open; says what is broken and how to mend it.
 
@@ -241,13 +288,15 @@ def data_hull(
     datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
     potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
-    near_hull: Annotated[float, typer.Option(help="Keep phases up to so many eV/atom above the hull.")] = 0.05,
+    near_hull: Annotated[float, typer.Option(help="eV/atom; keep phases up to so far above the hull.")] = 0.05,
     relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
-    fill: Annotated[str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack.")] = "",
+    fill: Annotated[str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Make a reference hull of known crystals, with the energies of a potential. Stopped, it goes on when called again.
+    """Make a reference hull of known crystals, with the energies of a potential.
+
+    Stopped, it goes on when called again.
 
     Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
     """
@@ -260,7 +309,9 @@ def data_hull(
 def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
-    dataset: Annotated[str, typer.Option(help="Take the space-group distribution from this dataset.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
+    ] = "",
     num_heads: Annotated[int, typer.Option(help="Attention heads; 0: as published for this width.")] = 0,
     coord_components: Annotated[int, typer.Option(help="Mixture size of a coordinate; 0: as published.")] = 0,
 ) -> None:
@@ -277,9 +328,14 @@ def model_import(
 def model_pack(
     model: Annotated[str, typer.Argument(help="A weights file or run folder.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
-    dataset: Annotated[str, typer.Option(help="What it was trained on, for the header.")] = "",
+    dataset: Annotated[
+        str, typer.Option(help="What it was trained on, for the header; empty: the name of its dataset.")
+    ] = "",
 ) -> None:
-    """Write a trained model as it is shared: half the size (float16), no local paths in its header."""
+    """Write a trained model as it is shared: half the size (float16), no local paths in its header.
+
+    Example: cfrl model pack runs/20260131-142507-pretrain-mp_20 -o mp_20.safetensors --dataset "MP-20, 2026"
+    """
     from cfrl.model import pack_model
 
     pack_model(model, output, dataset)
@@ -287,9 +343,12 @@ def model_pack(
 
 @model_app.command("info")
 def model_info(
-    model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing for the default.")] = "",
+    model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing: the embedded model.")] = "",
 ) -> None:
-    """Sizes, training data and figures of a model file."""
+    """Show sizes, training data and figures of a model file.
+
+    Example: cfrl model info alex-20.safetensors
+    """
     from cfrl.model import describe_model
 
     _console().print(describe_model(model))
@@ -302,7 +361,10 @@ def data_import(
     inputs: Annotated[list[str], typer.Argument(help="CSV, CIF, extxyz, POSCAR (.vasp), JSON, zips, folders, .h5.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The dataset to write, an .h5 file.")],
 ) -> None:
-    """Make a dataset of structure files; dropped rows go to a table beside it."""
+    """Make a dataset of structure files: symmetry, Wyckoff sites, splits; dropped rows go to a table beside it.
+
+    Example: cfrl data import mp_20.csv.gz more_cifs/ -o mine.h5 --validation 0.05
+    """
     from cfrl.data import run_import
 
     run_import(inputs, output, config, console=_console())
@@ -314,7 +376,10 @@ def data_fetch(
     config: config.DataConfig,
     name: Annotated[str, typer.Argument(help="mp-20, alex-20, mpts-52, perov-5, carbon-24, or one of cfrl.toml.")],
 ) -> None:
-    """Download a public dataset and prepare it; its name then works wherever a dataset is asked for."""
+    """Download a public dataset and prepare it; its name then works wherever a dataset is asked for.
+
+    It is kept in the cache folder (`cfrl doctor` shows which). Example: cfrl data fetch mp-20
+    """
     from cfrl.data import run_fetch
 
     path = run_fetch(name, config, _console())
@@ -323,7 +388,10 @@ def data_fetch(
 
 @data_app.command("info")
 def data_info(dataset: Annotated[str, typer.Argument(help="An .h5 file, a fetched name, or `prototypes`.")]) -> None:
-    """Show what a dataset holds."""
+    """Show what a dataset holds: crystals per split, columns, elements, space groups, where it came from.
+
+    Example: cfrl data info prototypes
+    """
     from cfrl.data import run_info
 
     run_info(dataset, _console())
@@ -337,7 +405,6 @@ def _console() -> Any:
 
 @rewards_app.callback()
 def rewards(ctx: typer.Context) -> None:
-    """Rewards: list them (no argument); train a predictor to make one."""
     if ctx.invoked_subcommand is None:
         from rich.console import Console
 
@@ -353,7 +420,10 @@ def rewards_train(
     data: Annotated[list[str], typer.Argument(help="Crystals with the property as a column: CSV, .h5, extxyz, ...")],
     output: Annotated[str, typer.Option("-o", "--output", help="Predictor file, .safetensors.")],
 ) -> None:
-    """Train a property predictor; use it as `--reward property:FILE`."""
+    """Train a property predictor, with cross-validation; use it as `--reward property:FILE`.
+
+    Example: cfrl rewards train dielectric.csv.gz --target eps_total --log -o eps.safetensors
+    """
     from rich.console import Console
 
     from cfrl.predictor_training import run_train
@@ -361,9 +431,8 @@ def rewards_train(
     run_train(data, output, config, Console())
 
 
-app.add_typer(data_app, name="data")
-app.add_typer(model_app, name="model")
-app.add_typer(rewards_app, name="rewards")
+for name, group in (("data", data_app), ("model", model_app), ("rewards", rewards_app)):
+    app.add_typer(group, name=name, rich_help_panel=OTHERS)
 
 if __name__ == "__main__":
     main()

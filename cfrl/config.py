@@ -24,9 +24,31 @@ T = TypeVar("T")
 USER_FILE = "cfrl.toml"
 
 
-def option(default: Any, help: str, *, flags: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with a help text; `flags` adds short forms such as ``-n``."""
-    metadata = {"help": help, "flags": flags}
+# What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
+PRESETS = ("default", "small", "alex-20")
+DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+REWARDS = (
+    "ehull",
+    "force",
+    "band_gap",
+    "dielectric",
+    "dielectric_bandgap",
+    "bulk_modulus",
+    "density",
+    "volume_per_atom",
+    "novelty",
+    "hhi",
+    "cost",
+    "charge_neutral",
+)
+PREDICTED = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
+POTENTIALS = ("chgnet", "mace")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def option(default: Any, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with a help text; `flags` adds short forms such as ``-n``, `choices` are offered by Tab."""
+    metadata = {"help": help, "flags": flags, "choices": choices}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -36,24 +58,30 @@ def option(default: Any, help: str, *, flags: tuple[str, ...] = ()) -> Any:
 class PretrainConfig:
     """Train the transformer on a dataset of crystals."""
 
-    dataset: str = option("prototypes", "Dataset: an .h5 of `cfrl data import`, a fetched name, or `prototypes`.")
-    preset: str = option("default", "Architecture: default, small, alex-20 (the published size).")
-    init: str = option("", "Start from these weights (a file, a run folder, a name) instead of random ones.")
+    dataset: str = option(
+        "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
+    )
+    preset: str = option("default", "Architecture: default, small, alex-20 (the published one).", choices=PRESETS)
+    init: str = option(
+        "", "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones."
+    )
     epochs: int = option(100, "Passes over the training split.")
     batch_size: int = option(128, "Crystals per optimiser step, over all processes.")
-    lr: float = option(1e-3, "Peak learning rate of AdamW.")
+    lr: float = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")
     lr_final: float = option(0.02, "Learning rate at the end, as a fraction of the peak (cosine decay).")
     warmup: int = option(300, "Steps of linear learning-rate warm-up.")
     weight_decay: float = option(0.05, "AdamW weight decay, on matrices only.")
-    clip: float = option(1.0, "Largest norm of the gradient.")
-    dropout: float = option(-1.0, "Dropout; negative: the preset's own.")
+    clip: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
+    dropout: float = option(-1.0, "Probability of dropout, 0 to 1; negative: the preset's own.")
     ema: float = option(0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.")
     augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
     patience: int = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
     validate_every: int = option(1, "Epochs between validations.")
     checkpoint_minutes: float = option(2.0, "Minutes between checkpoints (one is also written at the end).")
-    precision: str = option("auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    precision: str = option(
+        "auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16.", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
     seed: int = option(0, "Seed of weights, data order and dropout.")
 
 
@@ -62,26 +90,34 @@ class SampleConfig:
     """Generate crystals."""
 
     n: int = option(100, "Number of crystals.", flags=("-n",))
-    model: str = option("", "Empty: the embedded default; a weights file, a run folder, or `last` (the newest run).")
+    model: str = option(
+        "", "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.", choices=("last",)
+    )
     space_group: str = option("", "Only these space groups, e.g. `225` or `221,225`; empty: as in training.")
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
     max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
-    temperature: float = option(1.0, "Below 1: likelier crystals; above 1: more varied.")
-    top_p: float = option(1.0, "Nucleus sampling: keep the likeliest choices up to this total probability.")
+    temperature: float = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
+    top_p: float = option(1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all.")
     min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
-    batch_size: int = option(256, "Crystals drawn at once.")
+    batch_size: int = option(256, "Crystals drawn at once; fewer need less memory.")
     seed: int = option(0, "Same seed and device: same crystals.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
 @dataclass
 class FinetuneConfig:
     """Tune a model towards a reward."""
 
-    reward: str = option("ehull", "What to maximise: an expression of rewards (`cfrl rewards` lists them).")
-    algorithm: str = option("ppo", "ppo, grpo (space group as prompt), rloo (leave-one-out) or dpo (pairs).")
-    model: str = option("", "Model to tune. Empty: the embedded default; a weights file, a run folder, or `last`.")
+    reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
+    algorithm: str = option(
+        "ppo",
+        "ppo, grpo (space group as prompt), rloo (leave-one-out) or dpo (pairs).",
+        choices=("ppo", "grpo", "rloo", "dpo"),
+    )
+    model: str = option(
+        "", "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.", choices=("last",)
+    )
     steps: int = option(60, "Rounds of sampling, scoring and updating.")
     time_limit: float = option(0.0, "Minutes after which the run ends as if its steps were done; 0: no limit.")
     batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
@@ -89,56 +125,66 @@ class FinetuneConfig:
     epochs: int = option(2, "Passes over each step's crystals.")
     minibatch: int = option(64, "Crystals (dpo: pairs) per optimiser step.")
     micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
-    lr: float = option(3e-4, "Learning rate of Adam.")
+    lr: float = option(3e-4, "Learning rate of Adam, per optimiser step.")
     warmup: int = option(5, "Steps of linear learning-rate warm-up.")
-    clip_gradient: float = option(1.0, "Largest norm of the gradient.")
+    clip_gradient: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
     clip_ratio: float = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
-    clip_advantage: float = option(5.0, "Largest size of an advantage; 0: no limit.")
-    baseline_decay: float = option(0.8, "Decay of the running mean that is PPO's baseline.")
+    clip_advantage: float = option(
+        5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit."
+    )
+    baseline_decay: float = option(0.8, "Decay, per step, of the running mean of rewards that is PPO's baseline.")
     standardize: bool = option(
         True, "Count rewards in standard deviations of the first step's, so that beta suits any reward."
     )
     beta: float = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
-    kl: str = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
+    kl: str = option("reward", "Where the KL enters: reward (as in the paper) or loss.", choices=("reward", "loss"))
     target_kl: float = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
     max_kl: float = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
     max_step_kl: float = option(
         0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never."
     )
     entropy_wyckoff: float = option(0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat.")
-    entropy_species: float = option(0.0, "Bonus for the entropy of elements.")
-    entropy_coords: float = option(0.0, "Bonus for the entropy of coordinates.")
-    entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice.")
+    entropy_species: float = option(0.0, "Bonus for the entropy of elements, in units of the reward per nat.")
+    entropy_coords: float = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
+    entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
     diversity: int = option(
         4, "A fingerprint (formula, space group, Wyckoff letters) seen more often than this earns less; 0: never."
     )
-    replay: int = option(0, "Earlier best crystals that join each step's batch, weighted for the change of policy.")
+    replay: int = option(
+        0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
+    )
     replay_size: int = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
-    replay_clip: float = option(2.0, "Largest weight of a replayed crystal.")
-    space_group: str = option("", "Empty: as the model was trained; `uniform`; or only these, e.g. `221,225`.")
+    replay_clip: float = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
+    space_group: str = option(
+        "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
+    )
     learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
     space_group_lr: float = option(0.03, "Learning rate of the space groups' logits.")
     space_group_floor: float = option(0.1, "Each space group keeps this part of its share; needs learn_space_groups.")
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
     max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
-    temperature: float = option(1.0, "Of the sampler, as in `cfrl sample`.")
-    top_p: float = option(1.0, "Of the sampler, as in `cfrl sample`.")
+    temperature: float = option(1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained.")
+    top_p: float = option(1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all.")
     min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.")
-    hull: str = option("", "Reference hull, .h5 or .csv; empty: the embedded one.")
+    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     caution: float = option(
         -1.0,
         "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
         "negative: the reward's own number.",
     )
-    rollouts: str = option("", "dpo: learn from the rewards in this file instead of sampling.")
-    dataset: str = option("", "Pre-training data: watch the validation loss on it, and measure novelty against it.")
-    validate_every: int = option(5, "Steps between validation losses.")
+    rollouts: str = option("", "dpo: learn from the rewards in this rollouts.h5 instead of sampling; empty: sample.")
+    dataset: str = option(
+        "",
+        "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
+        choices=DATASETS,
+    )
+    validate_every: int = option(5, "Steps between validation losses; needs dataset.")
     evaluate: int = option(256, "Fresh crystals of the model before and after that are compared at the end; 0: none.")
     plots: bool = option(True, "Draw progress.png (and pareto.png) and write report.html at the end.")
     checkpoint_minutes: float = option(1.0, "Minutes between checkpoints (one is also written at the end).")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
     seed: int = option(0, "Seed of sampling and of the order of updates.")
 
 
@@ -149,9 +195,13 @@ class DataConfig:
     symprec: float = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
     max_sites: int = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
     max_atoms: int = option(0, "Drop crystals with more atoms in the conventional cell; 0: no limit.")
-    validation: float = option(0.1, "Fraction of the crystals for validation, where the source has no splits.")
-    test: float = option(0.0, "Fraction of the crystals for test.")
-    split_by: str = option("row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits.")
+    validation: float = option(0.1, "Fraction (0 to 1) of the crystals for validation, where the source has no splits.")
+    test: float = option(0.0, "Fraction (0 to 1) of the crystals for test, where the source has no splits.")
+    split_by: str = option(
+        "row",
+        "row: draw crystals; formula: draw reduced formulas, so that none is in two splits.",
+        choices=("row", "formula"),
+    )
     seed: int = option(0, "Seed of the splits.")
     workers: int = option(0, "Processes for parsing and symmetry; 0: one per core.")
     sources: dict[str, Any] = option(
@@ -163,68 +213,103 @@ class DataConfig:
 class RetrieveConfig:
     """Find the known materials that a tuned model points at."""
 
-    run: str = option("", "Fine-tuning run or tuned weights; empty: the newest fine-tuning run.")
-    base: str = option("", "Model before tuning; empty: the run's own.")
-    dataset: str = option("", "Known materials; empty: what the base model was trained on, else `prototypes`.")
-    split: str = option("", "Only this split of the dataset: train, validation or test; empty: all.")
-    top: int = option(100, "Crystals in the tables.")
-    rank: str = option("crystal", "By the likelihood ratio of the crystal, per site (site), or with its group (joint).")
+    run: str = option("", "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.")
+    base: str = option("", "Model before tuning: weights or a run folder; empty: the one that the run started from.")
+    dataset: str = option(
+        "", "Known materials; empty: what the base model was trained on, else `prototypes`.", choices=DATASETS
+    )
+    split: str = option(
+        "",
+        "Only this split of the dataset: train, validation or test; empty: all.",
+        choices=("train", "validation", "test"),
+    )
+    top: int = option(100, "Crystals in the tables, best first.")
+    rank: str = option(
+        "crystal",
+        "By the likelihood ratio of the crystal (crystal), per site (site), or with its space group (joint).",
+        choices=("crystal", "site", "joint"),
+    )
     samples: int = option(1000, "Crystals drawn from each model to see which known materials they meet; 0: none.")
     property: str = option(
         "", "Column that tells what is good, to judge the ranking (-NAME: low is good); empty: by the run's reward."
     )
     reward_crystals: int = option(1000, "Crystals of the dataset scored with the run's own reward; 0: none.")
     seed: int = option(0, "Seed of the samples, and of the crystals that are scored and judged.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
 @dataclass
 class ScreenConfig:
     """Find the crystals that deserve a DFT calculation."""
 
-    known: list[str] = option([], "A dataset or file of known crystals, for the novelty; may be given several times.")
+    known: list[str] = option(
+        [],
+        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty.",
+        choices=DATASETS,
+    )
     validity: bool = option(True, "Check distances, volume, density and charge neutrality; invalid ones go no further.")
     unique: bool = option(True, "Look for duplicates and for known crystals; duplicates go no further.")
     relax: bool = option(True, "Relax positions and cell with the potential.")
     stability: bool = option(True, "Compute energies and distances to the convex hull.")
-    properties: str = option("", "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`.")
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.")
+    properties: str = option(
+        "",
+        "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
+        choices=("all", *PREDICTED),
+    )
+    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     max_density: float = option(40.0, "g/cm^3; denser crystals are invalid.")
-    symprec: float = option(0.01, "Angstrom; tolerance of the symmetry search.")
+    symprec: float = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
     free: bool = option(False, "Let the relaxation break the space group.")
     fmax: float = option(0.05, "eV/angstrom; the relaxation ends when all forces are smaller.")
-    steps: int = option(200, "Steps of the relaxation at most.")
-    rank: str = option("ehull", "Smallest first: a column or an expression of columns, e.g. `-band_gap`.")
-    filter: str = option("", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3`.")
+    steps: int = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
+    rank: str = option(
+        "ehull",
+        "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap.",
+    )
+    filter: str = option(
+        "", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3` (eV/atom, eV); empty: no condition."
+    )
     top: int = option(100, "Candidates written as CIF files, at most.")
     report: bool = option(True, "Write report.html and plots.")
-    dft: str = option("", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet).")
+    dft: str = option(
+        "",
+        "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none.",
+        choices=("scan", "pbe"),
+    )
     workers: int = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
     chunk: int = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
-    engine: str = option("local", "Where workers run: local (this machine) or ray.")
-    address: str = option("", "Of the Ray cluster; empty: a local one.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    engine: str = option(
+        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]').", choices=("local", "ray")
+    )
+    address: str = option("", "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
 @dataclass
 class PredictorConfig:
     """Train a property predictor."""
 
-    target: str = option("", "Column to learn.")
+    target: str = option("", "Column to learn; must be given.")
     log: bool = option(False, "Learn log10 of it: for positive quantities that range over decades.")
     zero: float = option(
         -1.0, "Values below are a class of their own (metals among band gaps: 0.05); negative: no such class."
     )
-    unit: str = option("", "Unit of the column, kept in the file.")
+    unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
     members: int = option(5, "Networks in the ensemble.")
     folds: int = option(5, "Folds of the cross-validation; rows of one formula are held back together.")
     hidden: int = option(128, "Width of the networks.")
     epochs: int = option(60, "Passes over the data.")
     batch_size: int = option(64, "Crystals per optimiser step.")
-    potential: str = option("chgnet", "Whose features are learnt from: chgnet, mace:NAME, ...")
-    device: str = option("auto", "auto, cpu, cuda, ...: where the potential runs.")
+    potential: str = option(
+        "chgnet",
+        "Whose features are learnt from: chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.",
+        choices=POTENTIALS,
+    )
+    device: str = option(
+        "auto", "Where the potential runs: auto (CUDA if there is one), cpu, cuda, ...", choices=DEVICES
+    )
     seed: int = option(0, "Seed of folds, weights and data order.")
 
 

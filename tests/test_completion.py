@@ -1,0 +1,77 @@
+"""The Tab key: in a real bash, and offering only what the commands accept."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cfrl import config
+
+
+@pytest.fixture
+def type_in(tmp_path):
+    """Install the completion in an empty home folder, then type into an interactive bash: type_in(keys, wanted)."""
+    bash, cfrl = shutil.which("bash"), Path(sys.executable).parent / "cfrl"
+    if not bash or not cfrl.exists():
+        pytest.skip("needs bash, and cfrl installed as a command")
+    env = os.environ | {
+        "HOME": str(tmp_path),
+        "PATH": f"{cfrl.parent}:{os.environ['PATH']}",
+        "PS1": "> ",
+        "SHELL": bash,
+    }
+    install = "cfrl --install-completion; exit $?"  # the shell is told by the parent process
+    subprocess.run([bash, "--norc", "-c", install], env=env, check=True, capture_output=True)
+    keyboard, terminal = pty.openpty()
+    shell = subprocess.Popen([bash, "-i"], stdin=terminal, stdout=terminal, stderr=terminal, env=env, cwd=tmp_path)
+    screen = b""
+
+    def type_and_wait(keys: str, wanted: str) -> None:
+        nonlocal screen
+        screen, end = b"", time.monotonic() + 60
+        os.write(keyboard, keys.encode())
+        while wanted.encode() not in screen:
+            assert select.select([keyboard], [], [], max(0, end - time.monotonic()))[0], f"no {wanted!r} in {screen}"
+            screen += os.read(keyboard, 4096)
+
+    yield type_and_wait
+    shell.kill()
+    shell.wait()
+    os.close(keyboard)
+    os.close(terminal)
+
+
+def test_bash(type_in, tmp_path):
+    """Commands, values of settings, and file names where no value fits."""
+    (tmp_path / "crystals_of_mine.h5").touch()
+    type_in("cfrl fine\t", "finetune ")
+    type_in("--algorithm gr\t", "grpo ")
+    type_in("--reward dielectric_b\t", "dielectric_bandgap ")
+    type_in("--dataset crystals\t", "crystals_of_mine.h5 ")
+
+
+def test_only_what_the_commands_accept():
+    from cfrl.fetch import SOURCES
+    from cfrl.model import PRESETS
+    from cfrl.policy import ALGORITHMS
+    from cfrl.properties import BUILT_IN
+    from cfrl.retrieve import RANKINGS
+    from cfrl.rewards import all_rewards
+    from cfrl.screen import DFT_SETS
+
+    def offered(section: str, name: str) -> set[str]:
+        return set(config.SECTIONS[section].__dataclass_fields__[name].metadata["choices"])
+
+    assert offered("pretrain", "preset") <= set(PRESETS)
+    assert offered("pretrain", "dataset") - {"prototypes"} <= set(SOURCES)
+    assert offered("finetune", "algorithm") == set(ALGORITHMS)
+    assert offered("finetune", "reward") == {r.name for r in all_rewards() if r.function.__module__.startswith("cfrl.")}
+    assert offered("screen", "properties") - {"all"} == set(BUILT_IN)
+    assert offered("screen", "dft") == set(DFT_SETS)
+    assert offered("retrieve", "rank") == set(RANKINGS)

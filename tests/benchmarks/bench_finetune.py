@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,11 +58,33 @@ def gain(settings: config.FinetuneConfig, n: int, hull: str) -> None:
     print(f"{len(metrics['step'])} steps in {(time.monotonic() - start) / 60:.1f} min; {run.path}")
     for name in ("reward/mean", "kl", "unique", "new", "effective_space_groups"):
         print(f"  {name:24} {metrics[name][0]:.4g} -> {metrics[name][-1]:.4g}")
-    judged = [judge(fresh(model, settings, n), settings, hull) for model in (settings.model, run.path)]
+    samples = [fresh(model, settings, n) for model in (settings.model, run.path)]
+    judged = [judge(crystals, settings, hull) for crystals in samples]
     print(f"\n{n} fresh valid crystals {'before':>24} {'after':>12} {'ratio':>8}")
     for name in judged[0]:
         before, after = judged[0][name], judged[1][name]
         print(f"{name:44} {before:12.4g} {after:12.4g} {after / before if before else float('nan'):8.2f}")
+    if settings.reward == "dielectric_bandgap":
+        trade_off(samples, settings)
+
+
+def trade_off(samples: list[CrystalBatch], settings: config.FinetuneConfig) -> None:
+    """Does each factor rise where the other is held? Medians before and after in bins of the other."""
+    reward = build_reward("dielectric_bandgap", context=RewardContext.from_config(settings))
+    terms = [reward(crystals).terms for crystals in samples]
+    gap, dielectric = ([t[f"dielectric_bandgap/{name}"] for t in terms] for name in ("band_gap", "dielectric"))
+    for name, value, held, unit, edges in (
+        ("dielectric constant", dielectric, gap, "eV", (0.25, 0.5, 1, 2, 3, 4, 6, 9)),
+        ("band gap (eV)", gap, dielectric, "dielectric constant", (1, 5, 10, 15, 20, 30, 50, 100)),
+    ):
+        print(f"\n{'held: ' + unit:>24} {'crystals':>16}   median {name}, before and after")
+        for low, high in pairwise(edges):
+            inside = [v[(h >= low) & (h < high)] for v, h in zip(value, held, strict=True)]
+            if min(map(len, inside)) >= 5:
+                counts = " -> ".join(str(len(v)) for v in inside)
+                print(
+                    f"{f'{low} to {high}':>24} {counts:>16}   {np.median(inside[0]):.3g} -> {np.median(inside[1]):.3g}"
+                )
 
 
 def fresh(model: str, settings: config.FinetuneConfig, n: int) -> CrystalBatch:

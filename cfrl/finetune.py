@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,6 +90,11 @@ def finetune(
                 metrics |= _validate(tuning, validation)
             log.add(crystals, status, metrics)
             live.update(tuning.step, metrics)
+            if not metrics["scored"]:
+                reason, count = Counter(status).most_common(1)[0]
+                live.say(
+                    f"Step {tuning.step}: nothing to learn from, no crystal has a score ({count} times: {reason})."
+                )
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 log.save()
                 saved = time.monotonic()

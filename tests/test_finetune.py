@@ -25,50 +25,22 @@ from cfrl.data import load_dataset
 from cfrl.errors import UserError
 from cfrl.finetune import finetune, spread
 from cfrl.fingerprint import fingerprints
-from cfrl.model import FACTORS, CrystalTransformer, ModelConfig, load_model, save_model
+from cfrl.model import FACTORS, CrystalTransformer, load_model
 from cfrl.rewards.stability import BEST
 from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
 from cfrl.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.storage import read_columns, read_crystals, write_crystals
 from cfrl.tuning import SpaceGroupPrior, starting_shares
+from tests.tiny import SIZES, trained_model
 
-SIZES = ModelConfig(
-    embed_size=16,
-    h0_size=32,
-    model_size=32,
-    num_layers=2,
-    num_heads=2,
-    key_size=16,
-    coord_components=4,
-    lattice_components=2,
-    max_sites=9,
-    dropout=0.5,
-)
 QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
-    """A very small model, shown the prototypes for a few seconds."""
-    torch.manual_seed(0)
-    crystals = load_dataset("prototypes")
-    crystals = crystals[crystals.num_sites <= 5]
-    model = CrystalTransformer(SIZES)
-    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        rows = torch.randint(len(crystals), (24,))
-        loss = -sum(model.eval()(crystals[rows].trim()).values()).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-    counts = torch.bincount(crystals.space_group, minlength=231).float()
-    model.space_group_log_prob.copy_((counts / counts.sum()).log())
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_model(model, path)
-    return str(path)
+    return str(trained_model(tmp_path_factory.mktemp("model") / "tiny.safetensors"))
 
 
 def scored(values: torch.Tensor, name: str = "toy", status: list[str] | None = None) -> SimpleNamespace:
@@ -417,7 +389,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path):
 
     def interrupted(crystals: CrystalBatch) -> SimpleNamespace:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:  # the first lot of the second step
             os.kill(os.getpid(), signal.SIGINT)
         return first_is_oxygen(crystals)
 

@@ -1,10 +1,11 @@
-"""A very small model, fine-tuned for three steps: real run folders for the tests of what reads them."""
+"""A very small model: untrained, shown real crystals for a few seconds, or fine-tuned for three steps."""
 
 from pathlib import Path
 
 import torch
 
 from cfrl.config import FinetuneConfig
+from cfrl.data import load_dataset
 from cfrl.finetune import finetune
 from cfrl.model import CrystalTransformer, ModelConfig, save_model
 from cfrl.runs import RunFolder
@@ -19,6 +20,7 @@ SIZES = ModelConfig(
     coord_components=2,
     lattice_components=2,
     max_sites=7,
+    dropout=0.5,  # so that a test fails where it is not switched off
 )
 
 
@@ -26,6 +28,26 @@ def base_model(path: Path) -> Path:
     """Untrained weights, the same each time, that say they were trained on the prototypes."""
     torch.manual_seed(0)
     save_model(CrystalTransformer(SIZES), path, {"dataset": "prototypes"})
+    return path
+
+
+def trained_model(path: Path) -> Path:
+    """The same, shown the small prototypes for 60 steps; it draws their space groups."""
+    torch.manual_seed(0)
+    crystals = load_dataset("prototypes")
+    crystals = crystals[crystals.num_sites <= 5]
+    model = CrystalTransformer(SIZES).eval()
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        rows = torch.randint(len(crystals), (24,))
+        loss = -sum(model(crystals[rows].trim()).values()).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    counts = torch.bincount(crystals.space_group, minlength=231).float()
+    model.space_group_log_prob.copy_((counts / counts.sum()).log())
+    save_model(model, path)
     return path
 
 

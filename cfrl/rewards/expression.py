@@ -203,7 +203,7 @@ class Expression:
     def _check_call(self, node: ast.Call, name: str) -> None:
         if name not in FUNCTIONS:
             known = ", ".join(FUNCTIONS)
-            raise self._error(f"'{name}(...)' cannot be called{nearest(name, FUNCTIONS)}; functions are {known}")
+            raise self._error(f"'{name}(...)' cannot be called{nearest(name, FUNCTIONS)} (functions: {known})")
         _, least, most, usage = FUNCTIONS[name]
         if node.keywords or not least <= len(node.args) <= most:
             raise self._error(f"'{_text(node)}' should be written {usage.split(':')[0]}")

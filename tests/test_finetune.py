@@ -31,7 +31,7 @@ from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
 from cfrl.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.storage import read_columns, read_crystals, write_crystals
-from cfrl.tuning import SpaceGroupPrior, starting_shares
+from cfrl.tuning import SpaceGroupPrior, Tuning, starting_shares
 from tests.tiny import SIZES, trained_model
 
 QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
@@ -112,6 +112,29 @@ def test_a_step_ends_where_the_policy_has_gone_far_enough(tiny_model, tmp_path):
     once = load_model(tune(tiny_model, tmp_path, max_step_kl=1e-12, **settings).path).state_dict()
     short = load_model(tune(tiny_model, tmp_path, max_step_kl=1e-12, **settings | {"epochs": 1}).path).state_dict()
     assert all(torch.equal(once[name], short[name]) for name in once)
+
+
+def test_what_a_crystal_counts_for(tiny_model):
+    """Reward in units of its spread, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
+    config = FinetuneConfig(model=tiny_model, device="cpu", kl="reward", beta=0.5, entropy_species=0.2,
+                            entropy_lattice=0.1, clip_advantage=1.5)  # fmt: skip
+    tuning = Tuning(config)
+    tuning.scale = 2.0
+    rng = torch.Generator().manual_seed(0)
+    old, base = -3 * torch.rand(2, 24, 5, generator=rng, dtype=torch.float64)
+    crystals = crystals_of(24)
+    crystals.properties = {}
+    earned = torch.randn(24, generator=rng, dtype=torch.float64)
+    earned[0] = 1e6
+    batch, _ = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
+    score = earned / 2 - 0.5 * (old - base).sum(1) - 0.2 * old[:, 1] - 0.1 * old[:, 3]
+    torch.testing.assert_close(batch.advantage, (score - score.mean()).clamp(-1.5, 1.5))
+    tuning.baseline = 0.3
+    batch, following = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
+    torch.testing.assert_close(batch.advantage, (score - 0.3).clamp(-1.5, 1.5))
+    assert batch.advantage[0] == 1.5
+    assert batch.advantage.abs().min() < 1
+    assert following == pytest.approx(0.8 * 0.3 + 0.2 * float(score.mean()))
 
 
 def test_rollouts_hold_the_likelihood_of_what_was_drawn(tiny_model, tmp_path):

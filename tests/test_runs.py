@@ -77,6 +77,16 @@ def test_numbers_survive_exactly(tmp_path):
     assert RunFolder.open(run.path).metrics()["loss"] == values.tolist()
 
 
+def test_tensorboard_shows_the_same_numbers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = RunFolder.create("pretrain", "x", PretrainConfig(), tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, {"reward/mean": 0.5 * step, "kl": float("nan")})
+    run.close()
+    events = accumulator.EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+
+
 def test_half_a_line_is_forgotten(tmp_path):
     run = RunFolder.create("pretrain", root=tmp_path)
     run.log(1, {"loss": 1.0, "lr": 0.1})

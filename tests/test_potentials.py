@@ -1,5 +1,7 @@
 """Potentials against their own packages, against finite differences, and against crystals made to break them."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,27 @@ def test_order_batches_and_progress(chgnet, crystals, monkeypatch):
     assert done == sorted(done)
     assert done[-1] == 12
     assert len(done) > 2
+
+
+def test_graphs_are_built_while_the_model_works(chgnet, monkeypatch):
+    """The model's first batch waits until a graph of the second is begun: in turns that would never come."""
+    begun, waits, prepare, evaluate = threading.Event(), [], chgnet.prepare, chgnet.evaluate
+
+    def watched_prepare(cell):
+        if len(cell) == 32:
+            begun.set()
+        return prepare(cell)
+
+    def watched_evaluate(graphs, *asked):
+        waits.append(begun.wait(60))
+        return evaluate(graphs, *asked)
+
+    monkeypatch.setattr(chgnet, "max_atoms", 8)
+    monkeypatch.setattr(chgnet, "prepare", watched_prepare)
+    monkeypatch.setattr(chgnet, "evaluate", watched_evaluate)
+    result = chgnet.compute([salt(), salt() * [2, 2, 1]])
+    assert waits == [True, True]
+    assert result.energy[0] == pytest.approx(result.energy[1], abs=ENERGY)
 
 
 def test_no_crystals(chgnet):

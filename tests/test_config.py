@@ -99,6 +99,21 @@ def test_help_is_light():
     assert "HEAVY []" in done.stdout, done.stdout + done.stderr
 
 
+def test_every_help_has_an_example():
+    from typer.main import get_command
+
+    from cfrl.cli import app
+
+    def walk(name, command):
+        yield name, command
+        for word, inner in getattr(command, "commands", {}).items():
+            yield from walk(f"{name} {word}", inner)
+
+    found = dict(walk("cfrl", get_command(app)))
+    assert {"cfrl", "cfrl finetune", "cfrl data import", "cfrl rewards train", "cfrl doctor"} <= found.keys()
+    assert [name for name, command in found.items() if f"Example: {name}" not in command.help.replace("\n", " ")] == []
+
+
 def test_faults_are_one_line(folder):
     done = cfrl("data", "info", "nothing-like-this")
     assert done.returncode == 2

@@ -136,9 +136,13 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("CUDA", "no device", built)
         return
     for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        memory = f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free"
-        yield Finding(f"cuda:{number}", torch.cuda.get_device_name(number), memory)
+        name = torch.cuda.get_device_name(number)
+        try:
+            free, total = torch.cuda.mem_get_info(number)
+        except RuntimeError as error:  # found, but no context can be made: no memory left, or in exclusive use
+            yield Finding(f"cuda:{number}", name, problem=f"cannot be used ({error}); --device cpu does without")
+            continue
+        yield Finding(f"cuda:{number}", name, f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free")
 
 
 def folders() -> Iterator[Finding]:

@@ -112,8 +112,9 @@ class FinetuneConfig:
     reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
     algorithm: str = option(
         "ppo",
-        "ppo, grpo (space group as prompt), rloo (leave-one-out) or dpo (pairs).",
-        choices=("ppo", "grpo", "rloo", "dpo"),
+        "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
+        "(differences of reward between pairs).",
+        choices=("ppo", "grpo", "rloo", "dpo", "rebel"),
     )
     model: str = option(
         "", "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.", choices=("last",)
@@ -123,7 +124,7 @@ class FinetuneConfig:
     batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
     sample_batch: int = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: int = option(2, "Passes over each step's crystals.")
-    minibatch: int = option(64, "Crystals (dpo: pairs) per optimiser step.")
+    minibatch: int = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
     micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
     lr: float = option(3e-4, "Learning rate of Adam, per optimiser step.")
     warmup: int = option(5, "Steps of linear learning-rate warm-up.")
@@ -174,7 +175,7 @@ class FinetuneConfig:
         "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
         "negative: the reward's own number.",
     )
-    rollouts: str = option("", "dpo: learn from the rewards in this rollouts.h5 instead of sampling; empty: sample.")
+    rollouts: str = option("", "dpo, rebel: learn from the rewards in this rollouts.h5 instead of sampling; empty: sample.")
     dataset: str = option(
         "",
         "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",

@@ -127,6 +127,7 @@ class Batch:
 
     old, base: (n, 5) log-probabilities under the policy at the start of the step, and under the starting model.
     advantage, group_advantage: (n,) of the crystal given its space group, and of the space group.
+    reward: (n,) in units of its scale, NaN nowhere.
     weight: (n,) 1, or the importance weight of a replayed crystal.
     items: what is learned from at once: (m, 1) rows, or (m, 2) pairs of rows (chosen, rejected).
     """
@@ -136,6 +137,7 @@ class Batch:
     base: Tensor
     advantage: Tensor
     group_advantage: Tensor
+    reward: Tensor
     weight: Tensor
     items: Tensor
 
@@ -224,10 +226,10 @@ def _prepare(
         drawn = crystals.properties["drawn"][fresh:].to(old.device)
         weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, config.replay_clip)
     items = torch.arange(len(crystals), device=old.device)[:, None]
-    if config.algorithm == "dpo":
+    if config.algorithm in policy.PAIRED:
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
         items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
-    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, weight, items)
+    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, earned / tuning.scale, weight, items)
     return batch, config.baseline_decay * baseline + (1 - config.baseline_decay) * mean
 
 
@@ -257,7 +259,7 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
             break
         tuning.optimiser.step()
         learned += len(chosen)
-    means = {name: value / max(seen, 1) for name, value in sums.items()}  # dpo may have found no pair
+    means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
 
 
@@ -274,9 +276,13 @@ def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -
     factors, old_factors, base_factors = tuning.log_probs(batch.crystals[rows]), batch.old[rows], batch.base[rows]
     now, old, base = factors.sum(1), old_factors.sum(1), base_factors.sum(1)
     advantage, weight = batch.advantage[rows], batch.weight[rows]
-    if config.algorithm == "dpo":
-        now_pairs, base_pairs = now.view(-1, 2), base.view(-1, 2)
-        loss = policy.dpo_loss(*now_pairs.unbind(1), *base_pairs.unbind(1), tuning.beta)
+    if config.algorithm in policy.PAIRED:
+        now_pairs, base_pairs, rewards = (x.view(-1, 2) for x in (now, base, batch.reward[rows]))
+        if config.algorithm == "dpo":
+            loss = policy.dpo_loss(*now_pairs.unbind(1), *base_pairs.unbind(1), tuning.beta)
+        else:
+            gaps = (x[:, 0] - x[:, 1] for x in (now_pairs - base_pairs, rewards))
+            loss = policy.rebel_loss(*gaps, tuning.beta)
         clipped = torch.zeros_like(now)
     else:
         crystal, crystal_old = factors[:, :-1].sum(1), old_factors[:, :-1].sum(1)
@@ -424,8 +430,8 @@ def _check(config: FinetuneConfig) -> None:
         value = getattr(config, name)
         if value not in known:
             raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
-    if config.rollouts and config.algorithm != "dpo":
-        raise UserError("rollouts: only --algorithm dpo learns from a file; the others need fresh crystals")
+    if config.rollouts and config.algorithm not in policy.PAIRED:
+        raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
     for name in ("steps", "batch_size", "sample_batch", "epochs", "minibatch", "micro_batch", "validate_every"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)} must be at least 1")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-ALGORITHMS = ("ppo", "grpo", "rloo", "dpo")
+PAIRED = ("dpo", "rebel")  # learn from pairs of crystals, whoever drew them
+ALGORITHMS = ("ppo", "grpo", "rloo", *PAIRED)
 
 
 # ---------------------------------------------------------------------------------------------------- KL
@@ -143,6 +144,15 @@ def importance_weight(log_prob: Tensor, log_prob_drawn: Tensor, limit: float) ->
 def dpo_loss(chosen: Tensor, rejected: Tensor, base_chosen: Tensor, base_rejected: Tensor, beta: float) -> Tensor:
     """-log sigmoid(beta * (difference of log policy/base, chosen - rejected)), (pairs,) (arXiv 2305.18290, eq. 7)."""
     return -logsigmoid(beta * ((chosen - base_chosen) - (rejected - base_rejected)))
+
+
+def rebel_loss(log_ratio_gap: Tensor, reward_gap: Tensor, beta: float) -> Tensor:
+    """(difference of log policy/base - difference of reward / beta)^2 of pairs, (pairs,) (arXiv 2404.16767, eq. 1).
+
+    Zero for every pair exactly at the optimum p*: the regression needs no samples of the policy, and its noise ends
+    with its error. `dpo_loss` knows which of two is better; this knows by how much.
+    """
+    return (log_ratio_gap - reward_gap / beta).square()
 
 
 def preference_pairs(reward: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:

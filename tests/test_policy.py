@@ -18,6 +18,7 @@ from cfrl.policy import (
     kl_k3,
     kl_loss,
     preference_pairs,
+    rebel_loss,
     rloo_advantage,
     shaped_reward,
 )
@@ -133,7 +134,7 @@ def test_naive_k3_loss_would_have_the_wrong_gradient():
     assert (naive - right).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("objective", ["surrogate", "kl_loss", "k3", "dpo", "floor", "kl_estimate"])
+@pytest.mark.parametrize("objective", ["surrogate", "kl_loss", "k3", "dpo", "rebel", "floor", "kl_estimate"])
 def test_gradients_against_finite_differences(objective):
     rng = torch.Generator().manual_seed(3)
     old, base, advantage = torch.randn(3, 8, generator=rng, dtype=torch.float64)
@@ -143,6 +144,7 @@ def test_gradients_against_finite_differences(objective):
         "kl_loss": lambda x: kl_loss(x, old, base),
         "k3": lambda x: kl_k3(x - base),
         "dpo": lambda x: dpo_loss(x[:4], x[4:], base[:4], base[4:], 0.3),
+        "rebel": lambda x: rebel_loss(x[:4] - x[4:], advantage[:4] - advantage[4:], 0.3),
         "floor": lambda x: floored_log_prob(x, base.log_softmax(0), 0.1),
         "kl_estimate": lambda x: kl_estimate((x - base).view(4, 2)),
     }
@@ -178,6 +180,21 @@ def test_dpo_recovers_the_optimum_from_bradley_terry_preferences():
 
     optimiser.step(closure)
     torch.testing.assert_close(toy.log_prob().detach().exp(), toy.optimum(), atol=1e-5, rtol=1e-4)
+
+
+def test_rebel_reaches_the_optimum_from_pairs_that_someone_else_drew():
+    """Uniform pairs of each group, far from the policy's own; stochastic steps end at the optimum all the same."""
+    toy = Toy(6)
+    optimiser = torch.optim.Adam([toy.logits], lr=0.05)
+    for _ in range(600):
+        group = torch.randint(GROUPS, (32,), generator=toy.rng)
+        first, second = torch.randint(OUTCOMES, (2, 32), generator=toy.rng)
+        ratio, reward = toy.log_prob() - toy.base, toy.reward
+        gaps = (x[group, first] - x[group, second] for x in (ratio, reward))
+        optimiser.zero_grad()
+        rebel_loss(*gaps, BETA).mean().backward()
+        optimiser.step()
+    torch.testing.assert_close(toy.log_prob().detach().exp(), toy.optimum(), atol=1e-6, rtol=1e-5)
 
 
 def test_replay_weights_correct_for_the_policy_that_drew():

@@ -290,7 +290,9 @@ def data_hull(
     potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
     near_hull: Annotated[float, typer.Option(help="eV/atom; keep phases up to so far above the hull.")] = 0.05,
     relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
-    fill: Annotated[str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")] = "",
+    fill: Annotated[
+        str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")
+    ] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
     device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:

@@ -229,7 +229,8 @@ def _prepare(
     if config.algorithm in policy.PAIRED:
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
         items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
-    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, earned / tuning.scale, weight, items)
+    rewards = earned / tuning.scale
+    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, rewards, weight, items)
     return batch, config.baseline_decay * baseline + (1 - config.baseline_decay) * mean
 
 

@@ -522,7 +522,8 @@ def test_learning_from_a_rollouts_file(tiny_model, tmp_path, algorithm):
     oxygen[:5] = math.nan
     path = tmp_path / "scored.h5"
     write_crystals(path, crystals, columns={"reward": oxygen})
-    run = tune(tiny_model, tmp_path, None, algorithm=algorithm, rollouts=str(path), steps=15, batch_size=48, minibatch=24)
+    settings = dict(algorithm=algorithm, rollouts=str(path), batch_size=48, minibatch=24)
+    run = tune(tiny_model, tmp_path, None, steps=15, **settings)
     metrics = run.metrics()
     assert metrics["loss"][-1] < metrics["loss"][0]
     assert all(math.isnan(kl) for kl in metrics["kl"])  # the crystals are not the policy's own

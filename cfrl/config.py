@@ -175,7 +175,9 @@ class FinetuneConfig:
         "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
         "negative: the reward's own number.",
     )
-    rollouts: str = option("", "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample.")
+    rollouts: str = option(
+        "", "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample."
+    )
     dataset: str = option(
         "",
         "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",

@@ -75,6 +75,9 @@ class PretrainConfig:
     dropout: float = option(-1.0, "Probability of dropout, 0 to 1; negative: the preset's own.")
     ema: float = option(0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.")
     augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
+    keep: str = option(
+        "best", "Weights that become the model: best (by validation loss) or last.", choices=("best", "last")
+    )
     patience: int = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
     validate_every: int = option(1, "Epochs between validations.")
     checkpoint_minutes: float = option(2.0, "Minutes between checkpoints (one is also written at the end).")

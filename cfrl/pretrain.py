@@ -36,7 +36,7 @@ BUCKET = 50  # batches among which crystals are sorted by length
 
 
 def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, root: str = "runs") -> RunFolder:
-    """Trains a model; returns the run folder, whose `model.safetensors` is the best one by validation loss.
+    """Trains a model; returns the run folder, whose `model.safetensors` is the best or the last one, as `keep` says.
 
     Args:
         config: settings; None: the defaults or, with `resume`, those of the run.
@@ -51,6 +51,8 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         run = RunFolder.open(resume)
         config = config or read_run_config(PretrainConfig, run.path / "config.toml")
     config = config or PretrainConfig()
+    if config.keep not in ("best", "last"):
+        raise UserError(f"keep = '{config.keep}': it is best or last")
     with processes(config.device) as (rank, world, device):
         train, validation = _datasets(config)
         if resume is None:
@@ -159,10 +161,11 @@ class Trainer:
         if len(self.validation):
             metrics |= self._validate()
         judged = metrics.get("validation/loss", metrics["train/loss"])
-        if judged < self.best:
+        better = judged < self.best
+        if better:
             self.best, self.best_epoch = judged, epoch
-            if self.run is not None:
-                self._write_model(metrics)
+        if self.run is not None and (better or self.config.keep == "last"):
+            self._write_model(metrics)
         if self.run is not None:
             self.run.log(self.step, metrics)
             self.console.print(_epoch_line(metrics, best=self.best_epoch == epoch))

@@ -24,7 +24,7 @@ train() { # NAME OPTION...: a training in the folder NAME, or what is left of it
     fi
 }
 train first --epochs 20 --lr 1.5e-3
-train second --epochs 22 --lr 1e-3 --dropout 0.1 --init "$(realpath "$work"/first/runs/*-pretrain-train)"
+train second --epochs 22 --lr 1e-3 --dropout 0.1 --keep last --init "$(realpath "$work"/first/runs/*-pretrain-train)"
 cfrl model pack "$work"/second/runs/*-pretrain-train -o cfrl/assets/default.safetensors \
     --dataset "mp_20, mpts_52, elements, prototypes, mixed databases near the hull"
 

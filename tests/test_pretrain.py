@@ -186,6 +186,20 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_the_last_weights_can_be_kept_instead_of_the_best(dataset):
+    """A learning rate that grows until it ruins the model: the best epoch is not the last."""
+    runs = [
+        pretrain(settings(dataset, preset="tiny", epochs=3, lr=0.01, lr_final=100.0, ema=0.0, keep=keep))
+        for keep in ("best", "last")
+    ]
+    losses = runs[0].metrics()["validation/loss"]
+    assert min(losses) < losses[-1]
+    validation = load_dataset(str(dataset), "validation")
+    with torch.no_grad():
+        found = [-float(sum(load_model(run.path).log_prob(validation).values()).mean()) for run in runs]
+    assert found == pytest.approx([min(losses), losses[-1]], rel=1e-4)
+
+
 def test_early_stopping(dataset):
     run = pretrain(settings(dataset, preset="tiny", epochs=50, patience=2, lr=0.0))
     assert max(run.metrics()["epoch"]) == 3  # nothing can get better after the first

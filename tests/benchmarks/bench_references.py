@@ -1,0 +1,37 @@
+"""How far the embedded reference hull is from a fuller one, on crystals of the embedded generator.
+
+    python tests/benchmarks/bench_references.py ../shared/data/mp_energies.csv.gz [-n 2000] [--relaxed screen.h5]
+
+Crystals stand as they were drawn, or, with --relaxed, as a screening relaxed them.
+"""
+
+import argparse
+
+import numpy as np
+
+from cfrl.hull import ReferenceHull
+from cfrl.model import load_model
+from cfrl.potentials import load_potential
+from cfrl.sampler import sample
+from cfrl.storage import read_columns, read_crystals
+
+LOW = 0.1  # eV/atom
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("full")
+parser.add_argument("-n", type=int, default=2000)
+parser.add_argument("--relaxed", default="", help="screen.h5 of `cfrl screen`")
+given = parser.parse_args()
+if given.relaxed:
+    crystals, energies = read_crystals(given.relaxed), read_columns(given.relaxed)["energy_per_atom"]
+else:
+    crystals = sample(load_model(), given.n, seed=0)
+    energies = load_potential("chgnet").compute(crystals).energy
+embedded, full = (ReferenceHull.load(path).e_above_hull(crystals, energies) for path in ("", given.full))
+known = np.isfinite(embedded.e_above_hull) & np.isfinite(full.e_above_hull)
+difference = (embedded.e_above_hull - full.e_above_hull)[known]
+print(f"{known.sum()} crystals with a distance to both hulls, of {len(known)}")
+print(f"embedded minus full, eV/atom: median {np.median(difference):.3f}, mean {difference.mean():.3f}")
+print(f"absolute: median {np.median(abs(difference)):.3f}, 90% below {np.quantile(abs(difference), 0.9):.3f}")
+for name, result in (("embedded", embedded), ("full", full)):
+    print(f"within {LOW} eV/atom of the {name} hull: {(result.e_above_hull[known] < LOW).mean():.1%}")

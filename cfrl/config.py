@@ -129,7 +129,7 @@ class FinetuneConfig:
     epochs: int = option(2, "Passes over each step's crystals.")
     minibatch: int = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
     micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
-    lr: float = option(3e-4, "Learning rate of Adam, per optimiser step.")
+    lr: float = option(1e-4, "Learning rate of Adam, per optimiser step.")
     warmup: int = option(5, "Steps of linear learning-rate warm-up.")
     clip_gradient: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
     clip_ratio: float = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")

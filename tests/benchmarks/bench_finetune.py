@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_finetune.py stages                 seconds per step, by stage
     python tests/benchmarks/bench_finetune.py gain --reward ehull --minutes 20 [--hull mp_energies.csv.gz]
     python tests/benchmarks/bench_finetune.py gain --reward dielectric_bandgap --caution 0
+    python tests/benchmarks/bench_finetune.py compare runs/... [--hull mp_energies.csv.gz]    of a run that is there
 
 `gain` compares fresh crystals of the model before and after as `cfrl sample` gives them, judged by what was not the
 reward too: CHGNet 0.2.0, and the hull that is named. Settings of finetune: cfrl.toml of the working folder.
@@ -26,6 +27,7 @@ from cfrl.hull import ReferenceHull
 from cfrl.model import load_model
 from cfrl.potentials import load_potential
 from cfrl.rewards import RewardContext, build_reward
+from cfrl.runs import RunFolder
 from cfrl.sampler import sample
 from cfrl.tuning import starting_shares
 
@@ -54,8 +56,14 @@ def gain(settings: config.FinetuneConfig, n: int, hull: str) -> None:
     """Tune, then compare fresh samples."""
     start = time.monotonic()
     run = finetune(settings)
+    print(f"{(time.monotonic() - start) / 60:.1f} min")
+    compare(run, settings, n, hull)
+
+
+def compare(run: RunFolder, settings: config.FinetuneConfig, n: int, hull: str) -> None:
+    """Fresh samples of the model before and after a run."""
     metrics = run.metrics()
-    print(f"{len(metrics['step'])} steps in {(time.monotonic() - start) / 60:.1f} min; {run.path}")
+    print(f"{len(metrics['step'])} steps, {run.path}")
     for name in ("reward/mean", "kl", "unique", "new", "effective_space_groups"):
         print(f"  {name:24} {metrics[name][0]:.4g} -> {metrics[name][-1]:.4g}")
     samples = [fresh(model, settings, n) for model in (settings.model, run.path)]
@@ -121,7 +129,8 @@ def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stages", "gain"))
+    parser.add_argument("what", choices=("stages", "gain", "compare"))
+    parser.add_argument("run", nargs="?", default="")
     parser.add_argument("--reward", default="ehull")
     parser.add_argument("--model", default="")
     parser.add_argument("--minutes", type=float, default=0.0)
@@ -130,9 +139,13 @@ def main() -> None:
     parser.add_argument("--hull", default="", help="a second reference, such as mp_energies.csv.gz")
     parser.add_argument("-n", type=int, default=1000)
     given = parser.parse_args()
+    if given.what == "compare":
+        run = RunFolder.open(given.run)
+        settings = config.read_run_config(config.FinetuneConfig, run.path / "config.toml")
+        return compare(run, settings, given.n, given.hull)
     flags = {"reward": given.reward, "model": given.model, "time_limit": given.minutes, "caution": given.caution}
     settings = config.resolve(config.FinetuneConfig, flags | {"steps": given.steps})
-    stages(settings) if given.what == "stages" else gain(settings, given.n, given.hull)
+    return stages(settings) if given.what == "stages" else gain(settings, given.n, given.hull)
 
 
 if __name__ == "__main__":

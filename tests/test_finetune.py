@@ -26,7 +26,7 @@ from cfrl.errors import UserError
 from cfrl.finetune import finetune, spread
 from cfrl.fingerprint import fingerprints
 from cfrl.model import FACTORS, CrystalTransformer, load_model
-from cfrl.rewards.stability import BEST
+from cfrl.rewards.stability import BEST, WORST
 from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
 from cfrl.sampler import SamplerOptions, sample, space_group_prior
@@ -596,7 +596,7 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     columns = read_columns(run.path / "rollouts.h5")
     good = columns["status"] == ""
     assert good.sum() > 5
-    worst = np.maximum(columns["ehull"] + columns["ehull/spread"], BEST)
+    worst = np.clip(columns["ehull"] + columns["ehull/spread"], BEST, WORST)
     np.testing.assert_allclose(columns["reward"][good], -worst[good])
     assert len({reason for reason in columns["status"] if reason}) >= 1
     assert np.isfinite(columns["reward"]).all()

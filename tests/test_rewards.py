@@ -18,7 +18,7 @@ from cfrl.hull import ReferenceHull
 from cfrl.potentials import load_potential
 from cfrl.properties import load_predictor
 from cfrl.rewards import RewardContext, Scored, build_reward, registry
-from cfrl.rewards.stability import BEST, GPA_PER_EV_A3
+from cfrl.rewards.stability import BEST, GPA_PER_EV_A3, WORST
 
 COPPER = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0, 0, 0]])
 
@@ -115,7 +115,7 @@ def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet)
     expected = [energy[0] + 3.5, energy[1] + 6.0, energy[2] + 4.1, energy[3] + 5.42]
     np.testing.assert_allclose(result.terms["ehull"][:4], expected, atol=1e-4)
     result = build_reward("ehull", context=RewardContext(chgnet, hull, caution=0))(crystals)
-    np.testing.assert_array_equal(result.total[:4], -np.maximum(result.terms["ehull"][:4], BEST))
+    np.testing.assert_array_equal(result.total[:4], -np.clip(result.terms["ehull"][:4], BEST, WORST))
     assert np.isnan(result.total[4])
     assert result.status[:4] == [""] * 4
     assert "Ba" in result.status[4], "no reference for barium: a status, not an error"

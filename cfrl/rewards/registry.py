@@ -40,6 +40,7 @@ class RewardInfo:
     spread: whether it returns its own uncertainty, such as the spread of an ensemble
     caution: how many spreads are subtracted if the user does not say
     minimum: the least value that counts in a total: that the quantity can have, or below which less is no merit
+    maximum: the largest value that counts in a total
     cached: whether a crystal's value depends on that crystal alone
     parameters: name -> default
     """
@@ -54,6 +55,7 @@ class RewardInfo:
     spread: bool = False
     caution: float = 0.0
     minimum: float = float("-inf")
+    maximum: float = float("inf")
     cached: bool = True
     parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +99,7 @@ def register_reward(
     spread: bool = False,
     caution: float = 0.0,
     minimum: float = float("-inf"),
+    maximum: float = float("inf"),
     cached: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function ``f(crystals, structures) -> (n,) array`` a reward; NaN marks "could not be scored".
@@ -123,6 +126,7 @@ def register_reward(
             spread,
             caution,
             minimum,
+            maximum,
             cached,
             _parameters(function),
         )

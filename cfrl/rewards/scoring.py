@@ -5,8 +5,8 @@ Sign. A term is a physical quantity. A reward given by a bare name is maximised 
 writes the signs: ``dielectric_bandgap - 2*ehull``. Totals are always to be maximised.
 
 Caution. A term with a spread enters K spreads worse than its mean: on the side, above or below, that lowers the total
-of that crystal. What enters is at least the `minimum` of the reward. The columns of the terms hold the means as they
-are; ``TERM/spread`` holds the spread.
+of that crystal. What enters is held between the `minimum` and the `maximum` of the reward. The columns of the terms
+hold the means as they are; ``TERM/spread`` holds the spread.
 """
 
 from __future__ import annotations
@@ -266,15 +266,18 @@ class Reward:
         columns = {term.term: term.evaluate(some, structures, inputs) for term in terms}
         return [{term: rows[i] for term, rows in columns.items()} for i in range(len(where))]
 
+    def _held(self, term: Term, values: np.ndarray) -> np.ndarray:
+        info = self._terms[term].info
+        return np.clip(values, info.minimum, info.maximum)
+
     def _total(self, scores: Mapping[Term, Scored], update: bool) -> np.ndarray:
-        means = {term: np.maximum(score.values, self._terms[term].info.minimum) for term, score in scores.items()}
+        means = {term: self._held(term, score.values) for term, score in scores.items()}
         total = self._sign * self.expression(means, update)
         if not self._doubts(scores):
             return total
         cautious = dict(means)
         for term, doubt in self._doubts(scores).items():
-            values, least = scores[term].values, self._terms[term].info.minimum
-            sides = [np.maximum(values + side * doubt, least) for side in (-1, 1)]
+            sides = [self._held(term, scores[term].values + side * doubt) for side in (-1, 1)]
             low, high = (self._sign * self.expression(means | {term: side}) for side in sides)
             cautious[term] = np.where(high < low, sides[1], sides[0])
         return self._sign * self.expression(cautious)

@@ -11,10 +11,20 @@ from cfrl.rewards.scoring import Inputs, Scored
 
 GPA_PER_EV_A3 = 160.21766208
 BEST = -0.05  # eV/atom; about a potential's error: what lies deeper below a hull is more likely wrong than new
+WORST = 1.0  # eV/atom; nothing is learned from how much more hopeless than hopeless a crystal is
 STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and float32 noise is far below
 
 
-@register_reward("ehull", unit="eV/atom", goal="min", needs=("energy", "hull"), spread=True, caution=1.0, minimum=BEST)
+@register_reward(
+    "ehull",
+    unit="eV/atom",
+    goal="min",
+    needs=("energy", "hull"),
+    spread=True,
+    caution=1.0,
+    minimum=BEST,
+    maximum=WORST,
+)
 def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
     """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed).
 

@@ -1,5 +1,6 @@
 """Shared by all tests: where real data lies, and one thread per test process (two cores, several workers)."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore Ctrl-C
 
 
 @pytest.fixture(scope="session")

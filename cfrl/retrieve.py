@@ -182,8 +182,7 @@ def meet(tuned: CrystalBatch, base: CrystalBatch, batches: Iterable[CrystalBatch
     StructureMatcher decides; it asks first those of the same fingerprint. Invalid draws (see `CrystalBatch.valid`)
     meet nothing.
     """
-    drawn = [crystals[crystals.valid()] for crystals in (tuned, base)]
-    wanted = {formula for crystals in drawn for formula in crystals.formulas()}
+    wanted = {*tuned.formulas(), *base.formulas()}
     candidates, rows, seen = [], [], 0
     for crystals in batches:
         near = [i for i, formula in enumerate(crystals.formulas()) if formula in wanted]

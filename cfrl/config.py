@@ -123,20 +123,27 @@ class FinetuneConfig:
         "", "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.", choices=("last",)
     )
     steps: int = option(60, "Rounds of sampling, scoring and updating.")
-    time_limit: float = option(0.0, "Minutes after which the run ends as if its steps were done; 0: no limit.")
+    time_limit: float = option(
+        0.0, "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit."
+    )
     batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
     sample_batch: int = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: int = option(2, "Passes over each step's crystals.")
     minibatch: int = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
     micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
-    lr: float = option(1e-4, "Learning rate of Adam, per optimiser step.")
+    lr: float = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
+    lr_final: float = option(
+        0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
+    )
     warmup: int = option(5, "Steps of linear learning-rate warm-up.")
     clip_gradient: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
     clip_ratio: float = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
     clip_advantage: float = option(
         5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit."
     )
-    baseline_decay: float = option(0.8, "Decay, per step, of the running mean of rewards that is PPO's baseline.")
+    baseline_decay: float = option(
+        0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
+    )
     standardize: bool = option(
         True, "Count rewards in standard deviations of the first step's, so that beta suits any reward."
     )

@@ -77,10 +77,11 @@ def finetune(
     log = RunLog(run, tuning, scorer if isinstance(scorer, Reward) else None)
     log.restore()
 
-    started = saved = time.monotonic()
+    saved = time.monotonic()
     reason = ""
     with stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
         while tuning.step < config.steps and not reason:
+            began = time.monotonic()
             try:
                 crystals, status, metrics = _step(tuning, config, source)
             except UserError as error:
@@ -88,6 +89,7 @@ def finetune(
                 raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
             if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
                 metrics |= _validate(tuning, validation)
+            tuning.seconds += time.monotonic() - began
             log.add(crystals, status, metrics)
             live.update(tuning.step, metrics)
             if not metrics["scored"]:
@@ -98,7 +100,7 @@ def finetune(
             if time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 log.save()
                 saved = time.monotonic()
-            reason = "Stopped." if stop.requested else _why_end(config, metrics, time.monotonic() - started)
+            reason = "Stopped." if stop.requested else _why_end(config, metrics, tuning.seconds)
         log.save()
         if stop.requested:
             run.close()
@@ -163,7 +165,7 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
     if tuning.scale is None:
         tuning.scale = spread(rollout.reward) if config.standardize else 1.0
     earned = tuning.memory.earned(crystals.properties["reward"], keys + replayed_keys)
-    batch, baseline = _prepare(tuning, config, crystals, earned.to(old.device), old, base, n, generator)
+    batch = _prepare(tuning, config, crystals, earned.to(old.device), old, base, n, generator)
     update = _update(tuning, config, batch, generator)
     seconds["update"] = time.perf_counter() - start
 
@@ -180,7 +182,7 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
         "effective_space_groups": tuning.prior.effective(),
         "penalty": tuning.memory.penalty,
         "beta": tuning.beta,
-        "baseline": baseline,
+        "baseline": tuning.baseline.mean,
         **{f"seconds/{stage}": value for stage, value in seconds.items()},
     }
     written = replace(rollout.crystals, properties=dict(rollout.crystals.properties))
@@ -192,7 +194,6 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
     }
     drawn = replace(rollout.crystals, properties={"reward": rollout.reward, "drawn": old[:n].sum(1).cpu()})
     tuning.memory.keep_best(drawn, keys)
-    tuning.baseline = baseline
     if config.target_kl and not config.rollouts:
         tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], config.target_kl)
     tuning.step += 1
@@ -208,19 +209,20 @@ def _prepare(
     base: Tensor,
     fresh: int,
     generator: torch.Generator,
-) -> tuple[Batch, float]:
-    """Advantages, weights and what to learn from; and the next running mean."""
+) -> Batch:
+    """Advantages, weights and what to learn from. The running means then know the fresh crystals, and not before."""
     bonus = [getattr(config, f"entropy_{name}") for name in FACTORS] + [0.0]
     beta = tuning.beta if config.kl == "reward" else 0.0
     entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)
     score = policy.shaped_reward(earned / tuning.scale, old, base, beta, entropy)
-    mean = float(score[:fresh].mean())
-    baseline = mean if tuning.baseline is None else tuning.baseline
     group = crystals.space_group.to(old.device)
+    if tuning.baseline.mean is None:
+        tuning.baseline.mean = float(score[:fresh].mean())
     limit = config.clip_advantage or math.inf
     advantage, group_advantage = (
-        a.clamp(-limit, limit) for a in policy.advantages(config.algorithm, score, group, baseline)
+        a.clamp(-limit, limit) for a in policy.advantages(config.algorithm, score, group, tuning.baseline)
     )
+    tuning.baseline.update(score[:fresh].cpu(), crystals.space_group[:fresh].cpu())
     weight = torch.ones_like(earned)
     if fresh < len(crystals):
         drawn = crystals.properties["drawn"][fresh:].to(old.device)
@@ -230,8 +232,7 @@ def _prepare(
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
         items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
     rewards = earned / tuning.scale
-    batch = Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, rewards, weight, items)
-    return batch, config.baseline_decay * baseline + (1 - config.baseline_decay) * mean
+    return Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, rewards, weight, items)
 
 
 def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: torch.Generator) -> dict[str, float]:
@@ -241,8 +242,7 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
     """
     parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
     for group in tuning.optimiser.param_groups:
-        # Adam's first steps are as large as any, on no more than one batch's evidence.
-        group["lr"] = group["peak"] * min(1.0, (tuning.step + 1) / max(config.warmup, 1))
+        group["lr"] = group["peak"] * rate_fraction(config, tuning.step, tuning.seconds)
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
     seen = learned = 0
     for chosen in _minibatches(config, len(batch.items), generator):
@@ -262,6 +262,20 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
         learned += len(chosen)
     means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
+
+
+def rate_fraction(config: FinetuneConfig, step: int, seconds: float) -> float:
+    """Learning rate of a step as a fraction of the peak; `step` steps and `seconds` of work came before it.
+
+    Up from almost nothing, because Adam's first steps are as large as any, on no more than one batch's evidence. Then
+    down to the end of the run, by whichever limit is nearer, because what noise moves the policy costs KL and earns
+    nothing: at a constant rate the last iterate wanders about the optimum.
+    """
+    progress = step / config.steps
+    if config.time_limit:
+        progress = max(progress, seconds / (60 * config.time_limit))
+    rise = min(1.0, (step + 1) / max(config.warmup, 1))
+    return rise * (1 - (1 - config.lr_final) * min(progress, 1.0))
 
 
 def _minibatches(config: FinetuneConfig, n: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -439,5 +453,7 @@ def _check(config: FinetuneConfig) -> None:
     for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):
         if getattr(config, name) <= 0:
             raise UserError(f"{name} = {getattr(config, name):g} must be above 0")
+    if not 0 <= config.lr_final <= 1:
+        raise UserError(f"lr_final = {config.lr_final:g} must be from 0 to 1: a fraction of the peak")
     if not 0 <= config.space_group_floor < 1:
         raise UserError(f"space_group_floor = {config.space_group_floor:g} must be at least 0 and below 1")

@@ -1,4 +1,4 @@
-"""Objectives of reinforcement fine-tuning: pure functions of tensors, no model, no loop, no state.
+"""Objectives of reinforcement fine-tuning: functions of tensors; no model, no loop, no state but PPO's running means.
 
 A crystal C is drawn in space group G with log-probability `log_prob`, the sum of its factors (wyckoff, species,
 coords, lattice; also space_group where the prior over G is learned). What is maximised is
@@ -107,15 +107,55 @@ def grpo_advantage(score: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     return (score - centre) / (torch.where(alone, batch_std, std[index]) + eps)
 
 
-def advantages(algorithm: str, score: Tensor, space_group: Tensor, baseline: float) -> tuple[Tensor, Tensor]:
+class GroupBaseline:
+    """Running means of the score, of all crystals and of those of each space group.
+
+    The space group is given before a crystal is drawn, so the mean of its crystals may be taken off without bias. It
+    explains a third to a half of the variance of energies above hull. Groups with few recent crystals lean on the
+    mean of all: by as much as one crystal's word.
+
+    Args:
+        decay: per step, of the weight of what was seen before.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.total, self.count = torch.zeros(2, 231, dtype=torch.float64)
+        self.mean: float | None = None
+
+    def of(self, space_group: Tensor) -> Tensor:
+        """(n,) int64 -> (n,) float64."""
+        mean = (self.total + (self.mean or 0.0)) / (self.count + 1)
+        return mean.to(space_group.device)[space_group]
+
+    def update(self, score: Tensor, space_group: Tensor) -> None:
+        """Scores (n,) float64 of a step's crystals and their space groups (n,), on the CPU."""
+        now = float(score.mean())
+        self.mean = now if self.mean is None else self.decay * self.mean + (1 - self.decay) * now
+        self.total = (self.decay * self.total).index_add(0, space_group, score)
+        self.count = (self.decay * self.count).index_add(0, space_group, torch.ones_like(score))
+
+    def state_dict(self) -> dict[str, Tensor | float | None]:
+        """Tensors and plain values."""
+        return {name: getattr(self, name) for name in ("total", "count", "mean")}
+
+    def load_state_dict(self, state: dict[str, Tensor | float | None]) -> None:
+        """Go on from there."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def advantages(algorithm: str, score: Tensor, space_group: Tensor, baseline: GroupBaseline) -> tuple[Tensor, Tensor]:
     """Advantages of the crystals given their space groups, and of the space groups themselves: (n,), (n,).
 
-    They differ for GRPO: a baseline that depends on the group leaves no signal about which group to choose.
+    They differ where the baseline depends on the group: that leaves no signal about which group to choose.
     """
     if algorithm == "grpo":
         return grpo_advantage(score, space_group), grpo_advantage(score, torch.zeros_like(space_group))
-    advantage = rloo_advantage(score) if algorithm == "rloo" else score - baseline
-    return advantage, advantage
+    if algorithm == "rloo":
+        advantage = rloo_advantage(score)
+        return advantage, advantage
+    return score - baseline.of(space_group), score - (baseline.mean or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- objectives

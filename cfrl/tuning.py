@@ -14,12 +14,15 @@ from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
-from cfrl.policy import floored_log_prob
+from cfrl.policy import GroupBaseline, floored_log_prob
 from cfrl.rewards import Reward
 from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
 from cfrl.sampler import parse_elements, parse_space_groups, space_group_prior
 from cfrl.storage import append_crystals, read_columns
+
+STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
+NUMBERS = ("beta", "scale", "step", "seconds")
 
 
 class SpaceGroupPrior(nn.Module):
@@ -57,7 +60,7 @@ class SpaceGroupPrior(nn.Module):
 
 
 class Tuning:
-    """Weights, space-group shares, optimiser, memory, beta, baseline, scale of the reward, and the step count.
+    """Weights, space-group shares, optimiser, memory, baseline, beta, scale of the reward, steps and seconds so far.
 
     The model stays in evaluation mode: with dropout the policy that is updated would not be the one that drew.
 
@@ -83,8 +86,8 @@ class Tuning:
         )
         self.header = {"base_model": str(model_path(config.model).resolve()) if config.model else "default"}
         self.header |= {name: getattr(config, name) for name in ("reward", "algorithm", "space_group", "elements")}
-        self.beta, self.step = config.beta, 0
-        self.baseline: float | None = None
+        self.beta, self.step, self.seconds = config.beta, 0, 0.0
+        self.baseline = GroupBaseline(config.baseline_decay)
         self.scale: float | None = None
 
     # ---- likelihoods: (n, 5) float64, the four factors of log P(C | G), and log P(G) where that is tuned ----
@@ -127,14 +130,14 @@ class Tuning:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "prior", "optimiser", "memory")}
-        return parts | {name: getattr(self, name) for name in ("beta", "baseline", "scale", "step")}
+        parts = {name: getattr(self, name).state_dict() for name in STATES}
+        return parts | {name: getattr(self, name) for name in NUMBERS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        for name in ("model", "prior", "optimiser", "memory"):
+        for name in STATES:
             getattr(self, name).load_state_dict(state[name])
-        for name in ("beta", "baseline", "scale", "step"):
+        for name in NUMBERS:
             setattr(self, name, state[name])
 
 

@@ -26,6 +26,7 @@ from cfrl.errors import UserError
 from cfrl.finetune import finetune, spread
 from cfrl.fingerprint import fingerprints
 from cfrl.model import FACTORS, CrystalTransformer, load_model
+from cfrl.policy import GroupBaseline
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
@@ -126,15 +127,17 @@ def test_what_a_crystal_counts_for(tiny_model):
     crystals.properties = {}
     earned = torch.randn(24, generator=rng, dtype=torch.float64)
     earned[0] = 1e6
-    batch, _ = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
+    batch = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
     score = earned / 2 - 0.5 * (old - base).sum(1) - 0.2 * old[:, 1] - 0.1 * old[:, 3]
     torch.testing.assert_close(batch.advantage, (score - score.mean()).clamp(-1.5, 1.5))
-    tuning.baseline = 0.3
-    batch, following = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
+    assert tuning.baseline.mean == pytest.approx(float(score.mean()))
+    tuning.baseline = GroupBaseline(0.9)
+    tuning.baseline.mean = 0.3
+    batch = module._prepare(tuning, config, crystals, earned, old, base, 24, rng)
     torch.testing.assert_close(batch.advantage, (score - 0.3).clamp(-1.5, 1.5))
     assert batch.advantage[0] == 1.5
     assert batch.advantage.abs().min() < 1
-    assert following == pytest.approx(0.8 * 0.3 + 0.2 * float(score.mean()))
+    assert tuning.baseline.mean == pytest.approx(0.9 * 0.3 + 0.1 * float(score.mean()))  # known from now on
 
 
 def test_rollouts_hold_the_likelihood_of_what_was_drawn(tiny_model, tmp_path):
@@ -398,7 +401,7 @@ def same_run(one: RunFolder, other: RunFolder) -> None:
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo", "dpo", "rebel"])
 def test_a_resumed_run_continues_exactly(tiny_model, tmp_path, algorithm):
-    settings = dict(algorithm=algorithm, **EVERYTHING)
+    settings = dict(algorithm=algorithm, lr_final=1.0, **EVERYTHING)  # the rate falls to the end, wherever that is
     straight = tune(tiny_model, tmp_path / "straight", steps=6, **settings)
     half = tune(tiny_model, tmp_path / "half", steps=3, **settings)
     resumed = tune(tiny_model, tmp_path / "half", steps=6, resume=half.path, **settings)
@@ -483,6 +486,25 @@ def test_a_run_ends_when_the_kl_runs_away_or_time_is_up(tiny_model, tmp_path):
     assert (short.path / "model.safetensors").exists()
 
 
+def test_learning_rate_rises_and_falls_to_the_nearer_end():
+    config = FinetuneConfig(steps=100, warmup=5, lr_final=0.1)
+    rates = [module.rate_fraction(config, step, 0.0) for step in range(101)]
+    assert rates[0] == 0.2
+    assert rates[50] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert max(rates) == rates[4]
+    timed = FinetuneConfig(steps=100, warmup=0, lr_final=0.1, time_limit=10.0)
+    assert module.rate_fraction(timed, 2, 300.0) == pytest.approx(0.55)  # half of the time, not 2% of the steps
+    assert module.rate_fraction(timed, 50, 1.0) == pytest.approx(0.55)
+
+
+def test_time_of_earlier_sessions_counts(tiny_model, tmp_path):
+    run = tune(tiny_model, tmp_path, steps=500, time_limit=1 / 60)
+    steps = len(run.metrics()["step"])
+    again = tune(tiny_model, tmp_path, steps=500, time_limit=1 / 60, resume=run.path)
+    assert len(again.metrics()["step"]) == steps + 1  # the limit is looked at after a step
+
+
 def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
     run = tune(tiny_model, tmp_path, steps=3, target_kl=50.0)
     beta = run.metrics()["beta"]
@@ -497,6 +519,7 @@ def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
         ({"rollouts": "x.h5"}, "only --algorithm dpo and rebel"),
         ({"batch_size": 0}, "batch_size"),
         ({"lr": 0.0}, "lr"),
+        ({"lr_final": 2.0}, "lr_final"),
         ({"penalty": "low"}, "penalty"),
         ({"space_group_floor": 1.0}, "space_group_floor"),
         ({"space_group": "999"}, "999"),

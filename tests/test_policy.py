@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cfrl.policy import (
+    GroupBaseline,
     adapt_beta,
     advantages,
     clipped_surrogate,
@@ -65,13 +66,13 @@ def tune(algorithm: str, kl: str, epochs: int = 2, steps: int = 250, n: int = 38
     toy = Toy()
     optimiser = torch.optim.Adam([toy.logits], lr=0.1)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / steps))
-    baseline = 0.0
+    baseline = GroupBaseline(0.8)
     for _ in range(steps):
         group, outcome = toy.draw(n)
         old, base = toy.log_prob().detach()[group, outcome], toy.base[group, outcome]
         beta = BETA if kl == "reward" else 0.0
         score = shaped_reward(toy.reward[group, outcome], old[:, None], base[:, None], beta)
-        baseline += 0.2 * (float(score.mean()) - baseline)
+        baseline.update(score, group)
         advantage, _ = advantages(algorithm, score, group, baseline)
         for _ in range(epochs):
             now = toy.log_prob()[group, outcome]
@@ -271,7 +272,7 @@ def test_learned_space_groups_reach_their_own_optimum():
         logits = toy.group_base.clone().requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=0.05)
         decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / 300))
-        best, baseline = toy.optimum(), 0.0
+        best, baseline = toy.optimum(), GroupBaseline(0.8)
         for _ in range(300):
             now = logits.log_softmax(0)
             group = torch.multinomial(now.detach().exp(), 384, replacement=True, generator=toy.rng)
@@ -279,7 +280,7 @@ def test_learned_space_groups_reach_their_own_optimum():
             log_prob = torch.stack([best.log()[group, outcome], now.detach()[group]], 1)
             log_prob_base = torch.stack([toy.base[group, outcome], toy.group_base[group]], 1)
             score = shaped_reward(toy.reward[group, outcome], log_prob, log_prob_base, BETA)
-            baseline += 0.2 * (float(score.mean()) - baseline)
+            baseline.update(score, group)
             _, advantage = advantages(algorithm, score, group, baseline)
             loss = -clipped_surrogate(now[group], now.detach()[group], advantage, 0.2).mean()
             optimiser.zero_grad()
@@ -287,6 +288,22 @@ def test_learned_space_groups_reach_their_own_optimum():
             optimiser.step()
             decay.step()
         assert 0.5 * float((logits.detach().softmax(0) - expected).abs().sum()) < 0.04, algorithm
+
+
+def test_baseline_of_a_space_group_is_the_recent_mean_of_its_crystals():
+    baseline = GroupBaseline(0.9)
+    rng = torch.Generator().manual_seed(4)
+    groups = torch.tensor([2, 62, 225]).repeat_interleave(400)
+    level = groups.double() / 100
+    for _ in range(40):
+        baseline.update(level + 0.1 * torch.randn(len(level), generator=rng, dtype=torch.float64), groups)
+    common = torch.tensor([2, 62, 225])
+    torch.testing.assert_close(baseline.of(common), common.double() / 100, atol=0.02, rtol=0)
+    assert baseline.mean == pytest.approx(float(level.mean()), abs=0.02)
+    assert float(baseline.of(torch.tensor([99]))) == pytest.approx(baseline.mean)  # never seen: the mean of all
+    again = GroupBaseline(0.9)
+    again.load_state_dict(baseline.state_dict())
+    assert torch.equal(again.of(common), baseline.of(common))
 
 
 def test_floor_holds_under_any_logits():

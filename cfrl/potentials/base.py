@@ -217,7 +217,7 @@ def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor
     mean = zeros.scatter_add(0, index, size * layer) / atoms
     variance = zeros.scatter_add(0, index, size * (layer - mean[crystal]) ** 2) / atoms
     low, high = (zeros.scatter_reduce(0, index, layer, r, include_self=False) for r in ("amin", "amax"))
-    return torch.cat([mean, variance.sqrt(), low, high], 1)
+    return torch.cat([mean, variance.clamp(min=1e-12).sqrt(), low, high], 1)
 
 
 def _implausible(part: Evaluation, i: int) -> str:

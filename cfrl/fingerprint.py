@@ -62,6 +62,12 @@ def fingerprints(crystals: CrystalBatch) -> list[str]:
     return [fingerprint(*row) for row in rows]
 
 
+def prototypes(crystals: CrystalBatch) -> list[str]:
+    """Space group and Wyckoff sequence of every crystal, such as ``221|a b c``, whatever its elements."""
+    parts = (text.split("|") for text in fingerprints(crystals))
+    return [f"{group}|{' '.join(sorted(site.split(':')[1] for site in sites.split()))}" for _, group, sites in parts]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A crystal made ready for comparisons.

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, save
 from cfrl.files import atomic_file
+from cfrl.fingerprint import prototypes
 from cfrl.model import FACTORS
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals
@@ -231,14 +232,17 @@ def _best(run: RunFolder) -> Table:
     scored = np.flatnonzero(columns["status"] == "")
     order = scored[np.argsort(-columns["reward"][scored], kind="stable")]
     crystals = read_crystals(run.path / "rollouts.h5")
-    formulas = crystals[order[: 50 * BEST]].formulas()
-    first = {formula: row for formula, row in zip(reversed(formulas), reversed(order[: 50 * BEST]), strict=True)}
-    best = sorted(first.items(), key=lambda item: -columns["reward"][item[1]])[:BEST]
+    order = order[: 50 * BEST]
+    first: dict[str, int] = {}  # of each prototype: near-copies say nothing new
+    for kind, row in zip(prototypes(crystals[order]), order.tolist(), strict=True):
+        first.setdefault(kind, row)
+    best = list(first.values())[:BEST]
+    formulas = crystals[best].formulas()
     terms = [name for name in columns if name not in _BOOKKEEPING]
-    table = Table(title="Best crystals of the run", title_justify="left", box=None)
+    table = Table(title="Best crystals of the run, one of each prototype", title_justify="left", box=None)
     for heading in ("formula", "space group", "reward", *terms, "step"):
         table.add_column(heading, justify="left" if heading == "formula" else "right")
-    for formula, row in best:
+    for formula, row in zip(formulas, best, strict=True):
         values = [f"{columns[name][row]:.4g}" for name in ("reward", *terms)]
         table.add_row(formula, str(int(crystals.space_group[row])), *values, f"{columns['step'][row]:.0f}")
     return table

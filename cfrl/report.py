@@ -287,8 +287,8 @@ def _element_shares(crystals: CrystalBatch) -> np.ndarray:
 
 
 def _add_best(page: Page, crystals: CrystalBatch, quantities: Sequence[str], *more: str) -> None:
-    """Cards and a table of the highest `quantities[0]`, one crystal per fingerprint."""
-    from cfrl.fingerprint import fingerprints
+    """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards, one crystal per prototype."""
+    from cfrl.fingerprint import fingerprints, prototypes
 
     score = crystals.properties[quantities[0]].numpy()
     order = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")
@@ -297,10 +297,10 @@ def _add_best(page: Page, crystals: CrystalBatch, quantities: Sequence[str], *mo
     rows = sorted(first.values(), key=lambda row: (-score[row], row))[:SHOWN_ROWS]
     best = crystals[rows]
     shown = [name for name in (*quantities, *more) if name in best.properties]
-    facts = [
-        {label(name): float(best.properties[name][i]) for name in shown} for i in range(min(len(best), SHOWN_CRYSTALS))
-    ]
-    page.crystals(best[: len(facts)], facts)
+    kinds = prototypes(best)
+    cards = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:SHOWN_CRYSTALS]
+    facts = [{label(name): float(best.properties[name][i]) for name in shown} for i in cards]
+    page.crystals(best[cards], facts)
     page.table(
         {
             "rank": list(range(1, len(best) + 1)),

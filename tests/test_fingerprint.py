@@ -8,7 +8,7 @@ from pymatgen.core import Element, Lattice, Structure
 
 from cfrl import fingerprint
 from cfrl.crystal import CrystalBatch
-from cfrl.fingerprint import descriptor, find_duplicates, find_known, fingerprints
+from cfrl.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes
 
 ELEMENTS = [Element(symbol) for symbol in ("O", "Ti", "Ba", "Na")]
 
@@ -125,6 +125,17 @@ def test_fingerprint_of_exchanged_origins() -> None:
     assert barium_titanate != fingerprint.fingerprint(221, [1, 2, 3], [56, 22, 8])
     assert fingerprint.fingerprint(225, [1, 2], [11, 17]) == fingerprint.fingerprint(225, [1, 2], [17, 11])
     assert fingerprint.fingerprint(225, [1, 2], [11, 17]).startswith("NaCl|225|")
+
+
+def test_prototype_forgets_the_elements_only() -> None:
+    def salt(a: str, b: str, length: float, group: str = "Fm-3m") -> Structure:
+        other = [0.5] * 3 if group == "Fm-3m" else [0.25] * 3
+        return Structure.from_spacegroup(group, Lattice.cubic(length), [a, b], [[0, 0, 0], other])
+
+    batch = CrystalBatch.from_structures([salt("Na", "Cl", 5.6), salt("O", "Mg", 4.2), salt("Zn", "S", 5.4, "F-43m")])
+    rock_salt, other, zincblende = prototypes(batch)
+    assert rock_salt == other == "225|a b"
+    assert zincblende.startswith("216|")
 
 
 def test_mirror_images_are_one_crystal() -> None:

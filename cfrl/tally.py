@@ -36,13 +36,13 @@ Z95 = 1.959964  # standard deviations of a normal distribution that hold 95%
 TEXT = ("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "status")
 WHOLE = (
     *("num_atoms", "wanted_space_group", "space_group", "space_group_relaxed", "num_references", "relax_steps"),
-    *("charge_neutral", "valid", "as_wanted", "unique", "novel", "converged"),
+    *("no_overlap", "charge_neutral", "valid", "as_wanted", "unique", "novel", "converged"),
     *("stable", "metastable", "sun", "meta_sun", "candidate"),
 )
 # What a stage may fill, in the order of the columns. Flags are 0 or 1; NaN is unknown. Units: README.
 COLUMNS = (
     *("id", "formula", "num_atoms", "wanted_space_group", "space_group", "as_wanted", "fingerprint"),
-    *("shortest_distance", "volume_per_atom", "density", "charge_neutral", "valid"),
+    *("shortest_distance", "no_overlap", "volume_per_atom", "density", "charge_neutral", "valid"),
     *("unique", "duplicate_of", "novel", "known_as"),
     *("converged", "relax_steps", "rmsd", "volume_change", "space_group_relaxed"),
     *("energy_per_atom", "max_force", "e_above_hull", "num_references", "hull_status"),
@@ -247,6 +247,7 @@ class Summary:
 
 DEFINITIONS = {
     "valid": "readable, no atoms closer than --min-distance, possible volume and density; says nothing of symmetry",
+    "valid, no overlap": "valid, and all distances above 0.7 of the sum of the covalent radii (Cordero et al. 2008)",
     "valid, charge neutral": "valid, and the composition passes SMACT's test (both validities of Xie et al. 2022)",
     "space group as wanted": "of the valid crystals that should have a space group, those in which exactly it is found",
     "unique": "valid, and StructureMatcher (its defaults) finds no earlier equal, before and after the relaxation",
@@ -267,6 +268,7 @@ def summarise(table: Table, hull: ReferenceHull | None) -> Summary:
     wanted = valid & np.isfinite(table["as_wanted"])
     chosen = {
         "valid": valid,
+        "valid, no overlap": valid & (table["no_overlap"] == 1),
         "valid, charge neutral": valid & (table["charge_neutral"] == 1),
         "space group as wanted": wanted & (table["as_wanted"] == 1),
         "unique": table["unique"] == 1,

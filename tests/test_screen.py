@@ -126,6 +126,7 @@ def test_duplicates_novelty_and_validity(serial: type[SerialEngine], samples: Pa
     assert table["salt"]["space_group"] == "225"
     assert table["BaTiO3"]["fingerprint"].startswith("BaTiO3|221|")
     assert table["BaTiO3"]["charge_neutral"] == "1"
+    assert (table["BaTiO3"]["no_overlap"], table["crowded"]["no_overlap"]) == ("1", "")
     assert table["BaTiO3"]["input_gap"] == "1.8"
 
 
@@ -352,6 +353,13 @@ def test_a_known_crystal_that_relaxes_to_another_is_not_novel(serial: type[Seria
     row = read_table(run)["sample"]
     assert not StructureMatcher().fit(apart, cfrl.read_crystals(run / "screen.h5").to_structures()[0])
     assert (row["novel"], row["known_as"]) == ("0", "known")
+
+
+def test_overlap_is_counted_in_covalent_radii() -> None:
+    """Na-Cl: 0.7 of 1.66 + 1.02 A is 1.88 A, half a cubic cell of 3.75 A; caesium chloride's corners do not matter."""
+    assert stages.no_overlap(rock_salt("Na", "Cl", 3.8))
+    assert not stages.no_overlap(rock_salt("Na", "Cl", 3.7))
+    assert not stages.no_overlap(Structure.from_spacegroup("Pm-3m", Lattice.cubic(1.8), ["Cu"], [[0, 0, 0]]))  # images
 
 
 def test_shortest_distance_against_pymatgen() -> None:

@@ -35,3 +35,13 @@ print(f"embedded minus full, eV/atom: median {np.median(difference):.3f}, mean {
 print(f"absolute: median {np.median(abs(difference)):.3f}, 90% below {np.quantile(abs(difference), 0.9):.3f}")
 for name, result in (("embedded", embedded), ("full", full)):
     print(f"within {LOW} eV/atom of the {name} hull: {(result.e_above_hull[known] < LOW).mean():.1%}")
+
+print("how much lower the full hull lies, eV/atom, and what the embedded one's doubt expects")
+doubt, lower = embedded.doubt[known], -difference
+for low, high in ((0, 0.01), (0.01, 0.03), (0.03, 0.1), (0.1, 1)):
+    inside = (doubt >= low) & (doubt < high)
+    if inside.any():
+        print(
+            f"  doubt {low} to {high}: {inside.sum()} crystals, {lower[inside].mean():.3f}, {doubt[inside].mean():.3f}"
+        )
+print(f"  all: {lower.mean():.3f}, {doubt.mean():.3f}")

@@ -358,3 +358,11 @@ def _mathtext(label: str) -> str:
     """The few HTML tags that labels use, for matplotlib."""
     label = re.sub(r"<sub>(.*?)</sub>", r"$_{\\mathrm{\1}}$", label)
     return re.sub(r"<i>(.*?)</i>", r"$\1$", label)
+
+
+def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rows of which no other row has more of both, by falling x."""
+    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    order = known[np.lexsort((-y[known], -x[known]))]
+    highest = np.maximum.accumulate(y[order])
+    return order[np.concatenate([[True], y[order][1:] > highest[:-1]])] if len(order) else order

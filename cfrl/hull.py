@@ -249,6 +249,8 @@ def expected_gap(compounds: int, elements: int) -> float:
     Materials Project phases whose compositions its near-hull crystals with at most 20 sites cover and that of all
     133,468, at 775 crystals of the embedded generator. Binaries with 0, 1, 2 and 3 or 4 known compounds: 0.46, 0.08,
     0.04, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.13, 0.06, 0.04.
+    A reference that was filled up from all of the Materials Project has no such gap to it; what that database lacks
+    in turn is taken to follow the same rule.
     """
     pairs = elements * (elements - 1) / 2
     return 0.1 / (compounds / pairs + 0.25) if pairs else 0.0

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
 
-from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, save
+from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, pareto_front, save
 from cfrl.files import atomic_file
 from cfrl.fingerprint import prototypes
 from cfrl.model import FACTORS
@@ -170,7 +170,7 @@ def _pareto(run: RunFolder) -> Figure | None:
         if gap is None or dielectric is None:
             return None
         figure.series.append(Series(gap, dielectric, label, "points", color))
-        front = _front(gap, dielectric)
+        front = pareto_front(gap, dielectric)
         figure.series.append(Series(gap[front], dielectric[front], "", "line", ORANGE if name == "after" else GREY))
     return figure
 
@@ -178,17 +178,6 @@ def _pareto(run: RunFolder) -> Figure | None:
 def _first(columns: Mapping[str, np.ndarray], word: str) -> np.ndarray | None:
     """The reward term of that name, on its own or as a part of another: `band_gap`, `dielectric_bandgap/band_gap`."""
     return next((values for name, values in columns.items() if name.split("/")[-1].split("(")[0] == word), None)
-
-
-def _front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rows of which no other row has more of both, by falling x."""
-    order = [row for row in np.argsort(-x) if np.isfinite(x[row]) and np.isfinite(y[row])]
-    best, rows = -math.inf, []
-    for row in order:
-        if y[row] > best:
-            best = y[row]
-            rows.append(row)
-    return np.array(rows, dtype=int)
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,20 @@ import tomli
 
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.figures import AMBER, BLUE, GREEN, GREY, ORANGE, PALETTE, Figure, PeriodicTable, Series, histogram, save
+from cfrl.figures import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALETTE,
+    Figure,
+    PeriodicTable,
+    Series,
+    histogram,
+    pareto_front,
+    save,
+)
 from cfrl.files import atomic_file
 from cfrl.page import Page, label, number_text
 from cfrl.runs import RunFolder, newest_run
@@ -256,14 +269,6 @@ def _pareto(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -> Fi
         figure.series.append(Series(x, y, key, "points", color))
         figure.series.append(Series(x[front], y[front], f"front, {key}", "line", color))
     return figure
-
-
-def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rows of which no other row has more of both, by falling x."""
-    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    order = known[np.lexsort((-y[known], -x[known]))]
-    highest = np.maximum.accumulate(y[order])
-    return order[np.concatenate([[True], y[order][1:] > highest[:-1]])] if len(order) else order
 
 
 _SYSTEMS = {"triclinic": 2, "monoclinic": 15, "orthorhombic": 74, "tetragonal": 142, "trigonal": 167, "hexagonal": 194}

@@ -15,9 +15,9 @@ from cfrl.config import RetrieveConfig, ScreenConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
 from cfrl.errors import UserError
-from cfrl.figures import Figure, PeriodicTable, Series, histogram, place
+from cfrl.figures import Figure, PeriodicTable, Series, histogram, pareto_front, place
 from cfrl.page import Page, scene, space_group_symbol, subscripts
-from cfrl.report import newest_reportable, pareto_front, write_report
+from cfrl.report import newest_reportable, write_report
 from cfrl.retrieve import retrieve
 from cfrl.runs import RunFolder
 from cfrl.screen import screen

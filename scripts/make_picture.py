@@ -1,0 +1,53 @@
+"""The README's picture: python scripts/make_picture.py RUN OUTPUT.png, of a `dielectric_bandgap` run.
+
+Fresh crystals before and after tuning with their Pareto fronts, and some crystals of the front of the tuned model.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from ase.visualize.plot import plot_atoms
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from pymatgen.io.ase import AseAtomsAdaptor
+from pymatgen.util.string import unicodeify
+
+from cfrl.crystal import CrystalBatch
+from cfrl.figures import BLUE, GREY, ORANGE, pareto_front
+from cfrl.storage import read_columns, read_crystals
+
+SHOWN = 4
+GAP, DIELECTRIC = (f"dielectric_bandgap/{name}" for name in ("band_gap", "dielectric"))
+
+
+def main(run: Path, output: Path) -> None:
+    canvas = Figure(figsize=(9, 3.9), layout="constrained")
+    FigureCanvasAgg(canvas)
+    grid = canvas.add_gridspec(2, 4, width_ratios=(1.5, 1.5, 1, 1))
+    axis = canvas.add_subplot(grid[:, :2])
+    for name, color in (("before", GREY), ("after", BLUE)):
+        columns = read_columns(run / f"{name}.h5")
+        gap, dielectric = columns[GAP], columns[DIELECTRIC]
+        front = pareto_front(gap, dielectric)
+        axis.scatter(gap, dielectric, s=12, color=color, alpha=0.6, label=f"{name} tuning", linewidths=0)
+        axis.plot(gap[front], dielectric[front], color=ORANGE if name == "after" else GREY, linewidth=1)
+    axis.set(xlabel="band gap (eV)", ylabel="dielectric constant", yscale="log")
+    axis.legend(loc="upper right", frameon=False)
+    shown = front[np.linspace(0, len(front) - 1, SHOWN + 2).round().astype(int)[1:-1]]
+    crystals = read_crystals(run / "after.h5")[shown.tolist()]
+    for number, row in enumerate(shown):
+        axis.annotate("ABCD"[number], (gap[row], dielectric[row]), xytext=(5, 3), textcoords="offset points")
+        draw(crystals, number, canvas.add_subplot(grid[number // 2, 2 + number % 2]))
+    canvas.savefig(output, dpi=150)
+
+
+def draw(crystals: CrystalBatch, row: int, axis) -> None:
+    structure = crystals.to_structures()[row]
+    plot_atoms(AseAtomsAdaptor.get_atoms(structure), axis, rotation="8x,-14y,0z", radii=0.5)
+    axis.set_title(f"{'ABCD'[row]}: {unicodeify(structure.composition.reduced_formula)}", fontsize=9)
+    axis.set_axis_off()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -160,8 +160,11 @@ class FinetuneConfig:
     entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
     diversity: int = option(
-        4, "A fingerprint (formula, space group, Wyckoff letters) seen more often than this earns less; 0: never."
+        2,
+        "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
+        "diversity_window crystals earns less; 0: never.",
     )
+    diversity_window: int = option(8192, "Among how many of the last crystals fingerprints are counted.")
     replay: int = option(
         0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
     )

@@ -151,7 +151,7 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
     rollout = source(generator, seed)
     n, seconds = len(rollout), rollout.seconds
     keys = fingerprints(rollout.crystals)
-    new = len({key for key in keys if not tuning.memory.seen[key]})
+    new = len({key for key in keys if key not in tuning.memory.seen})
     tuning.memory.add(rollout, keys)
 
     start = time.perf_counter()
@@ -447,7 +447,16 @@ def _check(config: FinetuneConfig) -> None:
             raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
     if config.rollouts and config.algorithm not in policy.PAIRED:
         raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
-    for name in ("steps", "batch_size", "sample_batch", "epochs", "minibatch", "micro_batch", "validate_every"):
+    for name in (
+        "steps",
+        "batch_size",
+        "sample_batch",
+        "epochs",
+        "minibatch",
+        "micro_batch",
+        "diversity_window",
+        "validate_every",
+    ):
         if getattr(config, name) < 1:
             raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
     for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):

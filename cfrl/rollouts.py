@@ -2,7 +2,7 @@
 
 A rollout is a `CrystalBatch` whose properties hold what is known of each crystal (`reward`, every reward term,
 `valid`), and a status for those without a score. Memory: scores seen lately (for the penalty), how often each
-fingerprint came (diversity filter), the best so far (replay). Objectives: `policy.py`; the loop: `finetune.py`.
+fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`; the loop: `finetune.py`.
 """
 
 from __future__ import annotations
@@ -131,24 +131,29 @@ class Memory:
     Args:
         penalty: "5%" (a percentile of the last `RECENT` scores) or a number.
         diversity: how often a fingerprint may come before it earns less; 0: as often as it likes.
+        window: among how many of the last crystals it is counted. Not among all: in a long run everything has come
+            often, and what counts is whether the policy repeats itself now.
         replay_size: how many of the best crystals are kept.
 
     Raises:
         UserError: `penalty` is neither.
     """
 
-    def __init__(self, penalty: str, diversity: int, replay_size: int) -> None:
+    def __init__(self, penalty: str, diversity: int, window: int, replay_size: int) -> None:
         self._percentile, self._fixed = _parse_penalty(penalty)
-        self.diversity, self.replay_size = diversity, replay_size
+        self.diversity, self.window, self.replay_size = diversity, window, replay_size
         self.recent: list[float] = []
-        self.seen: Counter[str] = Counter()
+        self.seen: set[str] = set()
+        self._window_keys: list[str] = []
         self.best = CrystalBatch.empty()
         self._best_keys: list[str] = []
 
     def add(self, rollout: Rollout, keys: list[str]) -> None:
         """Take note of a step's crystals; `keys` are their fingerprints."""
         self.recent = (self.recent + rollout.reward[rollout.scored].tolist())[-RECENT:]
-        self.seen.update(key for key, scored in zip(keys, rollout.scored.tolist(), strict=True) if scored)
+        scored = [key for key, good in zip(keys, rollout.scored.tolist(), strict=True) if good]
+        self.seen.update(scored)
+        self._window_keys = (self._window_keys + scored)[-self.window :]
 
     @property
     def penalty(self) -> float:
@@ -164,12 +169,13 @@ class Memory:
     def earned(self, reward: Tensor, keys: list[str]) -> Tensor:
         """Reward with the penalty in place of NaN, drawn towards the penalty where a fingerprint came too often.
 
-        The k-th coming of a fingerprint, k > diversity, keeps diversity / k of what it is above the penalty.
+        With k > diversity comings in the window a crystal keeps diversity / k of what it is above the penalty.
         """
         reward = self.with_penalty(reward)
         if not self.diversity:
             return reward
-        share = torch.tensor([min(1.0, self.diversity / max(self.seen[key], 1)) for key in keys], dtype=reward.dtype)
+        count = Counter(self._window_keys)
+        share = torch.tensor([min(1.0, self.diversity / max(count[key], 1)) for key in keys], dtype=reward.dtype)
         above = reward > self.penalty
         return torch.where(above, self.penalty + share * (reward - self.penalty), reward)
 
@@ -193,11 +199,12 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        return {"recent": self.recent, "seen": dict(self.seen), "best": vars(self.best), "keys": self._best_keys}
+        best = {"best": vars(self.best), "keys": self._best_keys}
+        return {"recent": self.recent, "seen": sorted(self.seen), "window": self._window_keys, **best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.recent, self.seen = state["recent"], Counter(state["seen"])
+        self.recent, self.seen, self._window_keys = state["recent"], set(state["seen"]), state["window"]
         self.best, self._best_keys = CrystalBatch(**state["best"]), state["keys"]
 
 

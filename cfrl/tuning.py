@@ -81,9 +81,9 @@ class Tuning:
             rate = config.space_group_lr
             groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
-        self.memory = Memory(
-            config.penalty, 0 if config.rollouts else config.diversity, config.replay_size if config.replay else 0
-        )
+        diversity = 0 if config.rollouts else config.diversity
+        kept = config.replay_size if config.replay else 0
+        self.memory = Memory(config.penalty, diversity, config.diversity_window, kept)
         self.header = {"base_model": str(model_path(config.model).resolve()) if config.model else "default"}
         self.header |= {name: getattr(config, name) for name in ("reward", "algorithm", "space_group", "elements")}
         self.beta, self.step, self.seconds = config.beta, 0, 0.0

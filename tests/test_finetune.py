@@ -209,7 +209,7 @@ def crystals_of(n: int, seed: int = 0) -> CrystalBatch:
 
 
 def test_diversity_filter_and_penalty():
-    memory = Memory("25%", diversity=2, replay_size=0)
+    memory = Memory("25%", diversity=2, window=6, replay_size=0)
     crystals = crystals_of(5)
     crystals.properties = {"reward": torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]).double()}
     memory.add(Rollout(crystals, [""] * 4 + ["broken"], []), ["a"] * 4 + ["b"])
@@ -217,16 +217,19 @@ def test_diversity_filter_and_penalty():
     earned = memory.earned(crystals.properties["reward"], ["a", "new", "a", "a", "b"])
     # "a" came four times, two are free: half of what is above the penalty; below the penalty nothing is gained.
     assert earned.tolist() == [1.0, 2.0, 1.75 + 0.5 * 1.25, 1.75 + 0.5 * 2.25, 1.75]
-    fixed = Memory("-3", 0, 0)
+    memory.add(Rollout(crystals, [""] * 5, []), ["c", "d", "e", "f", "b"])  # 6 are looked back on: two "a" are left
+    assert memory.earned(torch.tensor([4.0]), ["a"]).tolist() == [4.0]
+    assert memory.seen == {"a", "c", "d", "e", "f"}  # "b" has no score
+    fixed = Memory("-3", 0, 8, 0)
     assert fixed.earned(torch.tensor([math.nan, 7.0]), ["a", "b"]).tolist() == [-3.0, 7.0]
-    assert Memory("5%", 0, 0).penalty == 0  # nothing scored yet
+    assert Memory("5%", 0, 8, 0).penalty == 0  # nothing scored yet
     for bad in ("x", "150%", "nan", "%"):
         with pytest.raises(UserError, match="penalty"):
-            Memory(bad, 0, 0)
+            Memory(bad, 0, 8, 0)
 
 
 def test_replay_keeps_the_best_of_each_fingerprint():
-    memory = Memory("5%", 0, replay_size=4)
+    memory = Memory("5%", 0, 8, replay_size=4)
     for seed in range(3):
         crystals = crystals_of(12, seed)
         reward = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
@@ -241,7 +244,7 @@ def test_replay_keeps_the_best_of_each_fingerprint():
     assert len(chosen) == len(set(keys)) == 4
     assert fingerprints(chosen) == keys
 
-    other = Memory("5%", 0, replay_size=4)
+    other = Memory("5%", 0, 8, replay_size=4)
     other.load_state_dict(memory.state_dict())
     again, _ = other.replay(10, torch.Generator().manual_seed(0))
     assert torch.equal(again.species, chosen.species)

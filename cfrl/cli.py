@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
@@ -135,6 +136,7 @@ def main() -> None:
     """Entry point: errors become one line and a non-zero exit status; `--debug` shows the traceback."""
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
+    warnings.filterwarnings("ignore", message="No Pauling electronegativity")  # pymatgen's, about each noble gas
     try:
         app()
     except UserError as error:

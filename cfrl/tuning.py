@@ -134,9 +134,12 @@ class Tuning:
         return parts | {name: getattr(self, name) for name in NUMBERS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; the settings of this object stay, also where they differ from those of the state."""
+        peaks = [group["peak"] for group in self.optimiser.param_groups]
         for name in STATES:
             getattr(self, name).load_state_dict(state[name])
+        for group, peak in zip(self.optimiser.param_groups, peaks, strict=True):
+            group["peak"] = peak
         for name in NUMBERS:
             setattr(self, name, state[name])
 

@@ -412,6 +412,12 @@ def test_a_resumed_run_continues_exactly(tiny_model, tmp_path, algorithm):
     same_run(straight, resumed)
 
 
+def test_a_learning_rate_beside_resume_wins(tiny_model):
+    tuning = Tuning(FinetuneConfig(model=tiny_model, device="cpu", lr=0.7))
+    tuning.load_state_dict(Tuning(FinetuneConfig(model=tiny_model, device="cpu", lr=0.1)).state_dict())
+    assert tuning.optimiser.param_groups[0]["peak"] == 0.7
+
+
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tiny_model, tmp_path):
     straight = tune(tiny_model, tmp_path / "straight", steps=4, **EVERYTHING)
     calls = []

@@ -160,7 +160,7 @@ class FinetuneConfig:
     entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
     diversity: int = option(
-        2,
+        1,
         "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
         "diversity_window crystals earns less; 0: never.",
     )

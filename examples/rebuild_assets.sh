@@ -7,6 +7,7 @@ data=${1:?the folder with mp_20.csv.gz and the others}
 work=build/assets
 mkdir -p "$work"
 
+# The training set (1.7 min)
 [ -f "$work/train.h5" ] || python scripts/make_training_set.py "$data" "$work/train.h5"
 for name in elements mpts_52 mixed_databases elasticity dielectric; do
     [ -f "$work/$name.h5" ] || cfrl data import "$data/$name.csv.gz" -o "$work/$name.h5"

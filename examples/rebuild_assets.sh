@@ -35,5 +35,5 @@ cfrl model pack "$work"/second/runs/*-pretrain-train -o cfrl/assets/default.safe
     -o "$work/hull.h5" --relax --fill "$data/mp_energies.csv.gz"
 cp "$work/hull.h5" cfrl/assets/hull.h5
 
-# The predictors
+# The predictors (7 min)
 python scripts/train_predictors.py --data "$data"

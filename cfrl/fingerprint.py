@@ -68,6 +68,11 @@ def prototypes(crystals: CrystalBatch) -> list[str]:
     return [f"{group}|{' '.join(sorted(site.split(':')[1] for site in sites.split()))}" for _, group, sites in parts]
 
 
+def firsts(keys: Sequence[str]) -> np.ndarray:
+    """Rows where each key comes for the first time, in order."""
+    return np.sort(np.unique(keys, return_index=True)[1])
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A crystal made ready for comparisons.

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, pareto_front, save
 from cfrl.files import atomic_file
-from cfrl.fingerprint import prototypes
+from cfrl.fingerprint import firsts, prototypes
 from cfrl.model import FACTORS
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals
@@ -222,10 +222,7 @@ def _best(run: RunFolder) -> Table:
     order = scored[np.argsort(-columns["reward"][scored], kind="stable")]
     crystals = read_crystals(run.path / "rollouts.h5")
     order = order[: 50 * BEST]
-    first: dict[str, int] = {}  # of each prototype: near-copies say nothing new
-    for kind, row in zip(prototypes(crystals[order]), order.tolist(), strict=True):
-        first.setdefault(kind, row)
-    best = list(first.values())[:BEST]
+    best = order[firsts(prototypes(crystals[order]))][:BEST]  # near-copies say nothing new
     formulas = crystals[best].formulas()
     terms = [name for name in columns if name not in _BOOKKEEPING]
     table = Table(title="Best crystals of the run, one of each prototype", title_justify="left", box=None)

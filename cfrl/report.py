@@ -293,17 +293,14 @@ def _element_shares(crystals: CrystalBatch) -> np.ndarray:
 
 def _add_best(page: Page, crystals: CrystalBatch, quantities: Sequence[str], *more: str) -> None:
     """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards, one crystal per prototype."""
-    from cfrl.fingerprint import fingerprints, prototypes
+    from cfrl.fingerprint import fingerprints, firsts, prototypes
 
     score = crystals.properties[quantities[0]].numpy()
     order = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")
     order = order[np.isfinite(score[order])][: 20 * SHOWN_ROWS]
-    first = dict(zip(reversed(fingerprints(crystals[order])), reversed(order.tolist()), strict=True))
-    rows = sorted(first.values(), key=lambda row: (-score[row], row))[:SHOWN_ROWS]
-    best = crystals[rows]
+    best = crystals[order[firsts(fingerprints(crystals[order]))][:SHOWN_ROWS]]
     shown = [name for name in (*quantities, *more) if name in best.properties]
-    kinds = prototypes(best)
-    cards = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:SHOWN_CRYSTALS]
+    cards = firsts(prototypes(best))[:SHOWN_CRYSTALS]
     facts = [{label(name): float(best.properties[name][i]) for name in shown} for i in cards]
     page.crystals(best[cards], facts)
     page.table(

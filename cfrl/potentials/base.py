@@ -216,8 +216,9 @@ def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor
     atoms = zeros.scatter_add(0, index, size.expand_as(layer))
     mean = zeros.scatter_add(0, index, size * layer) / atoms
     variance = zeros.scatter_add(0, index, size * (layer - mean[crystal]) ** 2) / atoms
+    variance = variance.clamp(min=1e-12)  # the root has no gradient at 0
     low, high = (zeros.scatter_reduce(0, index, layer, r, include_self=False) for r in ("amin", "amax"))
-    return torch.cat([mean, variance.clamp(min=1e-12).sqrt(), low, high], 1)
+    return torch.cat([mean, variance.sqrt(), low, high], 1)
 
 
 def _implausible(part: Evaluation, i: int) -> str:

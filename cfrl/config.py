@@ -36,6 +36,7 @@ REWARDS = (
     "bulk_modulus",
     "density",
     "volume_per_atom",
+    "contact",
     "novelty",
     "hhi",
     "cost",

@@ -15,6 +15,7 @@ import numpy as np
 
 from cfrl import fingerprint
 from cfrl.crystal import DALTON_PER_CUBIC_ANGSTROM, CrystalBatch
+from cfrl.distances import closest_contact, shortest_distance
 from cfrl.elements import ATOMIC_NUMBERS, MASSES
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ Record = dict[str, Any]
 
 MAX_SITES = 1000  # inequivalent sites; screening also takes crystals that the generator could not write
 OVERLAP = 0.7  # of the sum of two covalent radii
-_PACKING = 1.13  # no two of N points in a volume V can all be farther apart than 1.1225 (V / N)^(1/3)
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def check(structures: list[Structure], limits: Limits, symprec: float) -> list[R
     """Geometry, chemistry and symmetry of crystals.
 
     Records: `status` ("" or why it is invalid), `shortest_distance` (angstrom), `volume_per_atom` (angstrom^3),
-    `density` (g/cm^3), `no_overlap` (see `no_overlap`), `charge_neutral` (SMACT), `space_group` (0 = not found),
-    `fingerprint`.
+    `density` (g/cm^3), `no_overlap` (whether all distances are above 0.7 of the sum of the covalent radii),
+    `charge_neutral` (SMACT), `space_group` (0 = not found), `fingerprint`.
     """
     records = [_geometry(structure, limits) for structure in structures]
     fit = [row for row, record in enumerate(records) if not record["status"]]
@@ -88,23 +88,8 @@ def _geometry(structure: Structure, limits: Limits) -> Record:
     record["shortest_distance"] = shortest_distance(structure)
     if record["shortest_distance"] < limits.min_distance:
         return record | {"status": f"atoms {record['shortest_distance']:.2f} A apart"}
-    record["no_overlap"] = no_overlap(structure)
+    record["no_overlap"] = closest_contact(structure, limit=OVERLAP) >= OVERLAP
     return record | {"status": ""}
-
-
-def shortest_distance(structure: Structure) -> float:
-    """Between two atoms, periodic images included, angstrom."""
-    radius = _PACKING * (structure.volume / len(structure)) ** (1 / 3)
-    return float(structure.get_neighbor_list(radius)[3].min())
-
-
-def no_overlap(structure: Structure) -> bool:
-    """Whether all distances exceed 0.7 of the sum of the covalent radii (Cordero et al. 2008) of the two elements."""
-    from ase.data import covalent_radii
-
-    radii = covalent_radii[[site.specie.Z for site in structure]]
-    center, neighbour, _, distance = structure.get_neighbor_list(2 * OVERLAP * radii.max())
-    return bool((distance > OVERLAP * (radii[center] + radii[neighbour])).all())
 
 
 @cache

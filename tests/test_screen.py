@@ -17,7 +17,7 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
 import cfrl
-from cfrl import journal, stages
+from cfrl import journal
 from cfrl import screen as screening
 from cfrl.config import ScreenConfig
 from cfrl.errors import UserError
@@ -353,22 +353,6 @@ def test_a_known_crystal_that_relaxes_to_another_is_not_novel(serial: type[Seria
     row = read_table(run)["sample"]
     assert not StructureMatcher().fit(apart, cfrl.read_crystals(run / "screen.h5").to_structures()[0])
     assert (row["novel"], row["known_as"]) == ("0", "known")
-
-
-def test_overlap_is_counted_in_covalent_radii() -> None:
-    """Na-Cl: 0.7 of 1.66 + 1.02 A is 1.88 A, half a cubic cell of 3.75 A; caesium chloride's corners do not matter."""
-    assert stages.no_overlap(rock_salt("Na", "Cl", 3.8))
-    assert not stages.no_overlap(rock_salt("Na", "Cl", 3.7))
-    assert not stages.no_overlap(Structure.from_spacegroup("Pm-3m", Lattice.cubic(1.8), ["Cu"], [[0, 0, 0]]))  # images
-
-
-def test_shortest_distance_against_pymatgen() -> None:
-    rng = np.random.default_rng(5)
-    for _ in range(30):
-        lattice = Lattice.from_parameters(*rng.uniform(2, 12, 3), *rng.uniform(60, 115, 3))
-        structure = Structure(lattice, ["Na"] * 4, rng.random((4, 3)))
-        expected = min(n.nn_distance for site in structure for n in structure.get_neighbors(site, 6.0))
-        assert stages.shortest_distance(structure) == pytest.approx(expected, abs=1e-6)
 
 
 def test_wilson_interval_against_published_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Rewards that need nothing but the crystal: density, volume, and whether it is new."""
+"""Rewards that need nothing but the crystal: density, volume, room for the atoms, and whether it is new."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cfrl.distances import closest_contact
 from cfrl.fingerprint import fingerprints
 from cfrl.rewards.registry import register_reward
 from cfrl.rewards.scoring import Inputs
@@ -21,6 +22,12 @@ def density(crystals: Any, structures: list[Any]) -> np.ndarray:
 def volume_per_atom(crystals: Any, structures: list[Any]) -> np.ndarray:
     """Volume per atom."""
     return (crystals.volumes().double() / crystals.num_atoms).numpy()
+
+
+@register_reward("contact", unit="sum of covalent radii")
+def contact(crystals: Any, structures: list[Any], *, limit: float = 0.75) -> np.ndarray:
+    """Smallest distance of two atoms over the sum of their covalent radii, at most `limit`: atoms kept apart."""
+    return np.array([closest_contact(structure, limit) for structure in structures])
 
 
 @register_reward("novelty", needs=("dataset",))

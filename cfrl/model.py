@@ -612,7 +612,7 @@ def describe_model(model: str | Path | None) -> str:
 
 
 def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None:
-    """`cfrl model pack`: a trained model as it is shipped: float16, and a header without local paths.
+    """`cfrl model pack`: a trained or tuned model as it is shipped: float16, and a header without local paths.
 
     Args:
         model: weights file or run folder.
@@ -620,6 +620,7 @@ def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None
         dataset: what it was trained on, for the header; empty: keep the name of the file.
     """
     header = read_header(model_path(model))
-    info = {name: value for name, value in header.items() if name in ("preset", "training_crystals", "metrics")}
+    told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
+    info = {name: header[name] for name in told if name in header}
     info["dataset"] = dataset or Path(header.get("dataset", "")).name
     save_model(load_model(model), output, info, dtype=torch.float16)

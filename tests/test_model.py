@@ -10,7 +10,17 @@ import torch
 from cfrl.crystal import CrystalBatch
 from cfrl.distributions import SamplerOptions
 from cfrl.errors import UserError
-from cfrl.model import PRESETS, CrystalTransformer, KeyValueCache, ModelConfig, load_model, save_model, unscale_lattice
+from cfrl.model import (
+    PRESETS,
+    CrystalTransformer,
+    KeyValueCache,
+    ModelConfig,
+    load_model,
+    pack_model,
+    read_header,
+    save_model,
+    unscale_lattice,
+)
 from cfrl.published import import_published, read_checkpoint
 from cfrl.runs import RunFolder
 from cfrl.sampler import draw
@@ -290,6 +300,19 @@ def test_last_is_the_newest_run_with_weights(tmp_path, monkeypatch):
         save_model(tiny_model(seed).float(), RunFolder.create(command).path / "model.safetensors")
     RunFolder.create("finetune")  # interrupted before it had weights
     assert torch.equal(load_model("last").head.weight, tiny_model(2).float().head.weight)
+
+
+def test_packed_models_are_half_as_large_and_name_no_folder(tmp_path):
+    model = CrystalTransformer(PRESETS["small"])
+    header = {"preset": "small", "base_model": "/home/anna/base", "dataset": "/home/anna/mp.h5", "reward": "contact"}
+    save_model(model, tmp_path / "whole.safetensors", header)
+    pack_model(tmp_path / "whole.safetensors", tmp_path / "packed.safetensors")
+    packed = read_header(tmp_path / "packed.safetensors")
+    assert not any("/home" in value for value in packed.values())
+    assert (packed["preset"], packed["dataset"], packed["reward"]) == ("small", "mp.h5", "contact")
+    assert (tmp_path / "packed.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
+    for name, weights in load_model(tmp_path / "packed.safetensors").state_dict().items():
+        torch.testing.assert_close(weights, model.state_dict()[name], rtol=1e-3, atol=1e-6)
 
 
 def test_files_that_are_no_models(tmp_path):

@@ -15,6 +15,7 @@ from pymatgen.util.string import unicodeify
 
 from cfrl.crystal import CrystalBatch
 from cfrl.figures import BLUE, GREY, ORANGE, pareto_front
+from cfrl.fingerprint import fingerprints, firsts
 from cfrl.storage import read_columns, read_crystals
 
 SHOWN = 4
@@ -34,8 +35,10 @@ def main(run: Path, output: Path) -> None:
         axis.plot(gap[front], dielectric[front], color=ORANGE if name == "after" else GREY, linewidth=1)
     axis.set(xlabel="band gap (eV)", ylabel="dielectric constant", yscale="log")
     axis.legend(loc="upper right", frameon=False)
-    shown = front[np.linspace(0, len(front) - 1, SHOWN + 2).round().astype(int)[1:-1]]
-    crystals = read_crystals(run / "after.h5")[shown.tolist()]
+    tuned = read_crystals(run / "after.h5")
+    different = front[firsts(fingerprints(tuned[front.tolist()]))]
+    shown = different[np.unique(np.linspace(0, len(different) - 1, SHOWN).round().astype(int))]
+    crystals = tuned[shown.tolist()]
     for number, row in enumerate(shown):
         axis.annotate("ABCD"[number], (gap[row], dielectric[row]), xytext=(5, 3), textcoords="offset points")
         draw(crystals, number, canvas.add_subplot(grid[number // 2, 2 + number % 2]))

@@ -6,6 +6,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -25,10 +26,12 @@ def type_in(tmp_path):
         "PATH": f"{cfrl.parent}:{os.environ['PATH']}",
         "PS1": "> ",
         "SHELL": bash,
+        "TERM": "xterm",  # a dumb one scrolls the line sideways and writes half of it again
     }
     install = "cfrl --install-completion; exit $?"  # the shell is told by the parent process
     subprocess.run([bash, "--norc", "-c", install], env=env, check=True, capture_output=True)
     keyboard, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 200))
     shell = subprocess.Popen([bash, "-i"], stdin=terminal, stdout=terminal, stderr=terminal, env=env, cwd=tmp_path)
     screen = b""
 

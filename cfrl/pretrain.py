@@ -29,6 +29,7 @@ from cfrl.data import load_dataset
 from cfrl.devices import processes
 from cfrl.errors import UserError
 from cfrl.files import provenance
+from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS, PRESETS, CrystalTransformer, chunk_size, load_model, save_model, space_group_shares
 from cfrl.runs import RunFolder
 
@@ -95,28 +96,30 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Trains to the last epoch, an early stop, or Ctrl-C (which leaves a checkpoint)."""
+        """Trains to the last epoch, an early stop, or Ctrl-C (which lets a step end and leaves a checkpoint)."""
         self._announce()
         saved = time.monotonic()
-        with self._progress() as (progress, task):
-            try:
-                while self.step < self.total_steps and not self._out_of_patience():
-                    epoch, first = divmod(self.step, self.batches_per_epoch)
-                    batches = epoch_batches(self.train.num_sites, self.config.batch_size, self.config.seed, epoch)
-                    for rows in batches[first:]:
-                        self._train_step(rows)
-                        progress.update(task, completed=self.step, loss=self._mean_loss())
-                        if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                            self.save()
-                            saved = time.monotonic()
-                    self._end_epoch(epoch + 1)
-            except KeyboardInterrupt:
-                self.save()
-                if self.run is not None:
-                    self.console.print(f"Stopped at step {self.step}. Go on: cfrl pretrain --resume {self.run.path}")
-                raise
+        with self._progress() as (progress, task), stop_on_signal() as stop:
+            while self.step < self.total_steps and not self._out_of_patience():
+                epoch, first = divmod(self.step, self.batches_per_epoch)
+                batches = epoch_batches(self.train.num_sites, self.config.batch_size, self.config.seed, epoch)
+                for rows in batches[first:]:
+                    self._train_step(rows)
+                    progress.update(task, completed=self.step, loss=self._mean_loss())
+                    if stop.requested:
+                        self._stop()
+                    if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                        self.save()
+                        saved = time.monotonic()
+                self._end_epoch(epoch + 1)
         self.save()
         self._finish()
+
+    def _stop(self) -> None:
+        self.save()
+        if self.run is not None:
+            self.console.print(f"Stopped at step {self.step}. Go on: cfrl pretrain --resume {self.run.path}")
+        raise KeyboardInterrupt
 
     def _train_step(self, rows: Tensor) -> None:
         began = time.monotonic()

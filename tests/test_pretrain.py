@@ -49,20 +49,17 @@ def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
     config = settings(dataset, augment=True)
     straight = pretrain(config, root="straight")
 
-    class Killed(KeyboardInterrupt):
-        pass
+    accumulate = Trainer._accumulate
 
-    step = Trainer._train_step
+    def interrupted(self, crystals, batch_size):
+        accumulate(self, crystals, batch_size)
+        if self.step == 11:  # in the middle of a step, in the middle of the second epoch
+            signal.raise_signal(signal.SIGINT)
 
-    def interrupted(self, rows):
-        if self.step == 11:  # in the middle of the second epoch
-            raise Killed
-        step(self, rows)
-
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
-    with pytest.raises(Killed):
+    monkeypatch.setattr(Trainer, "_accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         pretrain(config, root="halved")
-    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
     folder = next(Path("halved").iterdir())
     assert not RunFolder.open(folder).finished
     resumed = pretrain(resume=folder)
@@ -77,7 +74,7 @@ def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
 
 def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
     command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "small"]
-    command += ["--epochs", "5000", "--checkpoint-minutes", "0.01"]
+    command += ["--epochs", "5000", "--batch-size", "16", "--checkpoint-minutes", "0.01"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) or not list(tmp_path.glob("runs/*/metrics.csv")):

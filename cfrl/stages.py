@@ -51,7 +51,7 @@ def check(structures: list[Structure], limits: Limits, symprec: float) -> list[R
     """Geometry, chemistry and symmetry of crystals.
 
     Records: `status` ("" or why it is invalid), `shortest_distance` (angstrom), `volume_per_atom` (angstrom^3),
-    `density` (g/cm^3), `no_overlap` (whether all distances are above 0.7 of the sum of the covalent radii),
+    `density` (g/cm^3), `no_overlap` (whether no distance is below 0.7 of the sum of the covalent radii),
     `charge_neutral` (SMACT), `space_group` (0 = not found), `fingerprint`.
     """
     records = [_geometry(structure, limits) for structure in structures]

@@ -17,7 +17,7 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
 import cfrl
-from cfrl import journal
+from cfrl import journal, stages
 from cfrl import screen as screening
 from cfrl.config import ScreenConfig
 from cfrl.errors import UserError
@@ -353,6 +353,13 @@ def test_a_known_crystal_that_relaxes_to_another_is_not_novel(serial: type[Seria
     row = read_table(run)["sample"]
     assert not StructureMatcher().fit(apart, cfrl.read_crystals(run / "screen.h5").to_structures()[0])
     assert (row["novel"], row["known_as"]) == ("0", "known")
+
+
+def test_overlap_is_counted_in_covalent_radii() -> None:
+    """Na-Cl: 0.7 of 1.66 + 1.02 A is 1.88 A, half a cubic cell of 3.75 A; caesium chloride's corners do not matter."""
+    copper = Structure.from_spacegroup("Pm-3m", Lattice.cubic(1.8), ["Cu"], [[0, 0, 0]])  # meets its own images
+    records = stages.check([rock_salt("Na", "Cl", 3.8), rock_salt("Na", "Cl", 3.7), copper], stages.ANY, 0.01)
+    assert [record["no_overlap"] for record in records] == [True, False, False]
 
 
 def test_wilson_interval_against_published_numbers() -> None:

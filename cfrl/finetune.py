@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cfrl import monitor, policy
-from cfrl.config import FinetuneConfig, nearest, read_run_config
+from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.fingerprint import fingerprints
@@ -440,29 +440,6 @@ def evaluate(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, folder: Pat
 
 
 def _check(config: FinetuneConfig) -> None:
-    """Settings that exclude each other or lie outside their range. Raises UserError."""
-    for name, known in (("algorithm", policy.ALGORITHMS), ("kl", ("reward", "loss"))):
-        value = getattr(config, name)
-        if value not in known:
-            raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
+    """Settings that exclude each other. Raises UserError."""
     if config.rollouts and config.algorithm not in policy.PAIRED:
         raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
-    for name in (
-        "steps",
-        "batch_size",
-        "sample_batch",
-        "epochs",
-        "minibatch",
-        "micro_batch",
-        "diversity_window",
-        "validate_every",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
-    for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} = {getattr(config, name):g} must be above 0")
-    if not 0 <= config.lr_final <= 1:
-        raise UserError(f"lr_final = {config.lr_final:g} must be from 0 to 1: a fraction of the peak")
-    if not 0 <= config.space_group_floor < 1:
-        raise UserError(f"space_group_floor = {config.space_group_floor:g} must be at least 0 and below 1")

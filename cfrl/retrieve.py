@@ -37,7 +37,7 @@ from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder, newest_run
 from cfrl.sampler import parse_space_groups, sample
-from cfrl.storage import SPLITS, describe, iter_crystals, read_crystals, write_crystals
+from cfrl.storage import describe, iter_crystals, read_crystals, write_crystals
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
 RESULT = "retrieval.json"
@@ -225,7 +225,6 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
     from cfrl.report import write_report
 
     console = console or Console(quiet=True)
-    _check(config)
     config, tuning = _complete(config, root, console)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
@@ -259,16 +258,6 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
     run.finish()
     show(run, console)
     return run
-
-
-def _check(config: RetrieveConfig) -> None:
-    if config.rank not in RANKINGS:
-        raise UserError(f"rank '{config.rank}': give one of {', '.join(RANKINGS)}")
-    if config.split and config.split not in SPLITS:
-        raise UserError(f"split '{config.split}': give one of {', '.join(SPLITS)}, or nothing for all")
-    for name, least in (("top", 1), ("samples", 0), ("reward_crystals", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} = {getattr(config, name)}: must be at least {least}")
 
 
 def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:

@@ -62,6 +62,7 @@ Resume = Annotated[
         autocompletion=_offer(("last",)),
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Run code that the settings of a run folder name as its reward.")]
 
 
 def configured(cls: type) -> Callable[[Callable], Callable]:
@@ -83,6 +84,8 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
             if values.get("resume"):  # the run brings its own settings; flags still win
                 values["resume"] = _run_to_resume(values["resume"], command.__name__)
                 file = Path(values["resume"]) / "config.toml"
+                if "reward" in given:  # named by the user, not by the run
+                    values["trust"] = True
             return command(config=config.resolve(cls, given, file), **values)
 
         call.__signature__ = inspect.Signature(parameters)
@@ -209,6 +212,7 @@ def sample(
 def finetune(
     config: config.FinetuneConfig,
     resume: Resume = "",
+    trust: Trust = False,
 ) -> None:
     """Tune a model towards a reward.
 
@@ -219,7 +223,7 @@ def finetune(
     """
     from cfrl.finetune import finetune as run
 
-    run(config, resume=resume or None)
+    run(config, resume=resume or None, trust=trust)
 
 
 @app.command(rich_help_panel=COMMANDS)
@@ -252,7 +256,7 @@ def screen(
 
 @app.command(rich_help_panel=COMMANDS)
 @configured(config.RetrieveConfig)
-def retrieve(config: config.RetrieveConfig) -> None:
+def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
     """Rank known materials by how much likelier tuning has made them; judge the ranking where labels are known.
 
     Writes the ranking, its figures and report.html to a new folder under runs/.
@@ -261,7 +265,7 @@ def retrieve(config: config.RetrieveConfig) -> None:
     """
     from cfrl.retrieve import retrieve as run
 
-    run(config, _console())
+    run(config, _console(), trust=trust)
 
 
 @app.command(rich_help_panel=OTHERS)

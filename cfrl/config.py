@@ -450,10 +450,7 @@ def resolve(cls: type[T], flags: Mapping[str, Any] | None = None, file: Path | N
     values: dict[str, Any] = {}
     if file is not None or path.is_file():
         values = _section(path, next(name for name, section in SECTIONS.items() if section is cls))
-    try:
-        settings = build(cls, {key: value for key, value in values.items() if key not in flags})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    settings = build(cls, {key: value for key, value in values.items() if key not in flags}, source=f"{path}: ")
     return build(cls, {**vars(settings), **flags})
 
 
@@ -476,13 +473,16 @@ def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
     return definitions
 
 
-def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass made of `values`. Raises UserError: an unknown key, or a value that cannot be."""
+def build(cls: type[T], values: Mapping[str, Any], source: str = "") -> T:
+    """The settings made of `values`. Raises UserError: an unknown key, or a value that cannot be, after `source`."""
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            raise UserError(f"unknown setting '{key}' for {cls.__name__}{nearest(key, known)}")
-    return cls(**values)
+            raise UserError(f"{source}unknown setting '{key}' for {cls.__name__}{nearest(key, known)}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{source}{error}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -535,7 +535,7 @@ def _checked(f: Field, kind: Any, value: Any) -> Any:
     if number and _fits(value, number) and value in limits:
         return number(value)
     wanted = f"{_NAMES[number]} {limits}" if number else _NAMES[get_origin(kind) or kind]
-    raise UserError(f"{f.name} = {reprlib.repr(value)} should be {wanted}. {f.metadata['help']}")
+    raise UserError(f"{f.name} = {reprlib.repr(value)} should be {wanted}. {f.metadata.get('help', '')}".rstrip())
 
 
 _NAMES = {

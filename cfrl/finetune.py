@@ -25,10 +25,11 @@ from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.fingerprint import fingerprints
-from cfrl.interrupt import stop_on_signal
+from cfrl.interrupt import Abandoned, stop_on_signal
 from cfrl.model import FACTORS
 from cfrl.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.rewards.trust import confirm_code
 from cfrl.rollouts import Rollout, chemical_systems, collect
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals
@@ -46,6 +47,7 @@ def finetune(
     resume: str | Path | None = None,
     root: str | Path = "runs",
     quiet: bool = False,
+    trust: bool = False,
 ) -> RunFolder:
     """Tune a model towards a reward.
 
@@ -55,6 +57,7 @@ def finetune(
         resume: a run folder to go on with, instead of a new one.
         root: where a new run folder is made.
         quiet: show nothing.
+        trust: import code that the settings of a resumed run name; else the user is asked.
 
     Returns:
         The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
@@ -67,6 +70,8 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
+    if resume and reward is None and not config.rollouts:
+        confirm_code(config.reward, Path(resume) / "config.toml", trust)
     tuning = Tuning(config)
     scorer = reward
     if scorer is None and not config.rollouts:
@@ -87,6 +92,9 @@ def finetune(
             except UserError as error:
                 log.save()
                 raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
+            except Abandoned as error:
+                live.say(f"Step {tuning.step + 1} is lost: {error}.")
+                break
             if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
                 metrics |= _validate(tuning, validation)
             tuning.seconds += time.monotonic() - began

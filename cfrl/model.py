@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,11 @@ TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
 MIN_STD = 1e-3  # of lattice parameters
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
+Size = Annotated[int, settings.Range(1, 10**5)]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(settings.Settings):
     """Sizes and conventions of a model; stored in its file.
 
     Attributes:
@@ -49,19 +51,19 @@ class ModelConfig:
             and tied coordinates scored too, as the published code does.
     """
 
-    embed_size: int = 32
-    h0_size: int = 256
-    model_size: int = 64
-    num_layers: int = 16
-    num_heads: int = 16
-    key_size: int = 64
-    fourier: int = 5
-    coord_components: int = 16
-    lattice_components: int = 4
-    max_sites: int = 21
-    dropout: float = 0.1
+    embed_size: Size = 32
+    h0_size: Size = 256
+    model_size: Size = 64
+    num_layers: Size = 16
+    num_heads: Size = 16
+    key_size: Size = 64
+    fourier: Size = 5
+    coord_components: Size = 16
+    lattice_components: Size = 4
+    max_sites: Size = 21
+    dropout: settings.FractionBelowOne = 0.1
     descriptors: bool = False
-    likelihood: str = "exact"
+    likelihood: Literal["exact", "published"] = "exact"
 
     @property
     def output_size(self) -> int:
@@ -572,7 +574,7 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
 
     path = model_path(model)
     header = read_header(path)
-    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=str(path)))
+    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: "))
     weights = {name: t.float() for name, t in load_file(path).items()}
     try:
         network.load_state_dict(weights)

@@ -207,13 +207,16 @@ def _met(crystals: CrystalBatch, known: list[Any], rows: list[int]) -> np.ndarra
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def retrieve(config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs") -> RunFolder:
+def retrieve(
+    config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs", trust: bool = False
+) -> RunFolder:
     """`cfrl retrieve`: rank a dataset, sample both models, judge, and write it all down.
 
     Args:
         config: settings.
         console: for progress and results; None: silent.
         root: where runs are looked for, and where the run folder is made.
+        trust: import code that the settings of the run name, to score crystals with its reward; else the user is asked.
 
     Returns:
         The run folder: ranking.h5 (every crystal, in the order of the dataset), retrieved.csv and retrieved.h5 (the
@@ -223,9 +226,12 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
         UserError: nothing to compare, bad settings, or a file that cannot be read.
     """
     from cfrl.report import write_report
+    from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
     config, tuning = _complete(config, root, console)
+    if config.reward_crystals and tuning.reward:
+        confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = _Dataset(config.dataset, config.split or None)

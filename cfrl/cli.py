@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
-from cfrl import __version__, config
+from cfrl import __version__, config, files
 from cfrl.errors import UserError
+from cfrl.streams import patient_streams
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -144,18 +145,23 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--debug"]
     warnings.filterwarnings("ignore", message="No Pauling electronegativity")  # pymatgen's, about each noble gas
     try:
-        app()
-    except UserError as error:
-        if debug:
-            raise
-        sys.exit(_complain(str(error), 2))
+        with patient_streams():
+            app()
     except Exception as error:
         if debug:
             raise
-        sys.exit(_complain(f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1))
+        sys.exit(_complain(error))
 
 
-def _complain(message: str, status: int) -> int:
+def _complain(error: Exception) -> int:
+    """Print the one line; the exit status."""
+    cause = files.system_error(error)
+    if isinstance(error, UserError):
+        message, status = str(error), 2
+    elif cause is not None and cause.errno in files.DISK_FULL:
+        message, status = files.write_problem(cause.filename or "output", cause), 2
+    else:
+        message, status = f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1
     print(f"cfrl: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -115,9 +115,7 @@ def run_import(
         UserError: an input that cannot be read, an output that cannot be written, or nothing usable.
     """
     output = Path(output)
-    if output.suffix not in _HDF5:
-        raise UserError(f"{output}: a dataset is an HDF5 file; let its name end in .h5")
-    check_writable(output)
+    check_writable(output, _HDF5)
     imported = read_files(inputs, config, splits, console)
     table = output.with_suffix(".dropped.csv")
     _write_dropped(imported.dropped, table)

@@ -59,7 +59,7 @@ def build_hull(
     Raises:
         UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, or nowhere to write.
     """
-    check_writable(output)
+    check_writable(output, (".h5",))
     filling = ReferenceHull.load(fill) if fill else None
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
     device = str(choose_device(device))

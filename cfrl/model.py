@@ -24,7 +24,7 @@ from cfrl.crystal import CrystalBatch
 from cfrl.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.errors import UserError
-from cfrl.files import atomic_file
+from cfrl.files import atomic_file, check_writable
 from cfrl.runs import newest_run
 from cfrl.symmetry import tables
 
@@ -621,6 +621,7 @@ def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None
         output: the file to write.
         dataset: what it was trained on, for the header; empty: keep the name of the file.
     """
+    check_writable(output, (".safetensors",))
     header = read_header(model_path(model))
     told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
     info = {name: header[name] for name in told if name in header}

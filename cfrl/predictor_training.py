@@ -239,8 +239,8 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
     """
     from cfrl.potentials import load_potential
 
-    output = Path(output).with_suffix(".safetensors")
-    check_writable(output)
+    output = Path(output)
+    check_writable(output, (".safetensors",))
     structures, values = read_targets(data, config.target, config.log)
     potential = load_potential(config.potential, choose_device(config.device))
     with progress_bar(f"features of {potential.name}", len(structures), console) as advance:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cfrl.data import load_dataset
 from cfrl.errors import UserError
+from cfrl.files import check_writable
 from cfrl.model import CrystalTransformer, ModelConfig, save_model, space_group_shares
 
 # heads x key size cannot be told apart from the shapes alone; these are the sizes that were published
@@ -171,6 +172,7 @@ def run_import(
     Raises:
         UserError: a file that is no such checkpoint, or a dataset that cannot be read.
     """
+    check_writable(output, (".safetensors",))
     model = import_published(read_checkpoint(checkpoint), num_heads, coord_components)
     if dataset:
         model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))

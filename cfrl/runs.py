@@ -170,8 +170,8 @@ class RunFolder:
         """Replace `checkpoint.pt` by `state`: tensors and plain Python values, in dicts and lists."""
         import torch
 
-        with atomic_file(self.path / "checkpoint.pt") as temp:
-            torch.save(state, temp)
+        with atomic_file(self.path / "checkpoint.pt") as temp, temp.open("wb") as file:
+            torch.save(state, file)  # given a path, it would not say why it fails
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state that was saved last, on the CPU; None where there is none.

@@ -22,7 +22,7 @@ from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
 from cfrl.elements import atomic_number
 from cfrl.errors import UserError
-from cfrl.export import export_crystals
+from cfrl.export import check_output, export_crystals
 from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, load_model, model_path, unscale_lattice
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder
@@ -251,15 +251,20 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
         UserError: bad settings, no such model, nowhere to write.
     """
     console = console or Console(quiet=True)
+    if output:
+        check_output(output)
     model = load_model(config.model, choose_device(config.device))
+    groups, limit = parse_space_groups(config.space_group), config.max_atoms or None
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    space_group_prior(model, groups, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,
             config.n,
-            space_group=parse_space_groups(config.space_group),
-            elements=config.elements.split(",") if config.elements else None,
-            max_atoms=config.max_atoms or None,
+            space_group=groups,
+            elements=elements,
+            max_atoms=limit,
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
@@ -268,8 +273,8 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
             batch_size=config.batch_size,
             progress=advance,
         )
-    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     _describe(crystals, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return path

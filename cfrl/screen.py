@@ -114,6 +114,11 @@ def screen(
         source = (run.path / _SOURCE).read_text(encoding="utf-8").strip()
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
+    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    if copy:
+        check_writable(copy)
+    elif Path(output).suffix[1:].isalpha():
+        raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
     rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
     samples = read_samples(source)
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
@@ -122,9 +127,6 @@ def screen(
     table.check_names(rank, condition)
     hull = load_hull(config) if config.stability else None
     known = read_known(config.known, set(table["formula"])) if config.unique and config.known else None
-    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
-    if copy:
-        check_writable(copy)
     run = run or _run_folder(source, config, "" if copy else output)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)

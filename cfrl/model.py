@@ -26,12 +26,15 @@ from cfrl.errors import UserError
 from cfrl.files import atomic_file
 from cfrl.runs import newest_run
 from cfrl.symmetry import tables
+from cfrl.untrusted import fitting, one_line, read_tensors
 
 NUM_ELEMENTS = 119  # with 0 = empty
 NUM_LETTERS = 28  # with 0 = empty / stop
 TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
 MIN_STD = 1e-3  # of lattice parameters
+LIKELIHOODS = ("exact", "published")
+_LARGEST = 1 << 16  # of a size of a model
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
 
 
@@ -62,6 +65,22 @@ class ModelConfig:
     dropout: float = 0.1
     descriptors: bool = False
     likelihood: str = "exact"
+
+    def __post_init__(self) -> None:
+        """Raises UserError for sizes that no model can have."""
+        for name, value in asdict(self).items():
+            if type(value) is int and not 1 <= value <= _LARGEST:
+                raise UserError(f"{name} = {value}: a model has 1 to {_LARGEST:,}")
+        if self.key_size % 2 or not 0 <= self.dropout < 1 or self.likelihood not in LIKELIHOODS:
+            given = f"key_size = {self.key_size}, dropout = {self.dropout}, likelihood = '{self.likelihood}'"
+            raise UserError(f"{given}: must be even, a fraction, and {' or '.join(LIKELIHOODS)}")
+
+    @property
+    def num_weights(self) -> int:
+        """About how many numbers the matrices of such a model hold; never more than there are."""
+        inner, wide = self.num_heads * self.key_size, 3 * self.embed_size + 4 * self.fourier
+        layer = 8 * self.model_size + 4 * inner
+        return self.model_size * (self.num_layers * layer + wide + self.output_size) + self.embed_size * self.h0_size
 
     @property
     def output_size(self) -> int:
@@ -202,8 +221,7 @@ class CrystalTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.output_size)
         self.register_buffer("rotary", _rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
-        self.register_buffer("space_group_log_prob", torch.full((231,), -math.log(230.0)))
-        self.space_group_log_prob[0] = -torch.inf
+        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, 231)))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -546,16 +564,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: not a model file of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != "cfrl-model-1":
-        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
-    return header
+    return _read_model(Path(path))[0]
 
 
 def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
@@ -566,19 +575,32 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
             "last": the newest run of finetune or pretrain under runs/.
 
     Raises:
-        UserError: there is no such model, or the file is not one.
+        UserError: there is no such model, the file is not one, or there is NaN or infinity in it.
     """
-    from safetensors.torch import load_file
-
     path = model_path(model)
-    header = read_header(path)
-    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=str(path)))
-    weights = {name: t.float() for name, t in load_file(path).items()}
+    header, weights = _read_model(path)
+    with fitting(path):
+        config = settings.build(ModelConfig, json.loads(header["config"]), source=str(path))
+    return build_model(config, weights, path).to(device).eval()
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:
+    """A network with these weights. Raises UserError, naming the source, if they are not of these sizes."""
+    if config.num_weights > sum(t.numel() for t in weights.values()):  # before room is made for what is not there
+        raise UserError(f"{source}: the weights do not fit their configuration (it asks for more of them)")
+    network = CrystalTransformer(config)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit their configuration ({error})") from error
-    return network.to(device).eval()
+        raise UserError(f"{source}: the weights do not fit their configuration ({one_line(error)})") from error
+    return network
+
+
+def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    header, weights = read_tensors(path, "not a readable safetensors file")
+    if header.get("format") != "cfrl-model-1":
+        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
+    return header, weights
 
 
 def model_path(model: str | Path | None) -> Path:

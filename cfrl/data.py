@@ -339,18 +339,16 @@ def assign_splits(crystals: CrystalBatch, config: DataConfig) -> np.ndarray:
     splits, whichever other crystals there are, and the fractions hold on average.
 
     Raises:
-        UserError: impossible fractions, or another `split_by`.
+        UserError: fractions that leave nothing for training.
     """
     n, validation, test = len(crystals), config.validation, config.test
-    if min(validation, test) < 0 or validation + test >= 1:
+    if validation + test >= 1:
         raise UserError(f"validation = {validation} and test = {test}: must be fractions that leave some for training")
     if config.split_by == "row":
         place = np.random.default_rng(config.seed).permutation(n) + 0.5
         place = place / max(n, 1)
-    elif config.split_by == "formula":
-        place = np.array([_uniform(f"{config.seed}:{formula}") for formula in crystals.formulas()])
     else:
-        raise UserError(f"split_by = '{config.split_by}': must be row or formula")
+        place = np.array([_uniform(f"{config.seed}:{formula}") for formula in crystals.formulas()])
     return np.select([place < validation, place < validation + test], [1, 2], 0)
 
 

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from cfrl import monitor, policy
-from cfrl.config import FinetuneConfig, nearest, read_run_config
+from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.fingerprint import fingerprints
-from cfrl.interrupt import stop_on_signal
+from cfrl.interrupt import Abandoned, stop_on_signal
 from cfrl.model import FACTORS
 from cfrl.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.rewards.trust import confirm_code
 from cfrl.rollouts import Rollout, chemical_systems, collect
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals
@@ -46,6 +47,7 @@ def finetune(
     resume: str | Path | None = None,
     root: str | Path = "runs",
     quiet: bool = False,
+    trust: bool = False,
 ) -> RunFolder:
     """Tune a model towards a reward.
 
@@ -55,6 +57,7 @@ def finetune(
         resume: a run folder to go on with, instead of a new one.
         root: where a new run folder is made.
         quiet: show nothing.
+        trust: import code that the settings of a resumed run name; else the user is asked.
 
     Returns:
         The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
@@ -67,6 +70,8 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
+    if resume and reward is None and not config.rollouts:
+        confirm_code(config.reward, Path(resume) / "config.toml", trust)
     tuning = Tuning(config)
     scorer = reward
     if scorer is None and not config.rollouts:
@@ -87,6 +92,9 @@ def finetune(
             except UserError as error:
                 log.save()
                 raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
+            except Abandoned as error:
+                live.say(f"Step {tuning.step + 1} is lost: {error}.")
+                break
             if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
                 metrics |= _validate(tuning, validation)
             tuning.seconds += time.monotonic() - began
@@ -440,29 +448,6 @@ def evaluate(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, folder: Pat
 
 
 def _check(config: FinetuneConfig) -> None:
-    """Settings that exclude each other or lie outside their range. Raises UserError."""
-    for name, known in (("algorithm", policy.ALGORITHMS), ("kl", ("reward", "loss"))):
-        value = getattr(config, name)
-        if value not in known:
-            raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
+    """Settings that exclude each other. Raises UserError."""
     if config.rollouts and config.algorithm not in policy.PAIRED:
         raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
-    for name in (
-        "steps",
-        "batch_size",
-        "sample_batch",
-        "epochs",
-        "minibatch",
-        "micro_batch",
-        "diversity_window",
-        "validate_every",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
-    for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} = {getattr(config, name):g} must be above 0")
-    if not 0 <= config.lr_final <= 1:
-        raise UserError(f"lr_final = {config.lr_final:g} must be from 0 to 1: a fraction of the peak")
-    if not 0 <= config.space_group_floor < 1:
-        raise UserError(f"space_group_floor = {config.space_group_floor:g} must be at least 0 and below 1")

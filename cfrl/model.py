@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +34,12 @@ NUM_LETTERS = 28  # with 0 = empty / stop
 TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
 MIN_STD = 1e-3  # of lattice parameters
-LIKELIHOODS = ("exact", "published")
-_LARGEST = 1 << 16  # of a size of a model
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
+Size = Annotated[int, settings.Range(1, 10**5)]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(settings.Settings):
     """Sizes and conventions of a model; stored in its file.
 
     Attributes:
@@ -52,28 +52,24 @@ class ModelConfig:
             and tied coordinates scored too, as the published code does.
     """
 
-    embed_size: int = 32
-    h0_size: int = 256
-    model_size: int = 64
-    num_layers: int = 16
-    num_heads: int = 16
-    key_size: int = 64
-    fourier: int = 5
-    coord_components: int = 16
-    lattice_components: int = 4
-    max_sites: int = 21
-    dropout: float = 0.1
+    embed_size: Size = 32
+    h0_size: Size = 256
+    model_size: Size = 64
+    num_layers: Size = 16
+    num_heads: Size = 16
+    key_size: Size = 64
+    fourier: Size = 5
+    coord_components: Size = 16
+    lattice_components: Size = 4
+    max_sites: Size = 21
+    dropout: settings.FractionBelowOne = 0.1
     descriptors: bool = False
-    likelihood: str = "exact"
+    likelihood: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
-        """Raises UserError for sizes that no model can have."""
-        for name, value in asdict(self).items():
-            if type(value) is int and not 1 <= value <= _LARGEST:
-                raise UserError(f"{name} = {value}: a model has 1 to {_LARGEST:,}")
-        if self.key_size % 2 or not 0 <= self.dropout < 1 or self.likelihood not in LIKELIHOODS:
-            given = f"key_size = {self.key_size}, dropout = {self.dropout}, likelihood = '{self.likelihood}'"
-            raise UserError(f"{given}: must be even, a fraction, and {' or '.join(LIKELIHOODS)}")
+        super().__post_init__()
+        if self.key_size % 2:
+            raise UserError(f"key_size = {self.key_size}: must be even, for rotary positions turn pairs")
 
     @property
     def num_weights(self) -> int:
@@ -580,7 +576,7 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     path = model_path(model)
     header, weights = _read_model(path)
     with fitting(path):
-        config = settings.build(ModelConfig, json.loads(header["config"]), source=str(path))
+        config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
     return build_model(config, weights, path).to(device).eval()
 
 

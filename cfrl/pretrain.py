@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cfrl.config import PretrainConfig, nearest, read_run_config
+from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
 from cfrl.devices import processes
@@ -52,8 +52,6 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         run = RunFolder.open(resume)
         config = config or read_run_config(PretrainConfig, run.path / "config.toml")
     config = config or PretrainConfig()
-    if config.keep not in ("best", "last"):
-        raise UserError(f"keep = '{config.keep}': it is best or last")
     with processes(config.device) as (rank, world, device):
         train, validation = _datasets(config)
         if resume is None:
@@ -263,8 +261,6 @@ class Trainer:
 
     def _autocast(self):
         wanted = self.config.precision
-        if wanted not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision = '{wanted}': it is auto, float32 or bfloat16")
         if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -294,10 +290,8 @@ def initial_model(config: PretrainConfig, train: CrystalBatch) -> CrystalTransfo
     """Random or given weights, and the space-group distribution of the training crystals.
 
     Raises:
-        UserError: unknown preset, or weights that cannot be loaded.
+        UserError: weights that cannot be loaded.
     """
-    if config.preset not in PRESETS:
-        raise UserError(f"unknown preset '{config.preset}'{nearest(config.preset, PRESETS)}; have {', '.join(PRESETS)}")
     if config.init:
         model = load_model(config.init)
         architecture = model.config
@@ -368,7 +362,7 @@ def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
 
 
 def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
-    limit = PRESETS.get(config.preset, PRESETS["default"]).max_sites - 1
+    limit = PRESETS[config.preset].max_sites - 1
     train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
     if not len(train):
         raise UserError(f"{config.dataset}: no crystals to train on")

@@ -37,7 +37,7 @@ from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder, newest_run
 from cfrl.sampler import parse_space_groups, sample
-from cfrl.storage import SPLITS, describe, iter_crystals, read_crystals, write_crystals
+from cfrl.storage import describe, iter_crystals, read_crystals, write_crystals
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
 RESULT = "retrieval.json"
@@ -207,13 +207,16 @@ def _met(crystals: CrystalBatch, known: list[Any], rows: list[int]) -> np.ndarra
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def retrieve(config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs") -> RunFolder:
+def retrieve(
+    config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs", trust: bool = False
+) -> RunFolder:
     """`cfrl retrieve`: rank a dataset, sample both models, judge, and write it all down.
 
     Args:
         config: settings.
         console: for progress and results; None: silent.
         root: where runs are looked for, and where the run folder is made.
+        trust: import code that the settings of the run name, to score crystals with its reward; else the user is asked.
 
     Returns:
         The run folder: ranking.h5 (every crystal, in the order of the dataset), retrieved.csv and retrieved.h5 (the
@@ -223,10 +226,12 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
         UserError: nothing to compare, bad settings, or a file that cannot be read.
     """
     from cfrl.report import write_report
+    from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
-    _check(config)
     config, tuning = _complete(config, root, console)
+    if config.reward_crystals and tuning.reward:
+        confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = _Dataset(config.dataset, config.split or None)
@@ -259,16 +264,6 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
     run.finish()
     show(run, console)
     return run
-
-
-def _check(config: RetrieveConfig) -> None:
-    if config.rank not in RANKINGS:
-        raise UserError(f"rank '{config.rank}': give one of {', '.join(RANKINGS)}")
-    if config.split and config.split not in SPLITS:
-        raise UserError(f"split '{config.split}': give one of {', '.join(SPLITS)}, or nothing for all")
-    for name, least in (("top", 1), ("samples", 0), ("reward_crystals", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} = {getattr(config, name)}: must be at least {least}")
 
 
 def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:

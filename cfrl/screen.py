@@ -115,8 +115,6 @@ def screen(
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
     rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
-    if config.dft and config.dft not in DFT_SETS:
-        raise UserError(f"--dft {config.dft}: use {' or '.join(DFT_SETS)}")
     samples = read_samples(source)
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
     predictors = _predictors(config.properties)

@@ -174,7 +174,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 def _load_entry_point(point: EntryPoint) -> None:
     try:
         loaded = point.load()
-    except Exception as error:  # whatever a third party's module raises on import
+    except (Exception, SystemExit) as error:  # whatever a third party's module raises on import
         raise UserError(f"reward '{point.name}' of {point.value} cannot be loaded: {describe(error)}") from error
     if point.name not in _registry:
         register_reward(point.name)(loaded)
@@ -206,7 +206,7 @@ def _import(place: str) -> ModuleType:
         raise UserError(f"reward: {place} cannot be imported: {describe(error)}") from error
     except UserError:
         raise
-    except Exception as error:  # whatever a user's module raises on import
+    except (Exception, SystemExit) as error:  # whatever a user's module raises on import
         raise UserError(f"reward: {place} cannot be imported: {describe(error)}") from error
 
 

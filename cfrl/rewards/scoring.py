@@ -15,12 +15,12 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl import config
+from cfrl import config, interrupt
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.rewards.expression import Expression, Term
@@ -74,6 +74,7 @@ class RewardContext:
     dataset: known crystals for `novelty`: a name, a file or a `CrystalBatch`
     device: where models run
     caution: spreads to subtract from every predicted quantity; None: each reward's own
+    timeout: seconds that one call of a reward from outside this package may take; 0: for ever
     memo: where rewards keep what they work out once
     """
 
@@ -84,23 +85,25 @@ class RewardContext:
         dataset: CrystalBatch | str | None = None,
         device: torch.device | str | None = None,
         caution: float | None = None,
+        timeout: float = 0.0,
     ) -> None:
         self._potential, self._hull, self._dataset = potential, hull, dataset
         self.device = None if device is None or str(device) == "auto" else device
-        self.caution = caution
+        self.caution, self.timeout = caution, timeout
         self.memo: dict[Any, Any] = {}
         self._predictors: dict[str, Predictor] = {}
         self._others: dict[str, Potential] = {}
 
     @classmethod
     def from_config(cls, settings: Any, device: torch.device | str | None = None) -> RewardContext:
-        """From a dataclass with `potential`, `hull`, `dataset` and `caution`, such as `FinetuneConfig`."""
+        """From a dataclass with these settings, such as `FinetuneConfig`."""
         return cls(
             settings.potential,
             settings.hull or None,
             settings.dataset or None,
             device,
             None if settings.caution < 0 else settings.caution,
+            settings.reward_timeout,
         )
 
     @cached_property
@@ -317,6 +320,7 @@ class _BoundTerm:
         extra = [*(["spread"] if info.spread else []), *info.parts]
         self.columns = [str(term), *(f"{term}/{name}" for name in extra)]
         self._works = False
+        self._given_up: BaseException | None = None
 
     def evaluate(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> list[_Row]:
         """One row per crystal. A crystal on which the function raises gets a status, alone."""
@@ -341,7 +345,7 @@ class _BoundTerm:
 
     def _run(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> Scored:
         arguments = (crystals, structures, inputs) if self.info.needs else (crystals, structures)
-        out = self.info.function(*arguments, **self.parameters)
+        out = self._call(arguments, inputs.context.timeout)
         scored = out if isinstance(out, Scored) else Scored(out)
         n = len(crystals)
         values = self._array(scored.values, n)
@@ -351,6 +355,33 @@ class _BoundTerm:
         values = np.where([not reason for reason in status], values, np.nan)
         spread = self._array(scored.spread, n) if self.info.spread else None
         return Scored(values, status, spread, {name: self._array(scored.parts[name], n) for name in self.info.parts})
+
+    def _call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
+        if getattr(self.info.function, "__module__", "").startswith("cfrl."):
+            return self.info.function(*arguments, **self.parameters)
+        if self._given_up is not None:
+            raise self._given_up
+        try:
+            return interrupt.call(partial(self._call_foreign, arguments), timeout)
+        except interrupt.TooLong:
+            self._given_up = UserError(
+                f"reward '{self.term}' took longer than {timeout:g} s for {len(arguments[0])} crystals and was given "
+                "up; mend it, or give it more time: --reward-timeout SECONDS (0: for ever)"
+            )
+        except interrupt.Abandoned:
+            self._given_up = interrupt.Abandoned(f"reward '{self.term}' did not end and was given up")
+        raise self._given_up
+
+    def _call_foreign(self, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return self.info.function(*arguments, **self.parameters)
+        except Exception:
+            raise
+        except BaseException as error:  # sys.exit() and the like must not end the run as if all were well
+            raise UserError(
+                f"reward '{self.term}' ended the program ({describe(error)}); it should return its scores, or raise an "
+                "ordinary exception"
+            ) from error
 
     def _one_by_one(
         self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs, error: Exception
@@ -370,10 +401,10 @@ class _BoundTerm:
         return rows
 
     def _array(self, values: Any, n: int) -> np.ndarray:
-        """(n,) float64. Raises UserError for anything that is not n numbers."""
+        """(n,) float64, NaN where an array is masked. Raises UserError for anything that is not n numbers."""
         values = values.detach().cpu() if hasattr(values, "detach") else values
         try:
-            array = np.asarray(values)
+            array = np.ma.asanyarray(values)
         except ValueError as error:
             raise UserError(f"reward '{self.term}' returned a ragged list instead of {n} numbers") from error
         if array.dtype.kind not in "fiub":
@@ -382,7 +413,7 @@ class _BoundTerm:
             )
         if array.shape != (n,):
             raise UserError(f"reward '{self.term}' returned shape {array.shape} instead of ({n},), one per crystal")
-        return array.astype(np.float64)
+        return array.astype(np.float64).filled(np.nan)
 
     def _split(self, scored: Scored) -> list[_Row]:
         table = np.column_stack(list(self.named(scored).values()))

@@ -47,6 +47,7 @@ PROTOTYPES = "prototypes"
 Analysed = tuple[list[np.ndarray], dict[int, str]]  # tensors of a CrystalBatch as arrays; row -> why it was dropped
 MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
 _JOB = 64  # entries per job of a worker
+_CHUNK = 4096  # crystals looked at at once
 _INLINE = 256  # so few entries are not worth starting processes
 _HDF5 = (".h5", ".hdf5")
 _RESERVED = ("ids", "split")  # names that the schema uses itself
@@ -465,19 +466,27 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _stored(name: str, config: DataConfig) -> Imported:
     """What one of our files holds, within the limits."""
     path = dataset_path(name)
-    crystals, columns = storage.read_crystals(path), storage.read_columns(path)
+    crystals, columns, faults = storage.read_rows(path)
     split = columns.pop("split").astype(np.int64)
     columns.pop("ids", None)
     crystals.properties = {}
     if crystals.ids is None:
         crystals.ids = [f"{path.stem}-{i}" for i in range(1, len(crystals) + 1)]
-    limits = [("sites", crystals.num_sites, config.max_sites), ("atoms", crystals.num_atoms, config.max_atoms)]
-    dropped, fits = [], np.ones(len(crystals), dtype=bool)
-    for what, counts, limit in limits:
-        for row in np.flatnonzero(fits & (counts.numpy() > limit)) if limit else ():
-            reason = f"too many {what}: {counts[row]}, at most {limit} fit"
-            dropped.append(Dropped(str(path), int(row) + 1, crystals.ids[row], reason))
-            fits[row] = False
+    reasons = {row: f"damaged: {reason}" for row, reason in faults.items()}
+    sound = torch.tensor([row for row in range(len(crystals)) if row not in faults], dtype=torch.long)
+    for rows in sound.split(_CHUNK):
+        some = crystals[rows]
+        for what, counts, limit in (
+            ("sites", some.num_sites, config.max_sites),
+            ("atoms", some.num_atoms, config.max_atoms),
+        ):
+            for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+                if limit and count > limit:
+                    reasons.setdefault(row, f"too many {what}: {count}, at most {limit} fit")
+        for row in rows[~some.valid(MIN_DISTANCE)].tolist():
+            reasons.setdefault(row, "not possible: its cell has no volume, or its atoms are too close")
+    fits = np.array([row not in reasons for row in range(len(crystals))], dtype=bool)
+    dropped = [Dropped(str(path), row + 1, crystals.ids[row], reason) for row, reason in sorted(reasons.items())]
     columns = {k: v[fits] if v.dtype != object else v[fits].tolist() for k, v in columns.items()}
     return Imported(crystals[fits], columns, split[fits], dropped)
 

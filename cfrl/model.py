@@ -27,6 +27,7 @@ from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.runs import newest_run
 from cfrl.symmetry import tables
+from cfrl.untrusted import fitting, one_line, read_tensors
 
 NUM_ELEMENTS = 119  # with 0 = empty
 NUM_LETTERS = 28  # with 0 = empty / stop
@@ -64,6 +65,18 @@ class ModelConfig(settings.Settings):
     dropout: settings.FractionBelowOne = 0.1
     descriptors: bool = False
     likelihood: Literal["exact", "published"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.key_size % 2:
+            raise UserError(f"key_size = {self.key_size}: must be even, for rotary positions turn pairs")
+
+    @property
+    def num_weights(self) -> int:
+        """About how many numbers the matrices of such a model hold; never more than there are."""
+        inner, wide = self.num_heads * self.key_size, 3 * self.embed_size + 4 * self.fourier
+        layer = 8 * self.model_size + 4 * inner
+        return self.model_size * (self.num_layers * layer + wide + self.output_size) + self.embed_size * self.h0_size
 
     @property
     def output_size(self) -> int:
@@ -204,8 +217,7 @@ class CrystalTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.output_size)
         self.register_buffer("rotary", _rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
-        self.register_buffer("space_group_log_prob", torch.full((231,), -math.log(230.0)))
-        self.space_group_log_prob[0] = -torch.inf
+        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, 231)))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -548,16 +560,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: not a model file of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != "cfrl-model-1":
-        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
-    return header
+    return _read_model(Path(path))[0]
 
 
 def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
@@ -568,19 +571,32 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
             "last": the newest run of finetune or pretrain under runs/.
 
     Raises:
-        UserError: there is no such model, or the file is not one.
+        UserError: there is no such model, the file is not one, or there is NaN or infinity in it.
     """
-    from safetensors.torch import load_file
-
     path = model_path(model)
-    header = read_header(path)
-    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: "))
-    weights = {name: t.float() for name, t in load_file(path).items()}
+    header, weights = _read_model(path)
+    with fitting(path):
+        config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
+    return build_model(config, weights, path).to(device).eval()
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:
+    """A network with these weights. Raises UserError, naming the source, if they are not of these sizes."""
+    if config.num_weights > sum(t.numel() for t in weights.values()):  # before room is made for what is not there
+        raise UserError(f"{source}: the weights do not fit their configuration (it asks for more of them)")
+    network = CrystalTransformer(config)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit their configuration ({error})") from error
-    return network.to(device).eval()
+        raise UserError(f"{source}: the weights do not fit their configuration ({one_line(error)})") from error
+    return network
+
+
+def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    header, weights = read_tensors(path, "not a readable safetensors file")
+    if header.get("format") != "cfrl-model-1":
+        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
+    return header, weights
 
 
 def model_path(model: str | Path | None) -> Path:

@@ -33,6 +33,7 @@ CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference la
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
+CARRIED_OVER = "-shifted"  # ends the `scale` of energies fitted from another functional, which scatter more
 SIMPLE_FORMULA = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d*)?|\.\d+)?")
 
 
@@ -87,6 +88,10 @@ class ReferenceHull:
     def __repr__(self) -> str:
         return f"ReferenceHull({len(self)} phases, {len(self.elements)} elements, {self.energy_scale})"
 
+    def __getitem__(self, rows: np.ndarray) -> ReferenceHull:
+        """Some of the phases, by index or mask."""
+        return ReferenceHull(self.numbers[rows], self.fractions[rows], self.energies[rows], self.energy_scale)
+
     @property
     def elements(self) -> list[int]:
         """Atomic numbers that have an elemental reference."""
@@ -107,7 +112,8 @@ class ReferenceHull:
     def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
         """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
 
-        An empty path is the embedded reference (energies by CHGNet).
+        An empty path is the embedded reference (energies by CHGNet). In a CSV with a column `scale`, energies carried
+        over from another functional ("r2scan-shifted") count only for compositions that have no other.
         CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
         compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
         missing, unreadable or empty, naming the row at fault.
@@ -160,8 +166,7 @@ class ReferenceHull:
     def near_hull(self, cutoff: float) -> ReferenceHull:
         """Only the phases at most `cutoff` eV/atom above the hull, and every element's ground state."""
         distance = self.e_above_hull(self._dense(), self.energies).e_above_hull
-        keep = np.nonzero(distance <= cutoff + FLAT)[0]
-        return ReferenceHull(self.numbers[keep], self.fractions[keep], self.energies[keep], self.energy_scale)
+        return self[distance <= cutoff + FLAT]
 
     def filled(self, other: ReferenceHull) -> ReferenceHull:
         """With those phases of `other` whose composition this one lacks.
@@ -422,7 +427,7 @@ def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
     missing = {"formula", "energy_per_atom"} - set(reader.fieldnames or ())
     if missing:
         raise UserError(f"{path}: no column {' or '.join(sorted(missing))} (has: {reader.fieldnames})")
-    formulas, energies = [], []
+    formulas, energies, carried = [], [], []
     for row in reader:
         try:
             energies.append(float(row["energy_per_atom"]))
@@ -431,7 +436,9 @@ def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
         if not np.isfinite(energies[-1]):
             raise UserError(f"{path}, line {reader.line_num}: energy_per_atom is {row['energy_per_atom']!r}")
         formulas.append(row["formula"] or "")
-    return _named(path, formulas, energies)
+        carried.append((row.get("scale") or "").endswith(CARRIED_OVER))
+    hull, carried = _named(path, formulas, energies), np.array(carried, dtype=bool)
+    return hull[~carried].filled(hull[carried])
 
 
 def _read_entries(file: Any, path: Path) -> ReferenceHull:

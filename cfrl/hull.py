@@ -175,7 +175,7 @@ class ReferenceHull:
         close to each other; the energy scale stays this one's.
         """
         own = {row.tobytes() for row in self._dense().round(4)}
-        new = np.array([row.tobytes() not in own for row in other._dense().round(4)])
+        new = np.array([row.tobytes() not in own for row in other._dense().round(4)], dtype=bool)
         width = max(self.numbers.shape[1], other.numbers.shape[1])
         numbers, fractions = (
             np.concatenate([_widened(a, width), _widened(b[new], width)])
@@ -250,15 +250,16 @@ class ReferenceHull:
 def expected_gap(compounds: int, elements: int) -> float:
     """How far a hull is too high on average, eV/atom, where so many compositions of compounds are known.
 
-    0.1 / (x + 1/4), x = compounds for each pair of the elements: fitted to the gap between the hull of the 38,752
-    Materials Project phases whose compositions its near-hull crystals with at most 20 sites cover and that of all
-    133,468, at 775 crystals of the embedded generator. Binaries with 0, 1, 2 and 3 or 4 known compounds: 0.46, 0.08,
-    0.04, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.13, 0.06, 0.04.
+    0.1 / (x + 0.36), x = compounds for each pair of the elements: fitted (tests/benchmarks/fit_expected_gap.py) to the
+    gap between the hull of the 29,511 Materials Project phases near the hull whose compositions the embedded
+    reference's own crystals cover and that of all 130,867, at 1,820 crystals of the embedded generator. Binaries with
+    0, 1, 2 and 3 or 4 known compounds: 0.28, 0.05, 0.03, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.08,
+    0.04, 0.02.
     A reference that was filled up from all of the Materials Project has no such gap to it; what that database lacks
     in turn is taken to follow the same rule.
     """
     pairs = elements * (elements - 1) / 2
-    return 0.1 / (compounds / pairs + 0.25) if pairs else 0.0
+    return 0.1 / (compounds / pairs + 0.36) if pairs else 0.0
 
 
 def _widened(array: np.ndarray, width: int) -> np.ndarray:
@@ -272,7 +273,8 @@ class _SystemHull:
         self.elements = _elements(system)
         self.num_references = len(energies)
         compounds = points[points.max(axis=1, initial=0.0) < 1 - 1e-9]
-        self.doubt = expected_gap(len(np.unique(compounds.round(4), axis=0)), len(self.elements))
+        self.num_compounds = len(np.unique(compounds.round(4), axis=0))  # polymorphs count once
+        self.doubt = expected_gap(self.num_compounds, len(self.elements))
         pure = np.where(points > 1 - 1e-9, energies[:, None], np.inf).min(axis=0, initial=np.inf)
         missing = [SYMBOLS[z] for z, energy in zip(self.elements, pure, strict=True) if np.isinf(energy)]
         self.status = f"no reference for element {', '.join(missing)}" if missing else ""

@@ -198,6 +198,15 @@ def test_filling_adds_only_compositions_that_are_missing():
     np.testing.assert_allclose(filled.e_above_hull(["NaCl", "NaCl3", "KNaCl2"], [-3.0, -2.5, -3.0]).e_above_hull, 0)
 
 
+def test_energies_carried_over_from_another_functional_fill_only_gaps(tmp_path):
+    path = tmp_path / "entries.csv"
+    rows = ["Na,-1,gga", "Cl,-2,gga", "Na2Cl2,-3,gga", "NaCl,-9,r2scan-shifted", "NaCl3,-2.5,r2scan-shifted"]
+    path.write_text("\n".join(["formula,energy_per_atom,scale", *rows]))
+    hull = ReferenceHull.load(path)
+    assert len(hull) == 4
+    np.testing.assert_allclose(hull.e_above_hull(["NaCl", "NaCl3"], [-3.0, -2.5]).e_above_hull, 0, atol=1e-9)
+
+
 def test_distances_agree_with_the_materials_project(shared):
     path = shared / "data" / "mp_energies.csv.gz"
     hull = ReferenceHull.load(path, energy_scale="mp2020")
@@ -237,7 +246,8 @@ def test_doubt_falls_with_what_is_known_and_is_none_for_elements():
     salts = ["Na", "Cl", "K", "NaCl", "NaCl", "Na2Cl"]
     hull = ReferenceHull.from_compositions(salts, [0.0, 0.0, 0.0, -1.0, -0.9, -0.1], "x")
     doubt = hull.e_above_hull(["Na", "NaK", "NaCl3", "NaKCl"], np.zeros(4)).doubt
-    assert doubt.tolist() == [0.0, 0.4, 0.1 / 2.25, pytest.approx(0.1 / (2 / 3 + 0.25))]  # polymorphs count once
+    expected = [0.0, 0.1 / 0.36, 0.1 / 2.36, 0.1 / (2 / 3 + 0.36)]  # polymorphs count once
+    assert doubt.tolist() == pytest.approx(expected)
 
 
 def test_doubt_is_the_gap_to_a_fuller_reference(shared):

@@ -168,11 +168,14 @@ class ReferenceHull:
         distance = self.e_above_hull(self._dense(), self.energies).e_above_hull
         return self[distance <= cutoff + FLAT]
 
-    def filled(self, other: ReferenceHull) -> ReferenceHull:
+    def filled(self, other: ReferenceHull, tolerance: float = np.inf) -> ReferenceHull:
         """With those phases of `other` whose composition this one lacks.
 
         For a reference with few compounds, whose gaps would make unstable crystals look stable. The scales should be
         close to each other; the energy scale stays this one's.
+
+        tolerance: eV/atom. What makes a phase of this reference rise farther above the hull contradicts it, and is
+            left out: one wrong energy among many otherwise spoils all systems that it is part of.
         """
         own = {row.tobytes() for row in self._dense().round(4)}
         new = np.array([row.tobytes() not in own for row in other._dense().round(4)], dtype=bool)
@@ -181,7 +184,37 @@ class ReferenceHull:
             np.concatenate([_widened(a, width), _widened(b[new], width)])
             for a, b in ((self.numbers, other.numbers), (self.fractions, other.fractions))
         )
-        return ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+        hull = ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+        return hull if np.isinf(tolerance) else hull._agreeing(self, tolerance)
+
+    def _agreeing(self, own: ReferenceHull, tolerance: float) -> ReferenceHull:
+        """Without what contradicts `own`, this reference's first phases."""
+        hull, shares = self, own._dense()
+        allowed = own.e_above_hull(shares, own.energies).e_above_hull + tolerance
+        rows = np.arange(len(own))
+        while True:
+            raised = hull.e_above_hull(shares[rows], own.energies[rows]).e_above_hull > allowed[rows]
+            rows = rows[raised]  # the hull only rises from now on: the others stay where they are
+            mixtures = [phases[phases >= len(own)] for phases in map(hull._mixture, shares[rows])]
+            at_fault = {hull._deepest(phases, own) for phases in mixtures if len(phases)}
+            if not at_fault:
+                return hull
+            hull = hull[np.setdiff1d(np.arange(len(hull)), list(at_fault))]
+
+    def _deepest(self, rows: np.ndarray, other: ReferenceHull) -> int:
+        """Which of these phases lies deepest below the hull of the other reference."""
+        part = self[rows]
+        return int(rows[other.e_above_hull(part._dense(), part.energies).e_above_hull.argmin()])
+
+    def _mixture(self, shares: np.ndarray) -> np.ndarray:
+        """Rows of the phases whose mixture is the hull at a composition, (119,)."""
+        from scipy.optimize import linprog
+
+        elements = np.nonzero(shares)[0]
+        rows = self._rows(sum(1 << int(z) for z in elements))
+        points = self._points(rows, elements.tolist())
+        amounts = linprog(self.energies[rows], A_eq=points.T, b_eq=shares[elements], method="highs").x
+        return rows[amounts > FLAT]
 
     def _dense(self) -> np.ndarray:
         dense = np.zeros((len(self), len(SYMBOLS)))
@@ -225,19 +258,23 @@ class ReferenceHull:
 
     def _hull(self, system: int) -> _SystemHull:
         if system not in self._hulls:
-            self._hulls[system] = _SystemHull(system, *self._phases(system))
+            rows = self._rows(system)
+            points = self._points(rows, _elements(system))
+            self._hulls[system] = _SystemHull(system, points, self.energies[rows])
         return self._hulls[system]
 
-    def _phases(self, system: int) -> tuple[np.ndarray, np.ndarray]:
-        """Composition (m, k) and energy (m,) of the reference phases within a chemical system."""
-        elements = _elements(system)
-        rows = [self._systems[s] for s in self._subsystems(elements, system)]
-        rows = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+    def _rows(self, system: int) -> np.ndarray:
+        """The reference phases within a chemical system."""
+        rows = [self._systems[s] for s in self._subsystems(_elements(system), system)]
+        return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+    def _points(self, rows: np.ndarray, elements: list[int]) -> np.ndarray:
+        """Compositions (m, k) of phases in their chemical system."""
         column = np.zeros(len(SYMBOLS), dtype=np.int64)
         column[elements] = np.arange(len(elements))
         points = np.zeros((len(rows), len(elements)))
         np.add.at(points, (np.arange(len(rows))[:, None], column[self.numbers[rows]]), self.fractions[rows])
-        return points, self.energies[rows]
+        return points
 
     def _subsystems(self, elements: list[int], system: int) -> Iterable[int]:
         if len(elements) > SUBSETS_LIMIT:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK = 128  # crystals
 RELAXATION = stages.Relaxation(fmax=0.05, steps=200, keep_symmetry=True)
+CONTRADICTION = 0.3  # eV/atom; a filling that puts relaxed phases farther above the hull is wrong, or they are
 SAME_ENERGY = 3  # decimals of eV/atom; equal compositions that agree so far are one phase
 
 
@@ -84,7 +85,7 @@ def build_hull(
             energy = _near(structures, _distinct(structures, energy), scale, near_hull)
     hull = _hull(structures, energy, scale)
     if filling is not None:
-        hull = hull.filled(filling).near_hull(near_hull)
+        hull = hull.filled(filling, CONTRADICTION).near_hull(near_hull)
     hull.save(output, {"source": " ".join(Path(name).name for name in [*datasets, fill]), "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:

@@ -33,6 +33,7 @@ CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference la
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
+SAME_SCALE = {"chgnet-0.3.0": "mp2020", "chgnet-0.2.0": "mp2020"}  # names in older files
 CARRIED_OVER = "-shifted"  # ends the `scale` of energies fitted from another functional, which scatter more
 SIMPLE_FORMULA = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d*)?|\.\d+)?")
 
@@ -68,8 +69,8 @@ class ReferenceHull:
     numbers: (m, w) uint8 atomic numbers of each phase, 0 = padding
     fractions: (m, w) float64 atomic fractions, 0 = padding
     energies: (m,) float64 eV/atom
-    energy_scale: where the energies come from ("chgnet-0.3.0", "mp2020", ...); energies of crystals must be
-        on the same scale
+    energy_scale: "mp2020", or the potential that has a scale of its own (potentials/scales.py); energies of crystals
+        must be on the same scale
     """
 
     def __init__(
@@ -112,8 +113,9 @@ class ReferenceHull:
     def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
         """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
 
-        An empty path is the embedded reference (energies by CHGNet). In a CSV with a column `scale`, energies carried
-        over from another functional ("r2scan-shifted") count only for compositions that have no other.
+        An empty path is the embedded reference (energies by CHGNet). A CSV with a column `scale` is of the Materials
+        Project ("mp2020"); energies carried over from another functional ("r2scan-shifted") count only for
+        compositions that have no other ("gga").
         CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
         compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
         missing, unreadable or empty, naming the row at fault.
@@ -223,7 +225,7 @@ class ReferenceHull:
 
     def mismatch(self, energy_scale: str) -> str:
         """Why energies of that scale do not fit this reference, or "" if they do."""
-        if energy_scale == self.energy_scale:
+        if SAME_SCALE.get(energy_scale, energy_scale) == SAME_SCALE.get(self.energy_scale, self.energy_scale):
             return ""
         reference = "of unknown origin" if self.energy_scale == "unknown" else f"on the scale {self.energy_scale}"
         return (
@@ -477,6 +479,7 @@ def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
         formulas.append(row["formula"] or "")
         carried.append((row.get("scale") or "").endswith(CARRIED_OVER))
     hull, carried = _named(path, formulas, energies), np.array(carried, dtype=bool)
+    hull.energy_scale = "mp2020" if "scale" in reader.fieldnames else hull.energy_scale
     return hull[~carried].filled(hull[carried])
 
 

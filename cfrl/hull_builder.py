@@ -24,6 +24,7 @@ from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.hull import ReferenceHull
 from cfrl.journal import Work, digest
+from cfrl.potentials import full_name
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -63,7 +64,7 @@ def build_hull(
     check_writable(output)
     filling = ReferenceHull.load(fill) if fill else None
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
-    device = str(choose_device(device))
+    device, potential = str(choose_device(device)), full_name(potential)
     unfinished = Path(f"{output}.unfinished")
     with make_engine("local", count_workers(workers, device)) as engine:
         work = Work(unfinished, engine, digest(structures), console)
@@ -86,14 +87,15 @@ def build_hull(
     hull = _hull(structures, energy, scale)
     if filling is not None:
         hull = hull.filled(filling, CONTRADICTION).near_hull(near_hull)
-    hull.save(output, {"source": " ".join(Path(name).name for name in [*datasets, fill]), "relaxed": relax})
+    source = " ".join(Path(name).name for name in [*datasets, fill])
+    hull.save(output, {"potential": potential, "source": source, "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:
         for reason, count in failed.most_common(5):
             console.print(f"{count} crystals left out: {reason}")
         console.print(
             f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(structures):,} crystals, "
-            f"{len(hull.elements)} elements, energies by {scale}{', relaxed' if relax else ''}"
+            f"{len(hull.elements)} elements, energies by {potential}{', relaxed' if relax else ''}"
             + (f"; what they lack from {fill}" if fill else ""),
             highlight=False,
         )

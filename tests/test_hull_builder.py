@@ -39,7 +39,7 @@ def test_a_hull_holds_the_potentials_energies_of_the_phases_near_it(dataset, tmp
     hull = build_hull([str(dataset)], tmp_path / "hull.h5", workers=1)
     potential = load_potential("chgnet", "cpu")
     assert len(hull) == 3  # one rock salt, and not the stretched one
-    assert hull.energy_scale == potential.name
+    assert hull.energy_scale == potential.energy_scale == "mp2020"
     energy = potential.compute([rock_salt(5.6)]).energy
     np.testing.assert_allclose(hull.e_above_hull(["NaCl"], energy).e_above_hull, [0.0], atol=1e-5)
     assert len(ReferenceHull.load(tmp_path / "hull.h5")) == 3

@@ -162,7 +162,7 @@ def describe(structures: Sequence[Any], evaluation: Evaluation) -> np.ndarray:
     """(n, d) float32: features of the potential, of the composition, energy (eV/atom), log volume per atom (A^3)."""
     volume = np.array([s.volume / len(s) for s in structures]).reshape(-1, 1)
     with np.errstate(all="ignore"):
-        parts = [evaluation.features, composition(structures), evaluation.energy[:, None], np.log(volume)]
+        parts = [evaluation.features, composition(structures), evaluation.uncorrected[:, None], np.log(volume)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 

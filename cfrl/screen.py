@@ -42,6 +42,7 @@ from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.fingerprint import fingerprints, group_by
 from cfrl.hull import ReferenceHull
 from cfrl.journal import Work, digest
+from cfrl.potentials import check_scale, full_name
 from cfrl.runs import RunFolder
 from cfrl.storage import write_crystals
 from cfrl.tally import TEXT, Summary, Table, expression, summarise
@@ -126,6 +127,8 @@ def screen(
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     table.check_names(rank, condition)
     hull = load_hull(config) if config.stability else None
+    if hull is not None:
+        check_scale(config.potential, hull)
     known = read_known(config.known, set(table["formula"])) if config.unique and config.known else None
     run = run or _run_folder(source, config, "" if copy else output)
     try:
@@ -245,7 +248,7 @@ def _stages(
     if config.unique:
         _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
 
-    model, relaxed = {"potential": config.potential}, {}
+    model, relaxed = {"potential": full_name(config.potential)}, {}
     chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
     if config.relax:
         how = stages.Relaxation(config.fmax, config.steps, not config.free)

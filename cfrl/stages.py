@@ -142,7 +142,7 @@ class Relaxation:
 def relax(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
     """Relax positions and cell.
 
-    Records: `energy_per_atom` (eV), `energy_scale` (the potential), `converged`, `relax_steps`, `rmsd` (angstrom),
+    Records: `energy_per_atom` (eV), `energy_scale`, `converged`, `relax_steps`, `rmsd` (angstrom),
     `volume_change` (relative), `status`, and `structure` where it has one: the end, or the last sound point.
     """
     from cfrl.relax import relax as relax_structures
@@ -155,7 +155,7 @@ def relax(structures: list[Structure], potential: str, device: str, settings: Re
     for i, structure in enumerate(result.structures):
         record = {
             "energy_per_atom": float(result.energy[i]),
-            "energy_scale": model.name,
+            "energy_scale": model.energy_scale,
             "converged": bool(result.converged[i]),
             "relax_steps": int(result.steps[i]),
             "rmsd": float(result.rmsd[i]),
@@ -178,7 +178,7 @@ def _cell(structure: Structure) -> dict[str, Any]:
 def energies(structures: list[Structure], potential: str, device: str) -> list[Record]:
     """Energies as the crystals stand.
 
-    Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale` (the potential), `status`.
+    Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale`, `status`.
     """
     model = _potential(potential, device)
     result = model.compute(structures, forces=True)
@@ -186,7 +186,7 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
         {
             "energy_per_atom": float(result.energy[i]),
             "max_force": float(np.linalg.norm(result.forces[i], axis=1).max()),
-            "energy_scale": model.name,
+            "energy_scale": model.energy_scale,
             "status": status,
         }
         for i, status in enumerate(result.status)

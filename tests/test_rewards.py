@@ -127,11 +127,11 @@ def test_far_below_the_hull_and_in_unknown_systems_there_is_no_prize(crystals, c
     context = RewardContext(chgnet, ReferenceHull.from_compositions(list(poor), list(poor.values()), "chgnet-0.3.0"))
     result = build_reward("ehull", context=context)(crystals[:1])
     assert -0.3 < result.terms["ehull"][0] < -0.1, "the column holds the distance itself"
-    assert result.terms["ehull/spread"][0] == pytest.approx(0.1 / 2.25)  # two compounds known
+    assert result.terms["ehull/spread"][0] == pytest.approx(0.1 / 2.36)  # two compounds known
     assert result.total[0] == pytest.approx(-BEST)
     close = build_reward("ehull", context=RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.1)))(crystals[:1])
     assert close.terms["ehull"][0] == pytest.approx(-0.1, abs=1e-4)
-    assert close.total[0] == pytest.approx(-(0.4 - 0.1), abs=1e-4), "no compound known: 0.4 eV/atom of doubt"
+    assert close.total[0] == pytest.approx(-(0.1 / 0.36 - 0.1), abs=1e-4), "no compound known: 0.28 eV/atom of doubt"
     free = RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.02), caution=0)
     assert build_reward("ehull", context=free)(crystals[:1]).total[0] == pytest.approx(0.02, abs=1e-4)
 

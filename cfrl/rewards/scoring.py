@@ -120,6 +120,12 @@ class RewardContext:
 
         return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull)
 
+    def check_scale(self) -> None:
+        """Raises UserError if the potential's energies cannot be compared with the hull's."""
+        from cfrl.potentials import check_scale
+
+        check_scale(self._potential, self.hull)
+
     @cached_property
     def dataset(self) -> CrystalBatch:
         """Raises UserError if no dataset was given."""
@@ -191,7 +197,8 @@ class Inputs:
 def build_reward(spec: str, *, context: RewardContext | None = None) -> Reward:
     """The reward of an expression, or of a name that `cfrl rewards` lists or `cfrl.toml` defines.
 
-    Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load.
+    Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load, a
+    potential and a hull on different energy scales where both are needed.
     """
     expression = Expression(spec, config.reward_definitions())
     infos = {term: find_reward(term.name) for term in expression.terms}
@@ -207,6 +214,8 @@ class Reward:
         bare = expression.single
         self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
         self._cache: dict[bytes, dict[Term, _Row]] = {}
+        if any({"energy", "hull"} <= set(info.needs) for info in infos.values()):
+            context.check_scale()
 
     def __repr__(self) -> str:
         return f"Reward({'-' if self._sign < 0 else ''}{self.expression.source})"

@@ -315,7 +315,7 @@ class PredictorConfig:
     )
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
     members: int = option(5, "Networks in the ensemble.")
-    folds: int = option(5, "Folds of the cross-validation; rows of one formula are held back together.")
+    folds: int = option(5, "Folds of each cross-validation: by formula, by prototype, by cluster of descriptors.")
     hidden: int = option(128, "Width of the networks.")
     epochs: int = option(60, "Passes over the data.")
     batch_size: int = option(64, "Crystals per optimiser step.")

@@ -264,7 +264,20 @@ def test_train_command(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.chdir(tmp_path)
     arguments = ["rewards", "train", str(table), "--target", "density", "--log", "--unit", "g/cm3"]
-    arguments += ["--epochs", "60", "--batch-size", "16", "--hidden", "32", "-o", "density.safetensors"]
+    arguments += [
+        "--epochs",
+        "60",
+        "--batch-size",
+        "16",
+        "--hidden",
+        "32",
+        "--folds",
+        "3",
+        "--members",
+        "3",
+        "-o",
+        "density.safetensors",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for word in ("MAE", "RMSE", "R2", "Spearman", "within 1 sigma", "--reward property:density.safetensors"):

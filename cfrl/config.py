@@ -407,7 +407,7 @@ class PredictorConfig(Settings):
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
     members: Annotated[int, Range(1, 1000)] = option(5, "Networks in the ensemble.")
     folds: Annotated[int, Range(2, 1000)] = option(
-        5, "Folds of the cross-validation; rows of one formula are held back together."
+        5, "Folds of each cross-validation: by formula, by prototype, by cluster of descriptors."
     )
     hidden: Annotated[int, Range(1, 10**5)] = option(128, "Width of the networks.")
     epochs: Count = option(60, "Passes over the data.")

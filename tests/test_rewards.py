@@ -228,11 +228,74 @@ def test_caution_makes_every_prize_smaller(crystals: CrystalBatch, chgnet) -> No
     np.testing.assert_allclose(total("dielectric_bandgap", None), np.maximum(merit - doubt, 0))
     np.testing.assert_allclose(total("dielectric_bandgap", 0), merit)
     np.testing.assert_allclose(total("dielectric_bandgap", 2), np.maximum(merit - 2 * doubt, 0))
-    np.testing.assert_allclose(total("band_gap", None), gap)
+    np.testing.assert_allclose(total("band_gap", None), np.maximum(gap - gap_doubt, 0))
+    np.testing.assert_allclose(total("band_gap", 0), gap)
     np.testing.assert_allclose(total("band_gap", 1), np.maximum(gap - gap_doubt, 0))
     np.testing.assert_allclose(total("-band_gap", 1), -(gap + gap_doubt), err_msg="a wanted small value: add")
     window = np.maximum(np.abs(gap + gap_doubt - 2), np.abs(np.maximum(gap - gap_doubt, 0) - 2))
     np.testing.assert_allclose(total("target(band_gap, 2)", 1), -window)
+    np.testing.assert_allclose(total("-abs(band_gap - 2)", None), -window)
+    far = total("abs(band_gap - 2)", None)
+    inside = np.abs(gap - 2) < gap_doubt
+    assert (far[inside] <= gap_doubt[inside] / 8 + 1e-9).all(), "the spread reaches 2: it may be no distance from it"
+    nearer = np.minimum(np.abs(gap + gap_doubt - 2), np.abs(np.maximum(gap - gap_doubt, 0) - 2))
+    np.testing.assert_allclose(far[~inside], nearer[~inside])
+
+
+def test_caution_finds_the_worst_within_the_spread(crystals: CrystalBatch) -> None:
+    means = np.array([-2.0, 0.9, 1.1, 4.0, 1.0])
+
+    @cfrl.register_reward("unsure", spread=True, caution=1.0)
+    def unsure(crystals, structures):
+        return Scored(means, spread=np.full(5, 0.5))
+
+    @cfrl.register_reward("unsure_min", goal="min", spread=True, caution=1.0)
+    def unsure_min(crystals, structures):
+        return Scored(means, spread=np.full(5, 0.5))
+
+    def total(spec: str) -> list[float]:
+        return build_reward(spec)(crystals).total.tolist()
+
+    assert total("unsure") == pytest.approx(means - 0.5)
+    assert total("unsure_min") == pytest.approx(-means - 0.5), "a small value is wanted: caution counts upwards"
+    assert total("-unsure_min") == pytest.approx(-means - 0.5)
+    assert total("1 - 2*unsure") == pytest.approx(1 - 2 * (means + 0.5))
+    assert total("-abs(unsure - 1)") == pytest.approx(-np.abs(means - 1) - 0.5)
+    assert total("target(unsure, 1, 0.5)") == pytest.approx(-2 * np.abs(means - 1) - 1)
+    assert total("abs(unsure - 1)") == pytest.approx([2.5, 0, 0, 2.5, 0], abs=0.07), "the least lies between the ends"
+    assert total("only(1, unsure > 0.7)") == [0, 0, 0, 1, 0]
+    assert np.isnan(total("log(1.5 - unsure)")).tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("spec", ["band_gap", "dielectric", "dielectric(kind=electronic)", "dielectric_bandgap",
+                                  "dielectric_bandgap(kind=electronic)", "bulk_modulus", "property"])  # fmt: skip
+def test_every_predictor_is_cautious_by_default(spec: str, crystals: CrystalBatch, chgnet, tmp_path: Path) -> None:
+    if spec == "property":
+        load_predictor("bulk_modulus").save(tmp_path / "mine.safetensors")
+        spec = "'property:mine.safetensors'"
+    reward = build_reward(spec, context=RewardContext(chgnet))
+    result = reward(crystals[:4])
+    value, spread = (result.terms[name] for name in reward.columns[:2])
+    assert (spread > 0).all()
+    least = 1 if spec.startswith("dielectric") and "gap" not in spec else 0
+    np.testing.assert_allclose(result.total, np.maximum(value - spread, least))
+    small = build_reward(f"-{spec}", context=RewardContext(chgnet))(crystals[:4])
+    np.testing.assert_allclose(small.total, -(value + spread), err_msg="a wanted small value: add")
+
+
+def test_figure_of_merit_of_either_constant(crystals: CrystalBatch, chgnet) -> None:
+    spec = "dielectric_bandgap(kind=electronic)"
+    context = RewardContext(chgnet)
+    terms = build_reward(f"{spec} + dielectric_bandgap + dielectric(kind=electronic)", context=context)(crystals).terms
+    np.testing.assert_array_equal(terms[f"{spec}/dielectric"], terms["dielectric(kind=electronic)"])
+    np.testing.assert_allclose(terms[spec], terms[f"{spec}/band_gap"] * terms["dielectric(kind=electronic)"])
+    ionic = [0, 1]  # NaCl, MgO
+    assert (terms["dielectric_bandgap"][ionic] > 1.5 * terms[spec][ionic]).all(), "ions move: total, by default"
+    from cfrl.rewards.registry import find_reward
+
+    listed = find_reward("dielectric_bandgap").description
+    assert "kind=total" in listed
+    assert "kind=electronic" in listed
 
 
 # ---- one pass, and a memory --------------------------------------------------------------------------------------
@@ -474,7 +537,9 @@ def test_names_goals_and_needs_are_checked() -> None:
 def test_a_predictor_of_other_features(crystals: CrystalBatch) -> None:
     old = load_potential("chgnet:0.2.0", "cpu")
     result = build_reward("band_gap", context=RewardContext(old))(crystals[:1])
-    assert result.total[0] > 4, "the features that it was trained on come from the potential named in its file"
+    assert result.terms["band_gap"][0] > 4, (
+        "the features that it was trained on come from the potential named in its file"
+    )
     with pytest.raises(UserError, match="trained on other features"):
         load_predictor("band_gap").check(old)
 

@@ -4,9 +4,10 @@ Sign. A term is a physical quantity. A reward given by a bare name is maximised 
 ``ehull`` means "as low as possible", so its total is minus the energy above the hull. In an expression the user
 writes the signs: ``dielectric_bandgap - 2*ehull``. Totals are always to be maximised.
 
-Caution. A term with a spread enters K spreads worse than its mean: on the side, above or below, that lowers the total
-of that crystal. What enters is held between the `minimum` and the `maximum` of the reward. The columns of the terms
-hold the means as they are; ``TERM/spread`` holds the spread.
+Caution. A term with a spread enters as the value, within K spreads of its mean, that makes the total of that crystal
+the least: the mean less K spreads where much is wanted, plus K spreads where little is, and what lies farthest off a
+target. What enters is held between the `minimum` and the `maximum` of the reward. The columns of the terms hold the
+means as they are; ``TERM/spread`` holds the spread.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from cfrl.potentials import Evaluation, Potential
     from cfrl.properties import Predictor
 
+WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
 NOT_FINITE = "the expression has no finite value here"
 
 
@@ -289,10 +291,11 @@ class Reward:
             return total
         cautious = dict(means)
         for term, doubt in self._doubts(scores).items():
-            sides = [self._held(term, scores[term].values + side * doubt) for side in (-1, 1)]
-            low, high = (self._sign * self.expression(means | {term: side}) for side in sides)
-            cautious[term] = np.where(high < low, sides[1], sides[0])
-        return self._sign * self.expression(cautious)
+            # not the ends alone: abs(x - 1) is least between them
+            values = np.stack([self._held(term, scores[term].values + step * doubt) for step in WITHIN])
+            totals = np.stack([self._sign * self.expression(means | {term: value}) for value in values])
+            cautious[term] = np.take_along_axis(values, totals.argmin(0)[None], 0)[0]  # the first NaN, if any
+        return np.minimum(total, self._sign * self.expression(cautious))
 
     def _doubts(self, scores: Mapping[Term, Scored]) -> dict[Term, np.ndarray]:
         """Caution times spread of the terms that have both."""

@@ -31,7 +31,7 @@ FLAGS = {
     "noble_gas": "holds a noble gas: few compounds are known, so any bond that a potential invents looks stable",
     "radioactive": "holds Tc, Pm, Po or a heavier element but Th and U: little data to learn from, and of no use",
     "element": "one element alone: stable by definition, so the shortest way to a low energy above hull",
-    "not_neutral": "oxidation states do not balance (alloys aside): predictors know no such crystals",
+    "not_neutral": "oxidation states do not balance (alloys aside): predictors know few such crystals",
     "exploded": "volume changed more than twofold, atoms moved by 3 A (RMSD), or one is 1.5 sums of covalent radii "
     "from its nearest neighbour: a potential knows nothing of free atoms, and few of them make a large cell cheap",
 }

@@ -16,9 +16,10 @@ def charge_balance(formula: str) -> Balance:
     """What a composition is: neutral, an alloy, an element alone, or not neutral.
 
     neutral: common oxidation states balance, cations less electronegative than anions (SMACT with its Pauling test,
-        Davies et al. 2019; states of the ICSD).
+        Davies et al. 2019; states of the ICSD). One state an element: mixed valence, as in Fe3O4, does not balance. Of
+        the Materials Project's binaries and ternaries that are no alloys 86% are neutral.
     alloy: metals among themselves. They are not asked for a balance, which says nothing of them: rare negative states
-        would make TiAl and MnRh3 neutral and Ti2Al not. With a metalloid they are neutral where they balance.
+        would make TiAl and Ti3Al neutral and Ti2Al not. With a metalloid they are neutral where they balance.
     element: one element alone, whose charge is nothing to speak of.
     """
     from smact import metals
@@ -27,7 +28,7 @@ def charge_balance(formula: str) -> Balance:
     symbols = set(re.findall("[A-Z][a-z]?", formula))
     if len(symbols) == 1:
         return "element"
-    metallic = symbols <= set(metals)
+    metallic = symbols <= {*metals, "Pm"}  # which SMACT's list of metals lacks
     if metallic and not symbols & METALLOIDS:
         return "alloy"
     try:

@@ -534,10 +534,8 @@ def _screen_page(run: RunFolder) -> Page:
         figures += [PeriodicTable("elements", "Elements", shares, "% of crystals with the element")]
     page.add_figures(*figures)
 
-    columns = [
-        name for name in table if name in _IDENTITY or name in quantities or name.removesuffix("_std") in predicted
-    ]
-    columns = [name for name in columns if name not in numbers or name in known]
+    columns = [*_FIRST, *quantities, *(f"{name}_std" for name in predicted), *_LAST]
+    columns = [name for name in dict.fromkeys(columns) if name in table and (name not in numbers or name in known)]
     candidate = np.array(table["candidate"]) == 1
     held_back = np.array(table["held_back"]) == 1 if "held_back" in table else np.zeros_like(candidate)
     page.heading("Candidates", f"{candidate.sum():,}, in the order of the ranking.")
@@ -550,9 +548,10 @@ def _screen_page(run: RunFolder) -> Page:
         page.heading(
             "Held back by flags", f"{held_back.sum():,} that would be candidates but for what is suspect of them."
         )
-        counts = {"flag": list(summary["flags"]), "meaning": [FLAGS.get(name, "") for name in summary["flags"]]}
-        counts |= {what: [count[what] for count in summary["flags"].values()] for what in ("crystals", "held back")}
-        page.table(counts, sortable=False)
+        flags = summary["flags"]
+        counts = {what: [count[what] for count in flags.values()] for what in ("crystals", "held back")}
+        meaning = [FLAGS.get(name, "") for name in flags]
+        page.table({"flag": list(flags), **counts, "meaning": meaning}, sortable=False)
         _add_rows(page, table, columns, held_back)
     page.heading("The others")
     _add_rows(page, table, columns, ~(candidate | held_back))
@@ -560,13 +559,16 @@ def _screen_page(run: RunFolder) -> Page:
 
 
 def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:
+    """The chosen rows, and those of the columns that have something to say of them."""
     rows = np.flatnonzero(chosen)[:SHOWN_ROWS]
+    shown = {name: [table[name][row] for row in rows] for name in columns}
     if len(rows):
-        page.table({name: [table[name][row] for row in rows] for name in columns})
+        page.table({name: values for name, values in shown.items() if any(value != "" for value in values)})
 
 
 _SCREENED = ("rmsd", "volume_change", "density", "energy_per_atom", "max_force")
-_IDENTITY = ("id", "formula", "space_group", "num_references", "known_as", "new_formula", "flags", "status")
+_FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
+_LAST = ("known_as", "new_formula", "status")
 
 
 def _funnel(summary: Mapping[str, Any]) -> Figure:

@@ -46,6 +46,7 @@ REWARDS = (
     "charge_neutral",
 )
 PREDICTED = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
+FLAGS = ("far_below_hull", "sparse_reference", "noble_gas", "radioactive", "element", "not_neutral", "exploded")
 POTENTIALS = ("chgnet", "mace")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -350,7 +351,8 @@ class ScreenConfig(Settings):
 
     known: list[str] = option(
         [],
-        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty.",
+        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty. "
+        "A CSV with a column `formula` and no structures tells only which formulas are new.",
         choices=DATASETS,
     )
     validity: bool = option(True, "Check distances, volume, density and charge neutrality; invalid ones go no further.")
@@ -374,6 +376,14 @@ class ScreenConfig(Settings):
         0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
     )
     steps: CountOrZero = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
+    metastable: Annotated[float, Range(0, 10)] = option(
+        0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
+    )
+    allow: str = option(
+        "",
+        "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.",
+        choices=FLAGS,
+    )
     rank: str = option(
         "ehull",
         "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap.",

@@ -31,6 +31,7 @@ VERSION = 1
 DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
 CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference lacks the compounds of the system
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
+SAME = 1e-6  # of an atomic fraction; cells of hundreds of atoms differ by more
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
 SAME_SCALE = {"chgnet-0.3.0": "mp2020", "chgnet-0.2.0": "mp2020"}  # names in older files
@@ -257,6 +258,16 @@ class ReferenceHull:
             elif rows:
                 distance[rows] = energies[rows] - hull.energy(dense[rows][:, hull.elements])
         return HullResult(distance, status, count, doubt)
+
+    def knows(self, compositions: Any) -> np.ndarray:
+        """Whether each composition is that of a reference phase, (n,) bool; read as in `e_above_hull`."""
+        dense, _ = fractions(compositions)
+        known = np.zeros(len(dense), dtype=bool)
+        for system, rows in _group_rows(dense).items():
+            points, _ = self._phases(system)
+            own = dense[rows][:, _elements(system)]
+            known[rows] = [bool((np.abs(points - point).max(1, initial=0.0) < SAME).any()) for point in own]
+        return known
 
     def _hull(self, system: int) -> _SystemHull:
         if system not in self._hulls:

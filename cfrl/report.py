@@ -34,6 +34,7 @@ from cfrl.figures import (
     save,
 )
 from cfrl.files import atomic_file
+from cfrl.flags import FLAGS
 from cfrl.page import Page, label, number_text
 from cfrl.runs import RunFolder, newest_run
 from cfrl.storage import read_crystals
@@ -500,8 +501,7 @@ def _screen_page(run: RunFolder) -> Page:
     shown = ("valid", "unique", "novel", "stable", "metastable", "S.U.N.", "meta-S.U.N.")
     page.tiles({name: f"{rates[name]['share']:.1%}" for name in shown if name in rates})
 
-    intro = html.escape(summary["warning"]) if summary.get("warning") else ""
-    page.heading("What is left", intro)
+    page.heading("What is left", html.escape(" ".join(filter(None, map(summary.get, ("judgement", "warning"))))))
     page.add_figures(_funnel(summary), _failures(summary))
     page.table(
         {
@@ -515,6 +515,12 @@ def _screen_page(run: RunFolder) -> Page:
         },
         sortable=False,
     )
+    if by_elements := summary.get("by_elements"):
+        names = list(by_elements["1"])
+        page.table(
+            {"elements": list(by_elements)} | {name: [row[name] for row in by_elements.values()] for name in names},
+            sortable=False,
+        )
     numbers = {name: np.array(column) for name, column in table.items() if column and isinstance(column[0], float)}
     known = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
     predicted = [name.removesuffix("_std") for name in known if name.endswith("_std")]
@@ -528,37 +534,53 @@ def _screen_page(run: RunFolder) -> Page:
         figures += [PeriodicTable("elements", "Elements", shares, "% of crystals with the element")]
     page.add_figures(*figures)
 
-    page.heading("Candidates", "In the order of the ranking.")
+    columns = [*_FIRST, *quantities, *(f"{name}_std" for name in predicted), *_LAST]
+    columns = [name for name in dict.fromkeys(columns) if name in table and (name not in numbers or name in known)]
+    candidate = np.array(table["candidate"]) == 1
+    held_back = np.array(table["held_back"]) == 1 if "held_back" in table else np.zeros_like(candidate)
+    page.heading("Candidates", f"{candidate.sum():,}, in the order of the ranking.")
     row_of = {str(name): row for row, name in enumerate(table["id"])}
-    first = crystals[: min(len(crystals), SHOWN_CRYSTALS)]
-    facts = [
-        {
-            label(name): known[name][row_of[crystal.ids[0]]]
-            for name in (*quantities[:4], "num_references")
-            if name in known
-        }
-        for crystal in first
-    ]
-    page.crystals(first, facts)
-    columns = [
-        name for name in table if name in _IDENTITY or name in quantities or name.removesuffix("_std") in predicted
-    ]
-    page.table({name: table[name][:SHOWN_ROWS] for name in columns if name not in numbers or name in known})
+    first = crystals[[i for i, name in enumerate(crystals.ids) if candidate[row_of[name]]][:SHOWN_CRYSTALS]]
+    facts = [name for name in (*quantities[:4], "num_references") if name in known]
+    page.crystals(first, [{label(name): known[name][row_of[crystal.ids[0]]] for name in facts} for crystal in first])
+    _add_rows(page, table, columns, candidate)
+    if summary.get("flags"):
+        page.heading(
+            "Held back by flags", f"{held_back.sum():,} that would be candidates but for what is suspect of them."
+        )
+        flags = summary["flags"]
+        counts = {what: [count[what] for count in flags.values()] for what in ("crystals", "held back")}
+        meaning = [FLAGS.get(name, "") for name in flags]
+        page.table({"flag": list(flags), **counts, "meaning": meaning}, sortable=False)
+        _add_rows(page, table, columns, held_back)
+    page.heading("The others")
+    _add_rows(page, table, columns, ~(candidate | held_back))
     return page
 
 
+def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:
+    """The chosen rows, and those of the columns that have something to say of them."""
+    rows = np.flatnonzero(chosen)[:SHOWN_ROWS]
+    shown = {name: [table[name][row] for row in rows] for name in columns}
+    if len(rows):
+        page.table({name: values for name, values in shown.items() if any(value != "" for value in values)})
+
+
 _SCREENED = ("rmsd", "volume_change", "density", "energy_per_atom", "max_force")
-_IDENTITY = ("id", "formula", "space_group", "num_references", "known_as", "status")
+_FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
+_LAST = ("known_as", "new_formula", "status")
 
 
 def _funnel(summary: Mapping[str, Any]) -> Figure:
-    """How many crystals there are after each condition."""
-    wanted = ("valid", "unique", "novel", "metastable", "meta-S.U.N.", "S.U.N.")
-    counts = {"all": summary["crystals"]}
-    counts |= {rate["name"]: rate["count"] for rate in summary["rates"] if rate["name"] in wanted}
-    names = sorted(counts, key=("all", *wanted).index)
-    bars = Series(names, [counts[name] for name in names], "", "bars", BLUE)
-    return Figure("funnel", "The funnel", "", "crystals", [bars], note="Definitions stand in the table below.")
+    """How many crystals satisfy each condition and all before it."""
+    counts = summary.get("funnel")
+    if counts is None:  # of a run that did not count them: the rates that hold one within the other
+        rates = {rate["name"]: rate["count"] for rate in summary["rates"]}
+        nested = ("valid", "unique", "meta-S.U.N.", "S.U.N.")
+        counts = {"all": summary["crystals"]} | {name: rates[name] for name in nested if name in rates}
+    bars = Series(list(counts), list(counts.values()), "", "bars", BLUE)
+    note = "Crystals that satisfy each condition and all before it."
+    return Figure("funnel", "The funnel", "", "crystals", [bars], note=note)
 
 
 def _failures(summary: Mapping[str, Any], most: int = 8) -> Figure | None:

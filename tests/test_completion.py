@@ -62,6 +62,7 @@ def test_bash(type_in, tmp_path):
 
 def test_only_what_the_commands_accept():
     from cfrl.fetch import SOURCES
+    from cfrl.flags import FLAGS
     from cfrl.model import PRESETS
     from cfrl.policy import ALGORITHMS
     from cfrl.properties import BUILT_IN
@@ -80,6 +81,7 @@ def test_only_what_the_commands_accept():
     assert offered("finetune", "algorithm") == set(ALGORITHMS)
     assert offered("finetune", "reward") == {r.name for r in all_rewards() if r.function.__module__.startswith("cfrl.")}
     assert offered("screen", "properties") - {"all"} == set(BUILT_IN)
+    assert offered("screen", "allow") == set(FLAGS)
     assert offered("screen", "dft") == set(DFT_SETS)
     assert offered("retrieve", "rank") == set(RANKINGS)
     assert offered("retrieve", "split") == set(SPLITS)

@@ -323,3 +323,9 @@ def test_doubt_is_the_gap_to_a_fuller_reference(shared):
     assert (gap > -1e-9).all()
     assert gap[doubt > np.median(doubt)].mean() > 1.3 * gap[doubt <= np.median(doubt)].mean()
     assert 1 / 3 < doubt.mean() / gap.mean() < 3
+
+
+def test_a_reference_knows_its_compositions_however_they_are_written() -> None:
+    hull = ReferenceHull.from_compositions(["BaTiO3", "Fe", "Sc150Zn"], [0.0, 0.0, 0.0])
+    found = hull.knows(["Ti2Ba2O6", "BaTi(O)3", "Fe4", "TiO2", "Ba", "Sc151Zn", "Sc300Zn2", "Au"])
+    assert found.tolist() == [True, True, True, False, False, False, True, False]

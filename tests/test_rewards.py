@@ -12,7 +12,9 @@ from pymatgen.core import Lattice, Structure
 from typer.testing import CliRunner
 
 import cfrl
+from cfrl import stages
 from cfrl.crystal import CrystalBatch
+from cfrl.data import load_dataset
 from cfrl.errors import UserError
 from cfrl.hull import ReferenceHull
 from cfrl.potentials import load_potential
@@ -101,12 +103,16 @@ def test_supply_and_price_against_pymatgen(crystals: CrystalBatch, structures: l
     np.testing.assert_allclose(terms["hhi"], [HHIModel().get_hhi(f)[1] for f in formulas])
 
 
-def test_charge_neutral() -> None:
-    cell = Lattice.cubic(4.2)
-    pairs = [("Na", "Cl"), ("Na", "Mg"), ("Cl", "O")]
-    batch = CrystalBatch.from_structures([Structure(cell, pair, [[0, 0, 0], [0.5] * 3]) for pair in pairs])
-    assert build_reward("charge_neutral")(batch).total.tolist()[:2] == [1, 0]
-    assert build_reward("charge_neutral(alloys=True)")(batch).total.tolist()[:2] == [1, 1]
+def test_charge_neutral_is_what_screening_calls_so() -> None:
+    """On real crystals: screening's neutral ones earn 1, and with alloys its alloys as well."""
+    structures = load_dataset("prototypes").to_structures()
+    batch = CrystalBatch.from_structures(structures)
+    records = stages.check(structures, stages.ANY, 0.01)
+    neutral, alloy = (np.array([record[name] for record in records]) for name in ("charge_neutral", "alloy"))
+    assert 20 < neutral.sum() < len(neutral)
+    assert 20 < alloy.sum() < len(alloy)
+    np.testing.assert_array_equal(build_reward("charge_neutral")(batch).total, neutral)
+    np.testing.assert_array_equal(build_reward("charge_neutral(alloys=True)")(batch).total, neutral | alloy)
 
 
 def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet) -> None:

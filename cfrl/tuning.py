@@ -157,7 +157,7 @@ class Tuning:
         """
         changed, parts = self.changed(state), set(STATES)
         peaks = [group["peak"] for group in self.optimiser.param_groups]
-        same_groups = torch.equal(state["prior"]["base"], self.prior.base.cpu())
+        same_groups = torch.equal(state["prior"]["base"].cpu(), self.prior.base.cpu())
         if not same_groups or len(state["optimiser"]["param_groups"]) != len(peaks):
             parts -= {"prior", "optimiser"}
         if changed & SCORING:

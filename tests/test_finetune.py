@@ -28,6 +28,7 @@ from cfrl.finetune import finetune, spread
 from cfrl.fingerprint import fingerprints
 from cfrl.model import FACTORS, CrystalTransformer, load_model
 from cfrl.policy import GroupBaseline
+from cfrl.rewards import RewardContext
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
@@ -742,27 +743,63 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     assert resumed.metrics()["step"] == [1, 2, 3]
 
 
-REPEATED = dict(reward="dielectric_bandgap", batch_size=12, minibatch=6, sample_batch=4, scale_crystals=12, evaluate=0)
-REPEATED |= dict(lr=3e-3, lr_final=1, max_atoms=12, device="cpu")
+REPEATED = """
+import sys, time, torch
+from pathlib import Path
+from cfrl.config import FinetuneConfig
+from cfrl.finetune import finetune
+from cfrl.rewards import build_reward
+torch.set_num_threads(1)
+reward = build_reward("dielectric_bandgap")
+
+def disturbing(crystals):
+    end = time.monotonic() + 0.1
+    while time.monotonic() < end:
+        torch.rand(3)
+    return reward(crystals)
+
+model, root, steps, resume = sys.argv[1:]
+config = FinetuneConfig(model=model, reward="dielectric_bandgap", steps=int(steps), batch_size=12, minibatch=6,
+                        sample_batch=4, scale_crystals=12, lr=3e-3, lr_final=1.0, max_atoms=12, evaluate=0, plots=False,
+                        device="cpu")
+finetune(config, reward=disturbing, root=root, resume=resume or None, quiet=True)
+"""
 
 
 def test_a_seed_fixes_a_run_in_fresh_processes(tiny_model, tmp_path):
-    """Models load, and draw random numbers, when a process first scores; the lots are scored while others are drawn."""
+    """CHGNet and predictors load in the scoring thread, and draw from torch's global state while the sampler draws.
+
+    They do so for moments only; the reward goes on drawing, so that no lot is safe.
+    """
+    (tmp_path / "run.py").write_text(REPEATED)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[1])}
 
-    def cfrl(folder: str, steps: int, *more: str) -> RunFolder:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        settings = [f"--{name.replace('_', '-')}={value}" for name, value in REPEATED.items()]
-        command = [sys.executable, "-m", "cfrl.cli", "finetune", *settings, f"--steps={steps}", f"--model={tiny_model}"]
-        command += ["--no-plots", *more]
-        subprocess.run(command, cwd=tmp_path / folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-        (path,) = (tmp_path / folder / "runs").iterdir()
+    def run(folder: str, steps: int, resume: str = "") -> RunFolder:
+        command = [sys.executable, str(tmp_path / "run.py"), tiny_model, str(tmp_path / folder), str(steps), resume]
+        subprocess.run(command, env=environment, check=True)
+        (path,) = (tmp_path / folder).iterdir()
         return RunFolder.open(path)
 
-    straight, half = cfrl("straight", 3), cfrl("half", 2)
+    straight, half = run("straight", 3), run("half", 2)
     first = half.metrics()
     assert first["scored"][0] > 0
     for name, values in straight.metrics().items():
         if not name.startswith("seconds/"):
             assert values[:2] == first[name], name
-    same_run(straight, cfrl("half", 3, "--resume", str(half.path)))
+    same_run(straight, run("half", 3, str(half.path)))
+
+
+def test_models_load_before_the_first_step(tiny_model, tmp_path, monkeypatch):
+    """And what cannot be loaded is said before a run folder is made."""
+    monkeypatch.setattr(module, "_step", lambda *_: (_ for _ in ()).throw(UserError("no step today")))
+    settings = FinetuneConfig(model=tiny_model, reward="dielectric_bandgap", standardize=False, **QUICK)
+    context = RewardContext.from_config(settings)
+    monkeypatch.setattr(module.RewardContext, "from_config", lambda *_: context)
+    with pytest.raises(UserError, match="no step today"):
+        finetune(settings, root=tmp_path, quiet=True)
+    assert {"potential", "_predictors"} <= set(vars(context))
+    assert {"band_gap", "eps_total"} <= set(context._predictors)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="give --dataset"):
+        tune(tiny_model, tmp_path / "none", None, reward="novelty")
+    assert not (tmp_path / "none").exists()

@@ -213,7 +213,10 @@ class FinetuneConfig(Settings):
         0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
     )
     standardize: bool = option(
-        True, "Count rewards in standard deviations of the first step's, so that beta suits any reward."
+        True, "Count rewards in standard deviations of the starting model's, so that beta suits any reward."
+    )
+    scale_crystals: int = option(
+        1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
     )
     beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
     kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +34,7 @@ NUM_ELEMENTS = 119  # with 0 = empty
 NUM_LETTERS = 28  # with 0 = empty / stop
 TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
+AXES = ("x", "y", "z")
 MIN_STD = 1e-3  # of lattice parameters
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
 Size = Annotated[int, settings.Range(1, 10**5)]
@@ -307,6 +309,7 @@ class CrystalTransformer(nn.Module):
         previous: Tensor | None,
         atoms: Tensor,
         options: SamplerOptions,
+        nucleus: Tensor | None = None,
     ) -> Categorical:
         """Of the next letter. space_group broadcasts to (...), logits (..., 28).
 
@@ -315,6 +318,7 @@ class CrystalTransformer(nn.Module):
         Args:
             previous: (...) the letter before, or None for the first site (which may not be a stop).
             atoms: (...) atoms in the cell so far.
+            nucleus: as in `Categorical`; so in the other distributions.
         """
         t = tables(self.device)
         letter = torch.arange(NUM_LETTERS, device=self.device)
@@ -324,9 +328,11 @@ class CrystalTransformer(nn.Module):
         if previous is not None:
             lowest = previous + (t.dof[space_group, previous] == 0)
             mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
-        return Categorical(_at_least_float32(logits), mask, options)
+        return Categorical(_at_least_float32(logits), mask, options, nucleus)
 
-    def species_distribution(self, features: Tensor, options: SamplerOptions) -> Categorical:
+    def species_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> Categorical:
         """Of the element, from features (..., d) at W tokens."""
         logits = _at_least_float32(self._linear_head(features, NUM_ELEMENTS))
         if self.config.descriptors:
@@ -337,15 +343,19 @@ class CrystalTransformer(nn.Module):
             allowed = torch.zeros_like(allowed)
             allowed[list(options.elements)] = True
         allowed[0] = False
-        return Categorical(logits, allowed.expand_as(logits), options)
+        return Categorical(logits, allowed.expand_as(logits), options, nucleus)
 
-    def coordinate_distribution(self, features: Tensor, options: SamplerOptions) -> VonMisesMixture:
+    def coordinate_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> VonMisesMixture:
         """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate."""
         k = self.config.coord_components
         logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)
-        return VonMisesMixture(logits, mean, F.softplus(width), options)
+        return VonMisesMixture(logits, mean, F.softplus(width), options, nucleus)
 
-    def lattice_distribution(self, features: Tensor, space_group: Tensor, options: SamplerOptions) -> LatticeMixture:
+    def lattice_distribution(
+        self, features: Tensor, space_group: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> LatticeMixture:
         """Of the scaled lattice (see `scale_lattice`), from features (..., d) at the stop token."""
         k = self.config.lattice_components
         output = _at_least_float32(self._linear_head(features, NUM_ELEMENTS + 13 * k))[..., NUM_ELEMENTS:]
@@ -353,7 +363,7 @@ class CrystalTransformer(nn.Module):
         mean, width = mean.unflatten(-1, (k, 6)), width.unflatten(-1, (k, 6))
         free = tables(self.device).lattice_free[space_group]
         joint = self.config.likelihood == "exact"
-        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint)
+        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint, nucleus)
 
     def _linear_head(self, features: Tensor, width: int) -> Tensor:
         return F.linear(features, self.head.weight[:width], self.head.bias[:width])
@@ -374,47 +384,59 @@ class CrystalTransformer(nn.Module):
         )  # (B, S, 5, d)
         return self.transform(torch.cat([sites.flatten(1, 2), self.embed_wyckoff(group, wyckoff[:, -1:])], 1))
 
-    def forward(
-        self, crystals: CrystalBatch, options: SamplerOptions | None = None, entropy: bool = False
-    ) -> dict[str, Tensor]:
-        """What `log_prob` returns, for one batch that is on the model's device and trimmed of padding."""
-        options = options or SamplerOptions()
-        features = self.features(crystals)
+    def distributions(
+        self, crystals: CrystalBatch, options: SamplerOptions, nuclei: dict[str, Tensor] | None = None
+    ) -> dict[str, Categorical | VonMisesMixture | LatticeMixture]:
+        """Those that the choices along crystals with up to S sites are made from, by name.
+
+        "first": of the first letter, (B,); "wyckoff": of the letter or stop after each site, "species", and "x", "y",
+        "z": (B, S); "lattice": (B,). Batch and `nuclei` as in `forward`.
+        """
+        features, nuclei = self.features(crystals), nuclei or {}
         S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
         at = [features[:, k : 5 * S : 5] for k in range(TOKENS_PER_SITE)]  # W, A, x, y, z: (B, S, d)
-        occupied = wyckoff > 0  # (B, S)
         stop = crystals.num_sites  # (B,) index of the first empty site
+        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]
+        none, atoms = torch.zeros_like(group), crystals.multiplicity.cumsum(1)
+        first, later = self.first_wyckoff_logits(group), self.wyckoff_logits(at[4], group)
+        return {
+            "first": self.wyckoff_distribution(first, group, None, none, options, nuclei.get("first")),
+            "wyckoff": self.wyckoff_distribution(
+                later, group.unsqueeze(1), wyckoff, atoms, options, nuclei.get("wyckoff")
+            ),
+            "species": self.species_distribution(at[0], options, nuclei.get("species")),
+            **{name: self.coordinate_distribution(at[k + 1], options, nuclei.get(name)) for k, name in enumerate(AXES)},
+            "lattice": self.lattice_distribution(at_stop, group, options, nuclei.get("lattice")),
+        }
 
-        multiplicity = crystals.multiplicity
-        atoms = multiplicity.cumsum(1)
-        first = self.wyckoff_distribution(
-            self.first_wyckoff_logits(group), group, None, torch.zeros_like(group), options
-        )
-        later = self.wyckoff_distribution(
-            self.wyckoff_logits(at[4], group), group.unsqueeze(1), wyckoff, atoms, options
-        )
-        following = F.pad(wyckoff[:, 1:], (0, 1))
+    def forward(
+        self,
+        crystals: CrystalBatch,
+        options: SamplerOptions | None = None,
+        entropy: bool = False,
+        nuclei: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What `log_prob` returns, for one batch that is on the model's device and trimmed of padding."""
+        of = self.distributions(crystals, options or SamplerOptions(), nuclei)
+        S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
+        occupied = wyckoff > 0  # (B, S)
         # A crystal with the most sites possible stops with certainty.
         chosen = occupied & ~self._forced_stop(S)
-        w = first.log_prob(wyckoff[:, 0]) + _sum(later.log_prob(following), chosen)
-
-        species = self.species_distribution(at[0], options)
-        a = _sum(species.log_prob(crystals.species), occupied)
+        w = of["first"].log_prob(wyckoff[:, 0]) + _sum(of["wyckoff"].log_prob(_following(wyckoff)), chosen)
+        a = _sum(of["species"].log_prob(crystals.species), occupied)
 
         t = tables(self.device)
         counts = t.free if self.config.likelihood == "exact" else t.scored
         drawn = counts[group.unsqueeze(1), wyckoff]  # (B, S, 3)
         angle = 2 * math.pi * (crystals.frac_coords.to(w.dtype) - 0.5)
-        density = [self.coordinate_distribution(at[k + 1], options).log_prob(angle[..., k]) for k in range(3)]
+        density = [of[name].log_prob(angle[..., k]) for k, name in enumerate(AXES)]
         x = _sum(torch.stack(density, -1), drawn).sum(-1)
 
-        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]
-        lattice = self.lattice_distribution(at_stop, group, options)
-        scaled = scale_lattice(crystals.lattice.to(w.dtype), multiplicity.sum(1))
-        scores = {"wyckoff": w, "species": a, "coords": x, "lattice": lattice.log_prob(scaled)}
+        scaled = scale_lattice(crystals.lattice.to(w.dtype), crystals.num_atoms)
+        scores = {"wyckoff": w, "species": a, "coords": x, "lattice": of["lattice"].log_prob(scaled)}
         if entropy:
-            scores["entropy/wyckoff"] = first.entropy() + _sum(later.entropy(), chosen)
-            scores["entropy/species"] = _sum(species.entropy(), occupied)
+            scores["entropy/wyckoff"] = of["first"].entropy() + _sum(of["wyckoff"].entropy(), chosen)
+            scores["entropy/species"] = _sum(of["species"].entropy(), occupied)
             scores["entropy/coords"], scores["entropy/lattice"] = -x, -scores["lattice"]
         return scores
 
@@ -430,6 +452,7 @@ class CrystalTransformer(nn.Module):
         *,
         entropy: bool = False,
         chunk: int | None = None,
+        nuclei: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Log-probability of crystals, by factor; their sum is log P(C | G) in nats.
 
@@ -442,6 +465,8 @@ class CrystalTransformer(nn.Module):
             entropy: also return "entropy/<factor>" (n,): exact along the crystal for letters and elements, one-sample
                 estimates (-log p) for the densities.
             chunk: crystals per pass, None: `chunk_size`; they are grouped by length, so that no padding is computed.
+            nuclei: of `nuclei`: the values that top-p kept when these crystals were drawn. Without them top-p keeps
+                what it would keep now, and what it no longer keeps has a log-probability near `IMPOSSIBLE`.
 
         Returns:
             dict of (n,) tensors "wyckoff", "species", "coords", "lattice". Gradients flow; wrap in `torch.no_grad`
@@ -450,18 +475,48 @@ class CrystalTransformer(nn.Module):
         Raises:
             UserError: a crystal has more sites than the model can hold.
         """
+
+        def score(part: CrystalBatch, rows: Tensor) -> dict[str, Tensor]:
+            kept = nuclei and {name: x[rows] for name, x in nuclei.items()}
+            return self(part, options, entropy, kept and _resized(kept, part.wyckoff.shape[1]))
+
+        return self._by_length(crystals, score, chunk) or {name: torch.zeros(0, device=self.device) for name in FACTORS}
+
+    @torch.no_grad()
+    def nuclei(self, crystals: CrystalBatch, options: SamplerOptions) -> dict[str, Tensor]:
+        """The values that top-p keeps, choice by choice along the crystals, to be frozen while the weights change.
+
+        What a crystal did choose is always among them: rounding, or weights that have changed since, may have put it
+        just outside, where it would have no probability at all.
+
+        Returns:
+            dict of (n, ..., k) bool tensors by the names of `distributions`; empty where top-p keeps everything.
+        """
+        if options.top_p == 1:
+            return {}
+        sites = crystals.wyckoff.shape[1]
+
+        def keep(part: CrystalBatch, _rows: Tensor) -> dict[str, Tensor]:
+            of = self.distributions(part, options)
+            chose = {"first": part.wyckoff[:, 0], "wyckoff": _following(part.wyckoff), "species": part.species}
+            kept = {name: of[name].nucleus.scatter(-1, value.unsqueeze(-1), True) for name, value in chose.items()}
+            return _resized(kept | {name: of[name].components.nucleus for name in (*AXES, "lattice")}, sites)
+
+        return self._by_length(crystals, keep)
+
+    def _by_length(
+        self, crystals: CrystalBatch, function: Callable[..., dict[str, Tensor]], chunk: int | None = None
+    ) -> dict[str, Tensor]:
+        """`function(part, rows)` of trimmed parts on this device, joined in the order of the crystals; {} of none."""
         if len(crystals) and int(crystals.num_sites.max()) >= self.config.max_sites:
             limit = self.config.max_sites - 1
             raise UserError(f"a crystal has {int(crystals.num_sites.max())} sites; this model holds at most {limit}")
         crystals = crystals.to(self.device)
         order = crystals.num_sites.argsort()
-        parts = [
-            self(crystals[rows].trim(), options, entropy) for rows in order.split(chunk or chunk_size(self.device))
-        ]
-        if not parts:
-            return {name: torch.zeros(0, device=self.device) for name in FACTORS}
+        size = chunk or chunk_size(self.device)
+        parts = [function(crystals[rows].trim(), rows) for rows in order.split(size) if len(rows)]
         back = order.argsort()
-        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts])[back] for name in (parts[0] if parts else ())}
 
 
 def chunk_size(device: torch.device) -> int:
@@ -485,6 +540,16 @@ def space_group_shares(space_group: Tensor) -> Tensor:
     """(231,) log of the share of each space group among crystals, by number."""
     counts = torch.bincount(space_group, minlength=231).float()
     return (counts / counts.sum()).log()
+
+
+def _following(wyckoff: Tensor) -> Tensor:
+    """(B, S) the letter after each site, 0 after the last one."""
+    return F.pad(wyckoff[:, 1:], (0, 1))
+
+
+def _resized(nuclei: dict[str, Tensor], sites: int) -> dict[str, Tensor]:
+    """Cut or padded to so many sites, where there is an axis of sites: (B, S, k)."""
+    return {name: F.pad(x, (0, 0, 0, sites - x.shape[1])) if x.dim() == 3 else x for name, x in nuclei.items()}
 
 
 def _sum(values: Tensor, where: Tensor) -> Tensor:

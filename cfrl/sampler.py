@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,12 +31,23 @@ MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
 @torch.no_grad()
-def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions | None = None) -> CrystalBatch:
+def draw(
+    model: CrystalTransformer,
+    space_group: Tensor,
+    options: SamplerOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> CrystalBatch:
     """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
+
+    Args:
+        generator: on the model's device; None: torch's global one, which other threads may draw from too.
 
     Returns:
         Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
         "log_prob/<factor>".
+
+    Raises:
+        NotFinite: the model's probabilities are not.
     """
     options = options or SamplerOptions()
     device, n, S = model.device, len(space_group), model.config.max_sites - 1
@@ -67,7 +77,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
             else:
                 logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
             distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
-            letter = distribution.sample()
+            letter = distribution.sample(generator)
             log_prob["wyckoff"][rows] += distribution.log_prob(letter)
         features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
 
@@ -75,7 +85,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
         if stopped.any():
             done = rows[stopped]
             distribution = model.lattice_distribution(features[stopped], group[stopped], options)
-            scaled = distribution.sample()
+            scaled = distribution.sample(generator)
             log_prob["lattice"][done] = distribution.log_prob(scaled).double()
             lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
             running = ~stopped
@@ -86,7 +96,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
 
         atoms = atoms + t.multiplicity[group, letter]
         distribution = model.species_distribution(features, options)
-        element = distribution.sample()
+        element = distribution.sample(generator)
         log_prob["species"][rows] += distribution.log_prob(element)
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
@@ -98,7 +108,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
         for axis in range(3):
             if free[:, axis].any():
                 distribution = model.coordinate_distribution(features, options)
-                angle = distribution.sample()
+                angle = distribution.sample(generator)
                 log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
                 coords[:, axis] = angle / (2 * math.pi) + 0.5
             # A tied coordinate follows from the free ones before it.
@@ -135,7 +145,7 @@ def sample(
         elements: symbols or atomic numbers that may occur; None: all.
         max_atoms: largest conventional cell.
         temperature, top_p: see `SamplerOptions`.
-        seed: same seed and device, same crystals; None: torch's global random state.
+        seed: same seed and device, same crystals; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
         batch_size: crystals decoded at once.
@@ -146,19 +156,20 @@ def sample(
         any rejection), "valid" (0 or 1) and "draws" (how often this crystal was drawn).
 
     Raises:
-        UserError: a space group, element or limit that leaves nothing to draw.
+        UserError: a space group, element or limit that leaves nothing to draw, or a damaged model.
     """
     options = SamplerOptions(temperature, top_p, parse_elements(elements), max_atoms)
     prior = space_group_prior(model, space_group, max_atoms)
     model_was_training = model.training
     model.eval()
-    with seeded(seed, model.device):
-        groups = torch.multinomial(prior.exp(), n, replacement=True) if n else torch.zeros(0, dtype=torch.long)
-        batches = []
-        for part in groups.split(batch_size):
-            batches.append(_draw_valid(model, part, options, keep_invalid, min_distance))
-            if progress is not None:
-                progress(sum(len(batch) for batch in batches))
+    generator = seeded(model.device, seed)
+    shares = prior.exp().to(model.device)
+    groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
+    batches = []
+    for part in groups.split(batch_size):
+        batches.append(_draw_valid(model, part, options, keep_invalid, min_distance, generator))
+        if progress is not None:
+            progress(sum(len(batch) for batch in batches))
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
@@ -166,13 +177,18 @@ def sample(
 
 
 def _draw_valid(
-    model: CrystalTransformer, groups: Tensor, options: SamplerOptions, keep_invalid: bool, min_distance: float
+    model: CrystalTransformer,
+    groups: Tensor,
+    options: SamplerOptions,
+    keep_invalid: bool,
+    min_distance: float,
+    generator: torch.Generator,
 ) -> CrystalBatch:
     missing, draws = torch.arange(len(groups)), 0
     order, batches = [], []
     while len(missing):
         draws += 1
-        batch = draw(model, groups[missing], options).to("cpu")
+        batch = draw(model, groups[missing], options, generator).to("cpu")
         valid = batch.valid(min_distance)
         batch.properties["valid"] = valid.double()
         batch.properties["draws"] = torch.full((len(batch),), float(draws), dtype=torch.float64)
@@ -229,15 +245,14 @@ def parse_space_groups(text: str) -> list[int] | None:
         raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
 
 
-@contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random state of its own, so that sampling neither depends on nor disturbs the caller's."""
+def seeded(device: torch.device, seed: int | None) -> torch.Generator:
+    """A random state of its own, so that drawing neither depends on nor disturbs anyone else's; None: by chance."""
+    generator = torch.Generator(device)
     if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:

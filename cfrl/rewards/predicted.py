@@ -17,13 +17,22 @@ from cfrl.rewards.stability import strained_bulk_modulus
 DIELECTRIC = {"total": "eps_total", "electronic": "eps_electronic"}
 
 
-@register_reward("band_gap", unit="eV", needs=("features",), spread=True, caution=1.0, minimum=0.0)
+@register_reward(
+    "band_gap", unit="eV", needs=("features",), predictors=("band_gap",), spread=True, caution=1.0, minimum=0.0
+)
 def band_gap(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
     """Band gap (PBE, as in the Materials Project; 0 for metals)."""
     return _predicted(inputs, "band_gap")
 
 
-@register_reward("dielectric", needs=("features",), spread=True, caution=1.0, minimum=1.0)
+@register_reward(
+    "dielectric",
+    needs=("features",),
+    predictors=tuple(DIELECTRIC.values()),
+    spread=True,
+    caution=1.0,
+    minimum=1.0,
+)
 def dielectric(
     crystals: Any, structures: list[Any], inputs: Inputs, *, kind: Literal["total", "electronic"] = "total"
 ) -> Scored:
@@ -35,6 +44,7 @@ def dielectric(
     "dielectric_bandgap",
     unit="eV",
     needs=("features",),
+    predictors=("band_gap", *DIELECTRIC.values()),
     parts=("band_gap", "dielectric"),
     spread=True,
     caution=1.0,
@@ -55,7 +65,15 @@ def dielectric_bandgap(
     return Scored(gap * eps, status, spread, {"band_gap": gap, "dielectric": eps})
 
 
-@register_reward("bulk_modulus", unit="GPa", needs=("features",), spread=True, caution=1.0, minimum=0.0)
+@register_reward(
+    "bulk_modulus",
+    unit="GPa",
+    needs=("features",),
+    predictors=("bulk_modulus",),
+    spread=True,
+    caution=1.0,
+    minimum=0.0,
+)
 def bulk_modulus(
     crystals: Any, structures: list[Any], inputs: Inputs, *, method: Literal["predictor", "strain"] = "predictor"
 ) -> Scored:
@@ -80,6 +98,7 @@ def predictor_reward(path: str) -> RewardInfo:
         f"{header['target']}, learnt from {header['rows']} crystals",
         header["unit"],
         needs=("features",),
+        predictors=(path,),
         spread=True,
         caution=1.0,
         minimum=0.0 if header["log"] or header["zero"] is not None else float("-inf"),

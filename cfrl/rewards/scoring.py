@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -139,6 +139,13 @@ class RewardContext:
 
         return load_dataset(self._dataset)
 
+    def load(self, needs: Iterable[str], predictors: Iterable[str] = ()) -> None:
+        """Load now what would be loaded when first used. Raises UserError for what cannot be."""
+        for need in needs:
+            getattr(self, need if need in ("hull", "dataset") else "potential")
+        for name in predictors:
+            self.feature_potential(self.predictor(name))
+
     def predictor(self, name: str) -> Predictor:
         """A property predictor, embedded (by name) or in a file."""
         if name not in self._predictors:
@@ -244,6 +251,11 @@ class Reward:
         total = np.where(np.isfinite(total), total, np.nan)
         columns = (bound.named(scores[term]) for term, bound in self._terms.items())
         return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
+
+    def load(self) -> None:
+        """Load the models and tables that the terms work with. Raises UserError for what cannot be loaded."""
+        for term in self._terms.values():
+            self.context.load(term.info.needs, term.info.predictors)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the statistics of `standardise`."""

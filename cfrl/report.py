@@ -354,11 +354,8 @@ def _retrieve_page(run: RunFolder) -> Page:
     if verdicts:
         page.table(_verdict_columns(verdicts), sortable=False)
     if sampling:
-        page.heading(
-            "Known materials met by sampling",
-            f"{sampling['draws']:,} draws of each model; a material is met by a crystal of the same formula, space "
-            "group and Wyckoff sequence.",
-        )
+        intro = f"{sampling['draws']:,} draws of each model; whether one is a known material, StructureMatcher says."
+        page.heading("Known materials met by sampling", intro)
         met = _read_csv(run.path / "met.csv")
         page.add_figures(_discovery(run), _met(met))
         if met["id"]:

@@ -376,13 +376,14 @@ def pareto(groups: Mapping[str, Mapping[str, Any]]) -> Figure | None:
             own (`band_gap`, `dielectric(kind=total)`) or be parts of another (`dielectric_bandgap/band_gap`).
     """
     figure = Figure("pareto", "Band gap and dielectric constant", "band gap (eV)", "dielectric constant", log_y=True)
+    figure.note = "Lines: crystals of which no other of the group has more of both."
     for (name, columns), color, line in zip(groups.items(), (GREY, BLUE), (GREY, ORANGE), strict=True):
         gap, dielectric = _term(columns, "band_gap"), _term(columns, "dielectric", "eps_total", "eps_electronic")
         if gap is None or dielectric is None:
             return None
         front = pareto_front(gap, dielectric)
         figure.series.append(Series(gap, dielectric, name, "points", color))
-        figure.series.append(Series(gap[front], dielectric[front], f"front, {name}", "line", line))
+        figure.series.append(Series(gap[front], dielectric[front], "", "line", line))
     return figure
 
 

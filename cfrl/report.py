@@ -226,11 +226,13 @@ def _finetune_tiles(
     if len(rollouts):
         tiles["crystals drawn"] = len(rollouts)
     first, last = ({name: _mean(part) for name, part in tenth.items()} for tenth in _tenths(metrics))
+    drawn = ""
     if all(len(crystals) for crystals in fresh.values()):
+        drawn = ", fresh crystals"
         first, last = ({**ends, **_headline(fresh[key])} for key, ends in (("before", first), ("after", last)))
     for name, text in {"reward/mean": "mean reward", "valid": "valid", "unique": "unique"}.items():
         if name in metrics and math.isfinite(first[name]) and math.isfinite(last[name]):
-            tiles[text] = f"{number_text(first[name])} → {number_text(last[name])}"
+            tiles[text + drawn] = f"{number_text(first[name])} → {number_text(last[name])}"
     if math.isfinite(last.get("kl", math.nan)):
         tiles["KL to the start (nats)"] = last["kl"]
     return tiles

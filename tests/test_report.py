@@ -276,9 +276,9 @@ def test_headline_is_of_fresh_crystals_not_of_single_batches(tmp_path):
     text = write_report(run).read_text(encoding="utf-8")
     tiles = dict((name, value) for value, name in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
     unique = len(set(fingerprints(crystals))) / 40, len(set(fingerprints(repeated))) / 40
-    assert tiles["mean reward"] == f"{number_text(before)} → {number_text(after)}"
-    assert tiles["unique"] == f"{number_text(unique[0])} → {number_text(unique[1])}"
-    assert tiles["valid"] == "1 → 1"
+    assert tiles["mean reward, fresh crystals"] == f"{number_text(before)} → {number_text(after)}"
+    assert tiles["unique, fresh crystals"] == f"{number_text(unique[0])} → {number_text(unique[1])}"
+    assert tiles["valid, fresh crystals"] == "1 → 1"
     for name in ("before.h5", "after.h5"):
         (run.path / name).unlink()
     text = write_report(run).read_text(encoding="utf-8")

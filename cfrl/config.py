@@ -163,7 +163,9 @@ class SampleConfig(Settings):
     model: str = option(
         "", "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.", choices=("last",)
     )
-    space_group: str = option("", "Only these space groups, e.g. `225` or `221,225`; empty: as in training.")
+    space_group: str = option(
+        "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
+    )
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
     max_atoms: CountOrZero = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
     temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")

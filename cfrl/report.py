@@ -30,7 +30,7 @@ from cfrl.figures import (
     PeriodicTable,
     Series,
     histogram,
-    pareto_front,
+    pareto,
     save,
 )
 from cfrl.files import atomic_file
@@ -172,7 +172,8 @@ def _finetune_page(run: RunFolder) -> Page:
         name for name in metrics if name.startswith("reward/") and name[7:] not in ("mean", "median", "std", "max")
     ]
     rollouts = _rollouts(run.path / "rollouts.h5")
-    page.tiles(_finetune_tiles(metrics, rollouts))
+    fresh = {name: _rollouts(run.path / f"{name}.h5") for name in ("before", "after")}
+    page.tiles(_finetune_tiles(metrics, rollouts, fresh))
 
     page.heading("Course of the run")
     factors = ("wyckoff", "species", "coords", "lattice", "space_group")
@@ -199,10 +200,14 @@ def _finetune_page(run: RunFolder) -> Page:
         ),
     )
     if len(rollouts):
-        groups, intro = _before_and_after(run, rollouts)
+        groups, intro = _before_and_after(fresh, rollouts)
         page.heading("Before and after", intro)
         page.add_figures(*_comparison(groups, ["reward", *(t[7:] for t in terms)]))
-        page.heading("Best crystals", "The highest rewards of the whole run, one crystal per fingerprint.")
+        page.heading(
+            "Best crystals",
+            "The highest rewards of the whole run. Pictures: one crystal of each formula and each prototype (kinds of "
+            "atoms left aside); table: one per fingerprint (formula, space group, Wyckoff letters).",
+        )
         _add_best(page, rollouts, ["reward", *(t[7:] for t in terms)], "step")
     return page
 
@@ -211,24 +216,54 @@ def _rollouts(path: Path) -> CrystalBatch:
     return read_crystals(path) if path.is_file() else CrystalBatch.empty()
 
 
-def _finetune_tiles(metrics: Mapping[str, np.ndarray], rollouts: CrystalBatch) -> dict[str, Any]:
+def _finetune_tiles(
+    metrics: Mapping[str, np.ndarray], rollouts: CrystalBatch, fresh: Mapping[str, CrystalBatch]
+) -> dict[str, Any]:
+    """Key numbers before and after: of fresh crystals where both models drew some, else means of tenths of the run.
+
+    A single step's batch is no such number: it is small, and the policy that drew it was not yet the tuned one.
+    """
     tiles: dict[str, Any] = {"steps": int(metrics["step"][-1])}
     if len(rollouts):
         tiles["crystals drawn"] = len(rollouts)
-    names = {"reward/mean": "mean reward", "kl": "KL to the start (nats)", "valid": "valid", "unique": "unique"}
-    for name, text in names.items():
-        known = metrics[name][np.isfinite(metrics[name])] if name in metrics else []
-        if len(known):
-            arrow = f"{number_text(float(known[0]))} → {number_text(float(known[-1]))}"
-            tiles[text] = arrow if name != "kl" else float(known[-1])
+    first, last = ({name: _mean(part) for name, part in tenth.items()} for tenth in _tenths(metrics))
+    drawn = ""
+    if all(len(crystals) for crystals in fresh.values()):
+        drawn = ", fresh crystals"
+        first, last = ({**ends, **_headline(fresh[key])} for key, ends in (("before", first), ("after", last)))
+    for name, text in {"reward/mean": "mean reward", "valid": "valid", "unique": "unique"}.items():
+        if name in metrics and math.isfinite(first[name]) and math.isfinite(last[name]):
+            tiles[text + drawn] = f"{number_text(first[name])} → {number_text(last[name])}"
+    if math.isfinite(last.get("kl", math.nan)):
+        tiles["KL to the start (nats)"] = last["kl"]
     return tiles
 
 
-def _before_and_after(run: RunFolder, rollouts: CrystalBatch) -> tuple[dict[str, CrystalBatch], str]:
+def _tenths(metrics: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The metrics of the first and of the last tenth of the steps, at least one step each."""
+    few = max(1, len(metrics["step"]) // 10)
+    return {name: m[:few] for name, m in metrics.items()}, {name: m[-few:] for name, m in metrics.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are known; NaN where none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _headline(crystals: CrystalBatch) -> dict[str, float]:
+    """What the metrics of a step say of its batch, of other crystals."""
+    from cfrl.fingerprint import fingerprints
+
+    reward, valid = (crystals.properties[name].numpy() for name in ("reward", "valid"))
+    unique = len(set(fingerprints(crystals))) / len(crystals)
+    return {"reward/mean": _mean(reward), "valid": _mean(valid), "unique": unique}
+
+
+def _before_and_after(fresh: dict[str, CrystalBatch], rollouts: CrystalBatch) -> tuple[dict[str, CrystalBatch], str]:
     """Fresh crystals of both models where the run drew them, else the first and last tenth of its rollouts."""
-    before, after = (_rollouts(run.path / name) for name in ("before.h5", "after.h5"))
-    if len(before) and len(after):
-        return {"before": before, "after": after}, "Fresh crystals of the starting model and of the tuned one."
+    if all(len(crystals) for crystals in fresh.values()):
+        return fresh, "Fresh crystals of the starting model and of the tuned one."
     step = rollouts.properties["step"]
     first, last = float(step.min()), float(step.max())
     tenth = max((last - first) / 10, 0.5)
@@ -242,7 +277,8 @@ def _comparison(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -
         histogram(_slug(f"histogram-{name}"), _title(name), label(name), _values(groups, name)) for name in quantities
     ]
     sites = {key: crystals.num_sites.numpy().astype(float) for key, crystals in groups.items()}
-    figures += [_pareto(groups, quantities), histogram("sites", "Sites", "inequivalent sites", sites), _systems(groups)]
+    front = pareto({key: crystals.properties for key, crystals in groups.items()})
+    figures += [front, histogram("sites", "Sites", "inequivalent sites", sites), _systems(groups)]
     before, after = (_element_shares(crystals) for crystals in groups.values())
     few = 0.5 / min(len(crystals) for crystals in groups.values())  # half a crystal: an element met once is no change
     shift = {z: math.log2((after[z] + few) / (before[z] + few)) for z in range(1, 119) if before[z] + after[z] > 0}
@@ -255,21 +291,6 @@ def _comparison(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -
 
 def _values(groups: Mapping[str, CrystalBatch], name: str) -> dict[str, np.ndarray]:
     return {key: crystals.properties[name].numpy() for key, crystals in groups.items() if name in crystals.properties}
-
-
-def _pareto(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -> Figure | None:
-    """Band gap against dielectric constant with the front of each group, where both are known."""
-    gap = next((name for name in quantities if "gap" in name and "dielectric" not in name), None)
-    epsilon = next((name for name in quantities if ("dielectric" in name or "eps" in name) and "gap" not in name), None)
-    if gap is None or epsilon is None:
-        return None
-    figure = Figure("pareto", "Band gap and dielectric constant", label(gap), label(epsilon), log_y=True)
-    for (key, crystals), color in zip(groups.items(), (GREY, BLUE), strict=True):
-        x, y = (crystals.properties[name].numpy() for name in (gap, epsilon))
-        front = pareto_front(x, y)
-        figure.series.append(Series(x, y, key, "points", color))
-        figure.series.append(Series(x[front], y[front], f"front, {key}", "line", color))
-    return figure
 
 
 _SYSTEMS = {"triclinic": 2, "monoclinic": 15, "orthorhombic": 74, "tetragonal": 142, "trigonal": 167, "hexagonal": 194}
@@ -293,15 +314,15 @@ def _element_shares(crystals: CrystalBatch) -> np.ndarray:
 
 
 def _add_best(page: Page, crystals: CrystalBatch, quantities: Sequence[str], *more: str) -> None:
-    """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards, one crystal per prototype."""
-    from cfrl.fingerprint import fingerprints, firsts, prototypes
+    """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards of those that differ more."""
+    from cfrl.fingerprint import fingerprints, firsts, varied
 
     score = crystals.properties[quantities[0]].numpy()
     order = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")
     order = order[np.isfinite(score[order])][: 20 * SHOWN_ROWS]
     best = crystals[order[firsts(fingerprints(crystals[order]))][:SHOWN_ROWS]]
     shown = [name for name in (*quantities, *more) if name in best.properties]
-    cards = firsts(prototypes(best))[:SHOWN_CRYSTALS]
+    cards = varied(best)[:SHOWN_CRYSTALS]
     facts = [{label(name): float(best.properties[name][i]) for name in shown} for i in cards]
     page.crystals(best[cards], facts)
     page.table(
@@ -355,11 +376,8 @@ def _retrieve_page(run: RunFolder) -> Page:
     if verdicts:
         page.table(_verdict_columns(verdicts), sortable=False)
     if sampling:
-        page.heading(
-            "Known materials met by sampling",
-            f"{sampling['draws']:,} draws of each model; a material is met by a crystal of the same formula, space "
-            "group and Wyckoff sequence.",
-        )
+        intro = f"{sampling['draws']:,} draws of each model; whether one is a known material, StructureMatcher says."
+        page.heading("Known materials met by sampling", intro)
         met = _read_csv(run.path / "met.csv")
         page.add_figures(_discovery(run), _met(met))
         if met["id"]:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cfrl.config import SampleConfig
+from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
@@ -27,6 +27,8 @@ from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder
 from cfrl.symmetry import constrain_lattice, tables
 
+UNIFORM = "uniform"
+SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
@@ -126,7 +128,7 @@ def sample(
     model: CrystalTransformer,
     n: int,
     *,
-    space_group: int | Iterable[int] | None = None,
+    space_group: SpaceGroups = None,
     elements: Iterable[str | int] | None = None,
     max_atoms: int | None = None,
     temperature: float = 1.0,
@@ -141,7 +143,7 @@ def sample(
 
     Args:
         model: from `load_model`.
-        space_group: one or several numbers, drawn in proportion to their shares in training; None: all.
+        space_group: which ones; see `space_group_prior`.
         elements: symbols or atomic numbers that may occur; None: all.
         max_atoms: largest conventional cell.
         temperature, top_p: see `SamplerOptions`.
@@ -200,18 +202,23 @@ def _draw_valid(
 
 
 def space_group_prior(
-    model: CrystalTransformer, space_group: int | Iterable[int] | None = None, max_atoms: int | None = None
+    model: CrystalTransformer, space_group: SpaceGroups = None, max_atoms: int | None = None
 ) -> Tensor:
     """(231,) normalised log-probabilities by number: the model's own, over the groups that are wanted and possible.
 
     Groups that the training data lacks share evenly when only such groups are asked for.
 
+    Args:
+        space_group: a caller's or a setting's wish, the same for sampling, tuning and retrieval. None or "": as the
+            model was trained. "uniform": the groups it was trained on, all alike. Numbers, such as 225, [221, 225] or
+            "221,225": only these, in proportion to their shares in training.
+        max_atoms: largest conventional cell; None: no limit.
+
     Raises:
         UserError: no such group, or no position of the groups fits into `max_atoms`.
     """
     wanted = torch.zeros(231, dtype=torch.bool)
-    numbers = range(1, 231) if space_group is None else [space_group] if isinstance(space_group, int) else space_group
-    for number in numbers:
+    for number in _space_group_numbers(space_group):
         if not 1 <= number <= 230:
             raise UserError(f"space group {number}: the numbers go from 1 to 230")
         wanted[number] = True
@@ -224,7 +231,28 @@ def space_group_prior(
     prior = model.space_group_log_prob.detach().cpu().masked_fill(~wanted, -torch.inf)
     if prior.isinf().all():
         prior = torch.zeros(231).masked_fill(~wanted, -torch.inf)
+    if isinstance(space_group, str) and space_group == UNIFORM:
+        prior = prior.masked_fill(prior.isfinite(), 0.0)
     return prior.log_softmax(0)
+
+
+def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
+    if wanted is None or (isinstance(wanted, str) and wanted in ("", UNIFORM)):
+        return range(1, 231)
+    if not isinstance(wanted, str):
+        return [wanted] if isinstance(wanted, int) else wanted
+    try:
+        return [int(word) for word in wanted.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"space group '{wanted}': give numbers from 1 to 230, such as 225 or 221,225, or {UNIFORM}"
+        ) from error
+
+
+def sampler_options(config: SampleConfig | FinetuneConfig) -> SamplerOptions:
+    """How a command's settings, or those of a run, say that crystals are drawn. Raises UserError for no element."""
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
 
 
 def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | None:
@@ -235,14 +263,6 @@ def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | No
     if not numbers or not all(1 <= number <= 118 for number in numbers):
         raise UserError("elements: give symbols such as Ba,Ti,O")
     return tuple(numbers)
-
-
-def parse_space_groups(text: str) -> list[int] | None:
-    """Numbers of a setting such as "221,225"; None for "". Raises UserError for what are no numbers."""
-    try:
-        return [int(word) for word in text.split(",")] if text else None
-    except ValueError as error:
-        raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
 
 
 def seeded(device: torch.device, seed: int | None) -> torch.Generator:
@@ -269,15 +289,15 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
     if output:
         check_output(output)
     model = load_model(config.model, choose_device(config.device))
-    groups, limit = parse_space_groups(config.space_group), config.max_atoms or None
+    limit = config.max_atoms or None
     elements = parse_elements(config.elements.split(",")) if config.elements else None
-    space_group_prior(model, groups, limit)  # what leaves nothing to draw leaves no run folder either
+    space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,
             config.n,
-            space_group=groups,
+            space_group=config.space_group,
             elements=elements,
             max_atoms=limit,
             temperature=config.temperature,

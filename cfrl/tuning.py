@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from cfrl.config import FinetuneConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
-from cfrl.distributions import SamplerOptions
 from cfrl.errors import UserError
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
 from cfrl.policy import GroupBaseline, floored_log_prob
 from cfrl.rewards import Reward
 from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
-from cfrl.sampler import parse_elements, parse_space_groups, space_group_prior
+from cfrl.sampler import sampler_options, space_group_prior
 from cfrl.storage import append_crystals, read_columns
 
 STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
@@ -76,9 +75,8 @@ class Tuning:
         device = choose_device(config.device)
         self.base = load_model(config.model, device).requires_grad_(False)
         self.model = load_model(config.model, device)
-        elements = parse_elements(config.elements.split(",")) if config.elements else None
-        self.options = SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
-        shares = starting_shares(self.model, config.space_group, config.max_atoms)
+        self.options = sampler_options(config)
+        shares = space_group_prior(self.model, config.space_group, self.options.max_atoms)
         self.prior = SpaceGroupPrior(shares, config.learn_space_groups, config.space_group_floor).to(device)
         groups = [{"params": list(self.model.parameters()), "lr": config.lr, "peak": config.lr}]
         if config.learn_space_groups:
@@ -176,21 +174,6 @@ class Tuning:
             self.scale = state["scale"]
         if self.settings["target_kl"] and "beta" not in changed:  # it has been adapted
             self.beta = state["beta"]
-
-
-def starting_shares(model: CrystalTransformer, space_group: str, max_atoms: int) -> Tensor:
-    """(231,) log-probabilities of the space groups before tuning; -inf where none is drawn.
-
-    Args:
-        space_group: "" (as the model was trained), "uniform" (over the groups it was trained on), or numbers.
-
-    Raises:
-        UserError: anything else, or groups that do not fit into `max_atoms`.
-    """
-    if space_group in ("", "uniform"):
-        shares = space_group_prior(model, None, max_atoms or None)
-        return torch.where(shares.isfinite(), 0.0, shares).log_softmax(0) if space_group else shares
-    return space_group_prior(model, parse_space_groups(space_group), max_atoms or None)
 
 
 class RunLog:

@@ -34,7 +34,7 @@ from cfrl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.runs import RunFolder
 from cfrl.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.storage import read_columns, read_crystals, write_crystals
-from cfrl.tuning import SpaceGroupPrior, Tuning, starting_shares
+from cfrl.tuning import SpaceGroupPrior, Tuning
 from tests.tiny import SIZES, trained_model
 
 QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
@@ -215,13 +215,7 @@ def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tm
 def test_starting_shares(tiny_model):
     model = load_model(tiny_model)
     seen = model.space_group_log_prob.isfinite()
-    uniform = starting_shares(model, "uniform", 0)
-    assert torch.equal(uniform.isfinite(), seen)
-    torch.testing.assert_close(uniform.exp()[seen], torch.full((int(seen.sum()),), 1 / int(seen.sum())))
-    torch.testing.assert_close(starting_shares(model, "", 0), space_group_prior(model))
-    assert starting_shares(model, "225,221", 0).isfinite().nonzero().flatten().tolist() == [221, 225]
-    with pytest.raises(UserError, match="Fm-3m"):
-        starting_shares(model, "Fm-3m", 0)
+    uniform = space_group_prior(model, "uniform")
     prior = SpaceGroupPrior(uniform, learn=True, floor=0.1)
     assert prior.effective() == pytest.approx(int(seen.sum()), rel=1e-5)
     torch.testing.assert_close(prior.log_prob().exp(), uniform.double().exp(), atol=1e-7, rtol=1e-6)

@@ -11,14 +11,16 @@ import torch
 from scipy import integrate, stats
 
 import cfrl
+from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
 from cfrl.errors import NotFinite, UserError
 from cfrl.export import export_crystals
-from cfrl.model import NUM_ELEMENTS, CrystalTransformer
-from cfrl.sampler import draw, sample, space_group_prior
+from cfrl.model import NUM_ELEMENTS, CrystalTransformer, save_model
+from cfrl.sampler import draw, run_sample, sample, space_group_prior
 from cfrl.storage import read_crystals
 from cfrl.symmetry import tables
+from cfrl.tuning import Tuning
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()
@@ -308,9 +310,30 @@ def test_space_group_prior():
     assert space_group_prior(model, [1, 2]).exp()[1] == pytest.approx(
         0.5
     )  # not seen in training, asked for all the same
-    for arguments, message in (((231,), "from 1 to 230"), ((225, 3), "fits into 3 atoms")):
+    assert torch.equal(space_group_prior(model, "14,225"), space_group_prior(model))
+    assert torch.equal(space_group_prior(model, ""), space_group_prior(model))
+    assert space_group_prior(model, "uniform").exp()[[14, 225]].tolist() == pytest.approx([0.5, 0.5])
+    faults = (((231,), "from 1 to 230"), ((225, 3), "fits into 3 atoms"), (("Fm-3m",), "'Fm-3m'.* or uniform"))
+    for arguments, message in faults:
         with pytest.raises(UserError, match=message):
             space_group_prior(model, *arguments)
+
+
+@pytest.mark.parametrize("setting", ["", "uniform", "221,225"])
+def test_a_space_group_setting_means_the_same_everywhere(tmp_path, setting):
+    """`cfrl sample` draws in the groups from which a tuning run with the same setting starts."""
+    model, path = tiny_model(), tmp_path / "model.safetensors"
+    shares = torch.zeros(231).index_fill(0, torch.tensor([1, 221, 225]), 1.0)
+    shares[1] = 98
+    model.space_group_log_prob.copy_((shares / shares.sum()).log())
+    save_model(model, path)
+    tuning = Tuning(FinetuneConfig(model=str(path), space_group=setting, device="cpu"))
+    config = SampleConfig(n=200, model=str(path), space_group=setting, keep_invalid=True)
+    drawn = read_crystals(run_sample(config, str(tmp_path / "drawn.h5")))
+    expected = tuning.prior.log_prob().exp() * 200
+    counts = torch.bincount(drawn.space_group, minlength=231)
+    assert ((counts - expected).abs() <= 5 * expected.sqrt() + 1e-9).all()
+    assert {int(g) for g in drawn.space_group.unique()} <= {int(g) for g in expected.nonzero()}
 
 
 def test_elements_must_exist():

@@ -32,7 +32,7 @@ from cfrl.potentials import load_potential
 from cfrl.rewards import RewardContext, build_reward, register_reward
 from cfrl.runs import RunFolder
 from cfrl.sampler import sample
-from cfrl.tuning import Tuning, starting_shares
+from cfrl.tuning import Tuning
 
 LOW = 0.1  # eV/atom above the hull
 
@@ -134,10 +134,9 @@ def trade_off(samples: list[CrystalBatch], settings: config.FinetuneConfig) -> N
 def fresh(model: str, settings: config.FinetuneConfig, n: int) -> CrystalBatch:
     """As `cfrl sample` gives them, under the settings' restrictions."""
     loaded = load_model(model)
-    groups = starting_shares(loaded, "" if settings.space_group == "uniform" else settings.space_group, 0)
+    groups = "" if settings.space_group == "uniform" else settings.space_group
     elements = settings.elements.split(",") if settings.elements else None
-    wanted = groups.isfinite().nonzero().flatten().tolist()
-    return sample(loaded, n, space_group=wanted, elements=elements, max_atoms=settings.max_atoms or None, seed=123)
+    return sample(loaded, n, space_group=groups, elements=elements, max_atoms=settings.max_atoms or None, seed=123)
 
 
 def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How far the embedded reference hull is from a fuller one, on crystals of the embedded generator and on its own phases.
+"""How far the embedded reference hull is from a fuller one: crystals of the embedded generator, and its own phases.
 
     python tests/benchmarks/bench_references.py ../shared/data/mp_energies.csv.gz [-n 2000] [--relaxed screen.h5]
         [--embedded hull.h5]
@@ -59,5 +59,6 @@ for name, group in (("oxides", oxide), ("fluorides", fluoride & ~oxide), ("other
     part = difference[group & np.isfinite(difference)]
     tail = (abs(part) > LOW).mean()
     print(
-        f"  {len(part)} {name}: median {np.median(part):.4f}, absolute {np.median(abs(part)):.4f}, {tail:.1%} beyond {LOW}"
+        f"  {len(part)} {name}: median {np.median(part):.4f}, absolute {np.median(abs(part)):.4f}, "
+        f"{tail:.1%} beyond {LOW}"
     )

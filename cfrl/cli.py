@@ -289,7 +289,9 @@ def doctor() -> None:
 def data_hull(
     datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
-    potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
+    potential: Annotated[
+        str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model[@mp-raw].")
+    ] = "chgnet",
     near_hull: Annotated[float, typer.Option(help="eV/atom; keep phases up to so far above the hull.")] = 0.05,
     relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
     fill: Annotated[

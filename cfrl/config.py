@@ -182,7 +182,11 @@ class FinetuneConfig:
     temperature: float = option(1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained.")
     top_p: float = option(1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all.")
     min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    potential: str = option(
+        "chgnet",
+        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
+        choices=POTENTIALS,
+    )
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     caution: float = option(
         -1.0,
@@ -273,7 +277,11 @@ class ScreenConfig:
         "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
         choices=("all", *PREDICTED),
     )
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    potential: str = option(
+        "chgnet",
+        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
+        choices=POTENTIALS,
+    )
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     max_density: float = option(40.0, "g/cm^3; denser crystals are invalid.")

@@ -262,7 +262,11 @@ class FinetuneConfig(Settings):
         1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all."
     )
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    potential: str = option(
+        "chgnet",
+        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
+        choices=POTENTIALS,
+    )
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     caution: Annotated[float, Range(-1, 100)] = option(
         -1.0,
@@ -315,7 +319,11 @@ class DataConfig(Settings):
 class HullConfig(Settings):
     """Make a reference hull."""
 
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    potential: str = option(
+        "chgnet",
+        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
+        choices=POTENTIALS,
+    )
     near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
     relax: bool = option(False, "Relax the crystals near the hull first (slow).")
     fill: str = option("", "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")
@@ -369,7 +377,11 @@ class ScreenConfig(Settings):
         "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
         choices=("all", *PREDICTED),
     )
-    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    potential: str = option(
+        "chgnet",
+        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
+        choices=POTENTIALS,
+    )
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     max_density: Annotated[float, Range(0, 1000, open_below=True)] = option(

@@ -710,6 +710,13 @@ def test_sparkline():
     assert len(monitor.sparkline(list(range(1000)), 30)) == 30
 
 
+@pytest.mark.parametrize("potential", ["chgnet:r2scan", "mace:own.model", "mace:medium-omat-0"])
+def test_energies_on_another_scale_than_the_hull_are_refused_before_a_run(tiny_model, tmp_path, potential):
+    with pytest.raises(UserError, match=f"reference is on the scale mp2020.*--potential {potential}"):
+        tune(tiny_model, tmp_path / "runs", None, steps=1, reward="density - ehull", potential=potential)
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- a real potential --------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,14 @@ def test_far_below_the_hull_and_in_unknown_systems_there_is_no_prize(crystals, c
     assert build_reward("ehull", context=free)(crystals[:1]).total[0] == pytest.approx(0.02, abs=1e-4)
 
 
+def test_only_what_compares_energies_asks_for_one_scale(crystals, hull) -> None:
+    context = RewardContext("chgnet:r2scan", hull)
+    assert np.isfinite(build_reward("force", context=context)(crystals[:1]).total).all()
+    with pytest.raises(UserError, match="scale"):
+        build_reward("force + ehull", context=context)
+    build_reward("ehull", context=RewardContext("chgnet:r2scan", ReferenceHull.from_compositions(["Na"], [-1.3])))
+
+
 def _shifted(crystals: CrystalBatch, chgnet, depth: float) -> ReferenceHull:
     """Elements alone, such that the one crystal lies `depth` eV/atom below the line between them."""
     energy = float(chgnet.compute(crystals).energy[0]) + depth

@@ -182,6 +182,8 @@ def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Pa
         ({"dft": "lda"}, "--dft lda: use scan or pbe"),
         ({"known": ["nowhere.h5"]}, "nowhere.h5"),
         ({"stability": True, "hull": "nowhere.csv"}, "nowhere.csv"),
+        ({"stability": True, "potential": "chgnet:r2scan"}, "scale r2scan, the reference is on the scale mp2020"),
+        ({"stability": True, "potential": "mace:own.model"}, "mace:own.model@mp-raw"),
     ],
 )
 def test_bad_settings_are_told_before_the_work(
@@ -190,6 +192,7 @@ def test_bad_settings_are_told_before_the_work(
     with pytest.raises(UserError, match=message):
         screen(str(samples), replace(QUICK, **change))
     assert not serial.done
+    assert not Path("runs").exists()
 
 
 # ---- candidates, flags and rates ----

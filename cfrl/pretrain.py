@@ -27,7 +27,7 @@ from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
 from cfrl.devices import processes
-from cfrl.errors import UserError
+from cfrl.errors import NotFinite, UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS, PRESETS, CrystalTransformer, chunk_size, load_model, save_model, space_group_shares
@@ -56,11 +56,12 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         train, validation = _datasets(config)
         if resume is None:
             run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root) if rank == 0 else None
-        # Every process reads the checkpoint; only the first one writes.
-        trainer = Trainer(config, train, validation, device, rank, world, run if rank == 0 else None)
-        if resume is not None:
-            trainer.restore(run.load_checkpoint())
-        trainer.fit()
+        with run.locked() if rank == 0 else nullcontext():
+            # Every process reads the checkpoint; only the first one writes.
+            trainer = Trainer(config, train, validation, device, rank, world, run if rank == 0 else None)
+            if resume is not None:
+                trainer.restore(run.load_checkpoint())
+            trainer.fit()
     return run
 
 
@@ -138,9 +139,7 @@ class Trainer:
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
                 self._accumulate(mine[part].trim(), len(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        if not norm.isfinite():  # the weights are still good, and so is the last checkpoint
-            lr = self.config.lr
-            raise UserError(f"step {self.step + 1}: the gradient is not finite; lower lr = {lr:g}, or raise warmup")
+        self._require_finite("gradient", float(norm))
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
@@ -172,6 +171,7 @@ class Trainer:
         if len(self.validation):
             metrics |= self._validate()
         judged = metrics.get("validation/loss", metrics["train/loss"])
+        self._require_finite("loss", judged)
         better = judged < self.best
         if better:
             self.best, self.best_epoch = judged, epoch
@@ -201,6 +201,14 @@ class Trainer:
         metrics["crystals_per_second"] = crystals / max(self.sums["seconds"], 1e-9)
         self.sums.clear()
         return metrics
+
+    def _require_finite(self, name: str, value: float) -> None:
+        """Raises NotFinite, before such weights are written over better ones."""
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"the {name} is {value} after {self.step} steps: go on from the last checkpoint with --resume and a "
+                f"lower --lr than {self.config.lr:g}, or start again"
+            )
 
     def _mean_loss(self) -> float:
         """Of this process's crystals, scaled up to the whole batch: for the progress bar."""
@@ -238,7 +246,10 @@ class Trainer:
         """Continues from a checkpoint; None: from the start."""
         if state is not None:
             self.model.load_state_dict(state["model"])
+            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # the setting counts
+                group["weight_decay"] = decay
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.sums = defaultdict(float, state["sums"])

@@ -140,7 +140,7 @@ def screen(
     run = run or _run_folder(source, config, "" if copy else output)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
-        with make_engine(config.engine, workers, config.address) as engine:
+        with run.locked(), make_engine(config.engine, workers, config.address) as engine:
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = _stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:

@@ -508,6 +508,16 @@ def test_a_checkpoint_of_before_its_settings_were_kept_goes_on(tiny_model, tmp_p
     assert tune(tiny_model, tmp_path, steps=3, resume=run.path).metrics()["scale"] == [state["scale"]] * 3
 
 
+def test_a_run_is_resumed_by_one_process_at_a_time(tiny_model, tmp_path):
+    run = tune(tiny_model, tmp_path, steps=1)
+    before = (run.path / "config.toml").read_text()
+    with run.locked(), pytest.raises(UserError, match="another process is at work"):
+        tune(tiny_model, tmp_path, steps=2, resume=run.path)
+    assert RunFolder.open(run.path).metrics()["step"] == [1]
+    assert (run.path / "config.toml").read_text() == before
+    assert tune(tiny_model, tmp_path, steps=2, resume=run.path).metrics()["step"] == [1, 2]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tiny_model, tmp_path):
     run = tune(tiny_model, tmp_path, steps=1)
     with pytest.raises(UserError, match="another shape"):

@@ -11,7 +11,7 @@ import torch
 
 from cfrl.config import PretrainConfig
 from cfrl.data import load_dataset
-from cfrl.errors import UserError
+from cfrl.errors import NotFinite, UserError
 from cfrl.model import PRESETS, load_model
 from cfrl.pretrain import Trainer, epoch_batches, learning_rate, pretrain
 from cfrl.runs import RunFolder
@@ -123,10 +123,25 @@ def test_ctrl_c_in_the_last_step_of_an_epoch_keeps_its_row(dataset, monkeypatch)
     assert rows(pretrain(resume=run.path)) == rows(straight)
 
 
-def test_weights_are_not_ruined_by_a_gradient_that_is_not_finite(dataset):
-    with pytest.raises(UserError, match=r"step \d+: the gradient is not finite; lower lr = 1e\+30"):
-        pretrain(settings(dataset, preset="tiny", lr=1e30, warmup=0))
-    assert not RunFolder.open(next(Path("runs").iterdir())).finished
+def test_weights_that_run_away_stop_the_run_and_are_not_saved(dataset):
+    good = pretrain(settings(dataset, preset="tiny", epochs=2), root="good")
+    before = [(good.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt")]
+    with pytest.raises(NotFinite, match=r"is (nan|-?inf) after \d+ steps.*--lr than 1e\+30"):
+        pretrain(settings(dataset, preset="tiny", epochs=4, lr=1e30, ema=0.0, warmup=0), resume=good.path)
+    assert [(good.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt")] == before
+    with pytest.raises(NotFinite):  # a single step, which leaves weights that are huge and yet finite
+        pretrain(settings(dataset, preset="tiny", epochs=1, batch_size=1000, lr=1e30, ema=0.0), root="bad")
+    assert not list(Path("bad").glob("*/model.safetensors"))
+
+
+def test_settings_beside_resume_win(dataset):
+    run = pretrain(settings(dataset, preset="tiny", epochs=1, weight_decay=0.05), root="runs")
+    config = settings(dataset, preset="tiny", epochs=2, weight_decay=0.3)
+    trainer = Trainer(config, load_dataset(dataset), load_dataset(dataset), torch.device("cpu"))
+    trainer.restore(run.load_checkpoint())
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    with run.locked(), pytest.raises(UserError, match="another process is at work"):
+        pretrain(config, resume=run.path)
 
 
 def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from cfrl.config import to_toml
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, provenance
+from cfrl.files import atomic_file, provenance, write_problem
 
 __all__ = ["RunFolder", "newest_run", "provenance"]
 
@@ -123,7 +123,10 @@ class RunFolder:
         if new:
             self._open_metrics(self._read_rows(), new)
         values = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        self._metrics_file.write(_csv_line([values.get(name, "") for name in self._columns]))
+        try:
+            self._metrics_file.write(_csv_line([values.get(name, "") for name in self._columns]))
+        except OSError as error:
+            raise UserError(write_problem(self.path / "metrics.csv", error)) from error
         self._to_tensorboard(step, metrics)
 
     def metrics(self) -> dict[str, list[float]]:

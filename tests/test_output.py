@@ -45,9 +45,9 @@ def complaint(monkeypatch, capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        ("sample -o x.vasp", "write to .h5, .csv, .extxyz, .zip (of CIFs) or a folder"),
-        ("sample -o missing/x.csv", "missing is not a folder; make it first"),
-        ("sample -o full", "full: exists and is not an empty folder"),
+        ("sample --model missing -o x.vasp", "write to .h5, .csv, .extxyz, .zip (of CIFs) or a folder"),
+        ("sample --model missing -o missing/x.csv", "missing is not a folder; make it first"),
+        ("sample --model missing -o full", "full: exists and is not an empty folder"),
         ("data import a.cif -o x.csv", "let its name end in .h5"),
         ("data hull missing.h5 -o x.json", "let its name end in .h5"),
         ("rewards train a.csv -o x.pt", "let its name end in .safetensors"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -514,6 +515,49 @@ def test_a_reward_that_raises_on_one_crystal_loses_only_that(crystals: CrystalBa
     assert np.isnan(result.total[4])
     assert result.status[4].startswith("faulty: ValueError: five atoms are too many (test_rewards.py")
     assert np.isnan(reward(crystals[4:]).total).all(), "it has worked before: the run goes on"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64, bool])
+def test_what_is_masked_is_not_scored(crystals: CrystalBatch, dtype: type) -> None:
+    hidden = [False, True, False, True, False]
+
+    def faulty(crystals, structures):
+        values = np.ma.masked_array(np.ones(5, dtype), hidden)
+        return Scored(values, spread=values, parts={"part": values})
+
+    cfrl.register_reward("faulty", spread=True, parts=["part"])(faulty)
+    result = build_reward("faulty")(crystals)
+    for column in (result.total, *result.terms.values()):
+        np.testing.assert_array_equal(np.isnan(column), hidden)
+    assert result.status == ["", "faulty: not a number"] * 2 + [""]
+
+
+def test_a_reward_that_hangs_is_not_waited_for_twice(crystals: CrystalBatch) -> None:
+    calls, end = [], threading.Event()
+
+    def faulty(crystals, structures):
+        calls.append(len(structures))
+        end.wait()
+
+    reward = build_reward(_register(faulty), context=RewardContext(timeout=0.2))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"'faulty' took longer than 0.2 s for 5 crystals and was given up"):
+            reward(crystals)
+    end.set()
+    assert calls == [5]
+
+
+def test_a_reward_within_its_time_and_one_that_times_out_by_itself(crystals: CrystalBatch) -> None:
+    """A TimeoutError of the reward's own is as any other exception."""
+
+    def faulty(crystals, structures):
+        if len(structures) > 1 or len(structures[0]) == 5:
+            raise TimeoutError("no answer")
+        return [len(s) for s in structures]
+
+    result = build_reward(_register(faulty), context=RewardContext(timeout=60))(crystals)
+    assert result.total[:4].tolist() == crystals.num_atoms[:4].tolist()
+    assert result.status[4].startswith("faulty: TimeoutError: no answer")
 
 
 def test_nan_and_infinity_are_not_scores(crystals: CrystalBatch) -> None:

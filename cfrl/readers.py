@@ -394,10 +394,10 @@ def to_structure(cell: Cell) -> Structure:
 def _parse_cif(text: str) -> Cell:
     if not text.strip():
         raise Unusable("unparsable: empty")
-    parameters = _cell_parameters(text)
-    cell = plain_cif(text, parameters)
+    cell = plain_cif(text)
     if cell is not None:
         return cell
+    _check_cell(text)
     from pymatgen.io.cif import CifParser
 
     parser = CifParser.from_str(text)
@@ -410,26 +410,20 @@ def _parse_cif(text: str) -> Cell:
     return _from_structure(parser.parse_structures(primitive=False)[0])
 
 
-def _cell_parameters(text: str) -> dict[str, float]:
-    """a, b, c (angstrom), alpha, beta, gamma (degrees), as far as a CIF gives them.
-
-    Raises:
-        Unusable: one that no cell can have, or two of a kind (in one block).
-    """
-    parameters: dict[str, float] = {}
+def _check_cell(text: str) -> None:
+    """Raises Unusable for a cell parameter of a CIF that no cell can have, or two of a name in a block that differ."""
+    seen: dict[str, float] = {}
     for kind, name, number in _PARAMETER.findall(text):
         value, limit = float(number), 180.0 if kind.lower() == "angle" else _LARGEST
-        if not 0 < value < limit or (parameters.setdefault(name.lower(), value) != value and text.count("data_") <= 1):
+        if not 0 < value < limit or (seen.setdefault(name.lower(), value) != value and text.count("data_") <= 1):
             raise Unusable(f"unparsable: _cell_{kind}_{name} is {number}, or stands there twice")
-    return parameters
 
 
 _PARAMETER = re.compile(
     r"^[ \t]*_cell_(length|angle)_(a|b|c|alpha|beta|gamma)\s+['\"]?([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)",
     re.M | re.I,
 )
-_CELL = re.compile(r"^_cell_(length_[abc]|angle_(?:alpha|beta|gamma))[ \t]+[-+.\deE]+[ \t\r]*$", re.M)
-_CELL_NAMES = ["angle_alpha", "angle_beta", "angle_gamma", "length_a", "length_b", "length_c"]
+_CELL = re.compile(r"^_cell_(?:length|angle)_(a|b|c|alpha|beta|gamma)[ \t]+([-+.\deE]+)[ \t\r]*$", re.M)
 _SITES = ("_atom_site_label", "_atom_site_fract_x", "_atom_site_type_symbol")
 _OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz")
 _ONLY_IDENTITY = re.compile(r"_symmetry_equiv_pos_as_xyz\s+1\s+'x, y, z'\s+(?:loop_|_)")
@@ -440,17 +434,13 @@ _ATOMS = re.compile(
 _SYMBOL = re.compile(r"([A-Z][a-z]?)(?:\d*\.?\d*[+-])?$")
 
 
-def plain_cif(text: str, parameters: dict[str, float] | None = None) -> Cell | None:
+def plain_cif(text: str) -> Cell | None:
     """The cell of a CIF in the plain style that pymatgen writes (P 1, full occupancy), or None for any other.
 
     About a hundred times faster than a full parser and equal to pymatgen's, whose rounding to thirds it shares.
-
-    Raises:
-        Unusable: cell parameters that no cell can have.
     """
-    parameters, atoms = parameters or _cell_parameters(text), _ATOMS.search(text)
-    named = sorted(_CELL.findall(text)) == _CELL_NAMES and len(parameters) == 6
-    if atoms is None or not named or text.count("data_") != 1 or not _ONLY_IDENTITY.search(text):
+    parameters, atoms = _CELL.findall(text), _ATOMS.search(text)
+    if atoms is None or text.count("data_") != 1 or not _ONLY_IDENTITY.search(text):
         return None
     words = atoms["rows"].split()
     symbols = [_SYMBOL.match(word) for word in words[0::7]]
@@ -459,10 +449,14 @@ def plain_cif(text: str, parameters: dict[str, float] | None = None) -> Cell | N
     if len(words) % 7 or not all(symbol and symbol[1] in ATOMIC_NUMBERS for symbol in symbols):
         return None
     try:
-        lattice = lattice_from_parameters(*(parameters[name] for name in ("a", "b", "c", "alpha", "beta", "gamma")))
+        named = {name: float(number) for name, number in parameters}
+        a, b, c, alpha, beta, gamma = (named[name] for name in ("a", "b", "c", "alpha", "beta", "gamma"))
+        lattice = lattice_from_parameters(a, b, c, alpha, beta, gamma)
         frac = np.array([words[3::7], words[4::7], words[5::7]], dtype=np.float64).T
         ordered = all(float(occupancy) == 1.0 for occupancy in words[6::7])
-    except ValueError:
+    except (ValueError, KeyError):
+        return None
+    if len(parameters) != 6 or min(named.values()) <= 0 or max(alpha, beta, gamma) >= 180:
         return None
     for third in (1 / 3, 2 / 3):
         frac[np.abs(frac / third - 1) <= _IDEAL_TOLERANCE] = third

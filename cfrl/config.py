@@ -87,6 +87,8 @@ SignedWeight = Annotated[float, Range(-(10**6), 10**6)]
 Minutes = Annotated[float, Range(0, 10**6)]
 Seconds = Annotated[float, Range(0, 10**6)]
 Temperature = Annotated[float, Range(0.01, 100)]
+Gigabytes = Annotated[float, Range(0, 10**5, open_below=True)]
+Ratio = Annotated[float, Range(1, 10**6)]
 Distance = Annotated[float, Range(0, 10)]
 Tolerance = Annotated[float, Range(0, 1, open_below=True)]
 
@@ -310,6 +312,10 @@ class DataConfig(Settings):
     )
     seed: Seed = option(0, "Seed of the splits.")
     workers: Workers = option(0, "Processes for parsing and symmetry; 0: one per core.")
+    max_file_gb: Gigabytes = option(4.0, "GB; refuse files that are larger, unfolded where they are compressed.")
+    max_ratio: Ratio = option(
+        200.0, "Refuse compressed files that unfold into more than 64 MB and so many times their size."
+    )
     sources: dict[str, Any] = option(
         {}, 'More datasets to fetch, e.g. mine = { url = "https://...", sha256 = "..." }; a list for several files.'
     )

@@ -18,7 +18,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,8 +36,9 @@ from cfrl.crystal import CrystalBatch
 from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
-from cfrl.readers import Entry, Unusable
-from cfrl.symmetry import SymmetryError, analyse
+from cfrl.guard import Guard, Lost
+from cfrl.readers import Entry, Limits, Unusable
+from cfrl.symmetry import OddCellError, SymmetryError, analyse
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -46,7 +47,10 @@ if TYPE_CHECKING:
 PROTOTYPES = "prototypes"
 Analysed = tuple[list[np.ndarray], dict[int, str]]  # tensors of a CrystalBatch as arrays; row -> why it was dropped
 MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
+PUT_OFF = "put off"  # the reason of a row that is worked on later, where it can do no harm
 _JOB = 64  # entries per job of a worker
+_LONG = 500_000  # characters of an entry; so long ones are parsed with care
+_PATIENCE = 60.0  # seconds for a job; it takes a tenth of one
 _CHUNK = 4096  # crystals looked at at once
 _INLINE = 256  # so few entries are not worth starting processes
 _HDF5 = (".h5", ".hdf5")
@@ -259,8 +263,9 @@ def read_structures(name: str | Path) -> tuple[list[Structure], list[str], dict[
         columns = {k: v.tolist() if v.dtype == object else v for k, v in columns.items() if k not in _RESERVED}
         return crystals.to_structures(), ids, columns, []
     structures, kept, dropped = [], [], []
+    config = settings.resolve(DataConfig)
     for path, strict in _files(name):
-        for _, entry in readers.iter_entries(path, strict):
+        for _, entry in readers.iter_entries(path, strict, Limits(config.max_file_gb, config.max_ratio)):
             try:
                 structures.append(readers.to_structure(readers.parse(entry.kind, entry.payload)))
                 kept.append(replace(entry, payload=None))
@@ -316,7 +321,8 @@ def read_files(
     batches, kept, dropped = [], [], []
     with _progress(console, "import") as advance:
         work = partial(_analyse, symprec=config.symprec, max_sites=config.max_sites, max_atoms=config.max_atoms)
-        with closing(_map(work, _entries(files, advance), config.workers)) as jobs:
+        limits = Limits(config.max_file_gb, config.max_ratio)
+        with closing(_map(work, _entries(files, limits, advance), config.workers)) as jobs:
             for entries, (arrays, reasons) in jobs:
                 batches.append(CrystalBatch(*map(torch.from_numpy, arrays)))
                 for row, entry in enumerate(entries):
@@ -350,10 +356,10 @@ def assign_splits(crystals: CrystalBatch, config: DataConfig) -> np.ndarray:
     return np.select([place < validation, place < validation + test], [1, 2], 0)
 
 
-def _entries(files: list[tuple[Path, bool, int]], advance: Callable[..., None]) -> Iterator[Entry]:
+def _entries(files: list[tuple[Path, bool, int]], limits: Limits, advance: Callable[..., None]) -> Iterator[Entry]:
     total, before, count = sum(path.stat().st_size for path, _, _ in files), 0, 0
     for path, strict, split in files:
-        for done, entry in readers.iter_entries(path, strict):
+        for done, entry in readers.iter_entries(path, strict, limits):
             entry.split = split
             count += 1
             advance(before + done, total, f"{count:,} structures")
@@ -366,13 +372,23 @@ def _files(name: str | Path) -> list[tuple[Path, bool]]:
     return [(path, not Path(name).is_dir()) for path in readers.input_files(name)]
 
 
-def _analyse(payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int) -> Analysed:
-    """The crystals of entries given as (kind, payload), and for the other rows the reason why there is none."""
+def _analyse(
+    payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int, guarded: bool = False
+) -> Analysed:
+    """The crystals of entries given as (kind, payload), and for the other rows the reason why there is none.
+
+    What a process may hang or die on is put off, unless this is a process that may (`guarded`).
+    """
     units, rows, reasons = [], [], {}
     for row, (kind, payload) in enumerate(payloads):
+        if isinstance(payload, str) and len(payload) > _LONG and not guarded:
+            reasons[row] = PUT_OFF
+            continue
         try:
-            units.append(analyse(*readers.parse(kind, payload), symprec, max_sites))
+            units.append(analyse(*readers.parse(kind, payload), symprec, max_sites, guarded))
             rows.append(row)
+        except OddCellError:
+            reasons[row] = PUT_OFF
         except (Unusable, SymmetryError) as error:
             reasons[row] = str(error)
         except (KeyboardInterrupt, SystemExit):
@@ -390,35 +406,102 @@ def _analyse(payloads: list[tuple[str, Any]], symprec: float, max_sites: int, ma
         large = f"too many atoms: {atoms[i]} in the conventional cell, at most {max_atoms} fit"
         reasons[rows[i]] = f"atoms too close: {distance:.3f} angstrom" if small[i] else large
     crystals = crystals[valid & small]
-    tensors = (crystals.space_group, crystals.wyckoff, crystals.species, crystals.frac_coords, crystals.lattice)
-    return [tensor.numpy() for tensor in tensors], reasons  # between processes, arrays are lighter than tensors
+    return _arrays(crystals), reasons
 
 
 def _map(work: Callable, entries: Iterator[Entry], workers: int) -> Iterator[tuple[list[Entry], Analysed]]:
-    """Jobs of entries with their results, in order; few entries are done in this process."""
-    workers = workers or _cores()
+    """Jobs of entries with their results, in order; few entries are done in this process.
+
+    What a process could hang or die on is done in one that may, entry by entry.
+    """
+    with Guard(partial(work, guarded=True)) as guard:
+        for job, analysed in _unguarded(work, entries, workers or _cores()):
+            yield job, _complete(job, analysed, guard)
+
+
+def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterator[tuple[list[Entry], Analysed]]:
     jobs = iter(lambda: list(itertools.islice(entries, _JOB)), [])
     first = list(itertools.islice(jobs, _INLINE // _JOB))
     jobs = itertools.chain(first, jobs)
     if workers == 1 or len(first) < _INLINE // _JOB:
         for job in jobs:
-            yield job, work([(entry.kind, entry.payload) for entry in job])
+            yield job, work(_payloads(job))
         return
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
-    waiting: deque = deque()
+    pool, waiting = _new_pool(workers), deque()
     try:
-        for job in jobs:
-            waiting.append((job, pool.submit(work, [(entry.kind, entry.payload) for entry in job])))
-            if len(waiting) > 4 * workers:
-                job, future = waiting.popleft()
-                yield job, future.result()
-        for job, future in waiting:
-            yield job, future.result()
-    except BrokenProcessPool as error:
-        where = f"{job[0].file}, rows {job[0].row} to {job[-1].row}"
-        raise UserError(f"{where}: a worker died (out of memory?); fewer --workers may help") from error
+        for job in itertools.chain(jobs, [None]):
+            if job:
+                waiting.append((job, _submit(pool, work, job)))
+            while len(waiting) > (4 * workers if job else 0):
+                try:
+                    result = waiting[0][1].result(_PATIENCE)
+                except (BrokenProcessPool, TimeoutError):  # which job it was is unknown: all are done with care
+                    _end(pool, kill=True)
+                    pool = _new_pool(workers)
+                    while waiting:
+                        lost, future = waiting.popleft()
+                        yield lost, _result_or_nothing(future, len(lost))
+                else:
+                    yield waiting.popleft()[0], result
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        _end(pool, kill=bool(waiting))
+
+
+def _submit(pool: ProcessPoolExecutor, work: Callable, job: list[Entry]) -> Future:
+    try:
+        return pool.submit(work, _payloads(job))
+    except BrokenProcessPool as error:
+        failed: Future = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _result_or_nothing(future: Future, rows: int) -> Analysed:
+    if future.done() and not future.cancelled() and future.exception() is None:
+        return future.result()
+    return _arrays(CrystalBatch.empty()), dict.fromkeys(range(rows), PUT_OFF)
+
+
+def _payloads(job: list[Entry]) -> list[tuple[str, Any]]:
+    return [(entry.kind, entry.payload) for entry in job]
+
+
+def _complete(job: list[Entry], analysed: Analysed, guard: Guard) -> Analysed:
+    """With the entries that were put off."""
+    arrays, reasons = analysed
+    late = [row for row, reason in reasons.items() if reason == PUT_OFF]
+    if not late:
+        return analysed
+    rows = [row for row in range(len(job)) if row not in reasons]
+    parts = [CrystalBatch(*map(torch.from_numpy, arrays))]
+    for row in late:
+        del reasons[row]
+        try:
+            found, why = guard(_payloads([job[row]]))
+        except (Lost, RuntimeError) as error:
+            found, why = None, {0: f"symmetry not found: {error}"}
+        if why:
+            reasons[row] = why[0]
+        else:
+            rows.append(row)
+            parts.append(CrystalBatch(*map(torch.from_numpy, found)))
+    return _arrays(CrystalBatch.cat(parts)[np.argsort(rows)]), reasons
+
+
+def _arrays(crystals: CrystalBatch) -> list[np.ndarray]:
+    """Between processes, arrays are lighter than tensors."""
+    tensors = (crystals.space_group, crystals.wyckoff, crystals.species, crystals.frac_coords, crystals.lattice)
+    return [tensor.numpy() for tensor in tensors]
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
+
+
+def _end(pool: ProcessPoolExecutor, kill: bool) -> None:
+    for process in list((pool._processes or {}).values()) if kill else ():  # the executor would wait for one that hangs
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _cores() -> int:

@@ -14,34 +14,49 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
-import sys
+import struct
 import warnings
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
+from scipy.spatial import cKDTree
 
-from cfrl.elements import ATOMIC_NUMBERS
+from cfrl.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.errors import UserError
+from cfrl.untrusted import check_file, one_line
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 ID_COLUMNS = ("material_id", "mat_id", "entry_id", "id")
 STRUCTURE_COLUMNS = ("cif", "structure")
+MAX_ATOMS = 4000  # of one structure; 20 sites of the largest multiplicity, 192, are 3,840
+_LARGEST = 1e4  # angstrom, or cells; what is farther off is a slip
+_FIELD = 64 << 20  # bytes of one CSV field
+_FREE = 64 << 20  # bytes that any compressed file may unfold into
 _MERGE_TOLERANCE = 1e-3  # atoms closer than this (fractional) are left to pymatgen, which merges or refuses them
 _IDEAL_TOLERANCE = 1e-4  # pymatgen's: coordinates so near (relatively) to 1/3 or 2/3 are those
 
 
 class Unusable(Exception):
     """An entry that gives no cell with atoms; the message is `reason: detail`."""
+
+
+class Limits(NamedTuple):
+    """What a file may unfold into: gigabytes, and times its compressed size."""
+
+    gigabytes: float = 4.0
+    ratio: float = 200.0
 
 
 class Cell(NamedTuple):
@@ -87,28 +102,28 @@ def input_files(path: str | Path) -> list[Path]:
         if not found:
             raise UserError(f"{path}: no structure file in this folder; known endings: {', '.join(READERS)}")
         return found
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    check_file(path, most=1 << 60)
     if _kind(path) not in (*READERS, ".zip"):
         known = ", ".join((*READERS, ".zip", ".h5"))
         raise UserError(f"{path}: unknown kind of file; known endings: {known}, and .gz, .bz2, .xz after them")
     return [path]
 
 
-def iter_entries(path: Path, strict: bool = True) -> Iterator[tuple[int, Entry]]:
+def iter_entries(path: Path, strict: bool = True, limits: Limits = Limits()) -> Iterator[tuple[int, Entry]]:
     """Entries of a file, each with the number of the file's bytes that have been read so far.
 
     Args:
         path: one of `input_files`.
         strict: raise if the file cannot be read; otherwise it becomes one unusable entry. (Members of a zip are
             never strict: one bad file must not stop the others.)
+        limits: of the file, or of each member of a zip.
 
     Raises:
         UserError: the file cannot be read.
     """
     if path.suffix != ".zip":
         with _open(path) as raw:
-            for entry in _read(raw, str(path), strict):
+            for entry in _read(raw, str(path), strict, limits, path.stat().st_size):
                 yield path.stat().st_size if raw.closed else raw.tell(), entry
         return
     done = 0
@@ -118,12 +133,16 @@ def iter_entries(path: Path, strict: bool = True) -> Iterator[tuple[int, Entry]]
             if not members:
                 raise UserError(f"{path}: no structure file in this zip; known endings: {', '.join(READERS)}")
             for member in members:
-                with archive.open(member) as raw:
-                    for entry in _read(raw, f"{path}/{member.filename}", strict=False):
-                        yield done, entry
+                name = f"{path}/{member.filename}"
+                try:
+                    with archive.open(member) as raw:
+                        for entry in _read(raw, name, False, limits, member.compress_size):
+                            yield done, entry
+                except (RuntimeError, NotImplementedError, zipfile.BadZipFile, OSError) as error:  # encrypted, damaged
+                    yield done, Entry(name, 1, _stem(name), "unreadable", f"{name}: cannot be read: {error}")
                 done += member.compress_size
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{path}: cannot be read as a zip: {error}") from error
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        raise UserError(f"{path}: cannot be read as a zip: {one_line(error)}") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -138,11 +157,45 @@ def _kind(path: PurePath) -> str:
     return (path.with_suffix("") if path.suffix in _DECOMPRESS else path).suffix.lower()
 
 
-def _read(raw: BinaryIO, name: str, strict: bool) -> Iterator[Entry]:
+class _Limited(io.RawIOBase):
+    """A stream that ends with a UserError where a file unfolds into more than it may."""
+
+    def __init__(self, stream: BinaryIO, most: float, advice: str) -> None:
+        self.stream, self.left, self.advice = stream, most, advice
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(self.advice)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def _unfolded(raw: BinaryIO, name: str, limits: Limits, packed: int) -> BinaryIO:
+    """The content of a file of `packed` bytes, no more than the limits allow."""
+    suffix, most = PurePath(name).suffix, limits.gigabytes * 2**30
+    stream = _DECOMPRESS[suffix](raw) if suffix in _DECOMPRESS else raw
+    by_ratio = limits.ratio * packed + _FREE
+    limit, setting = (by_ratio, f"max_ratio = {limits.ratio:g}") if by_ratio < most else (most, "max_file_gb")
+    advice = (
+        f"{name}: unfolds into more than {limit / 2**30:.3g} GB; if that is right, raise {setting} (section [data])"
+    )
+    return io.BufferedReader(_Limited(stream, limit, advice), 1 << 16)
+
+
+def _read(raw: BinaryIO, name: str, strict: bool, limits: Limits, packed: int) -> Iterator[Entry]:
     path = PurePath(name)
     kind = _kind(path)
     try:
-        stream = _DECOMPRESS[path.suffix](raw) if path.suffix in _DECOMPRESS else raw
+        stream = _unfolded(raw, name, limits, packed)
         with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=_ERRORS.get(kind, "strict"), newline="") as text:
             yield from READERS[kind](text, name)
     except (
@@ -150,8 +203,10 @@ def _read(raw: BinaryIO, name: str, strict: bool) -> Iterator[Entry]:
         EOFError,
         zlib.error,
         lzma.LZMAError,
-        UnicodeDecodeError,
+        zipfile.BadZipFile,
         csv.Error,
+        RecursionError,
+        OverflowError,
         ValueError,
         UserError,
     ) as error:
@@ -162,8 +217,8 @@ def _read(raw: BinaryIO, name: str, strict: bool) -> Iterator[Entry]:
 
 
 def _read_csv(text: TextIO, name: str) -> Iterator[Entry]:
-    csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(text)
+    csv.field_size_limit(_FIELD)
+    rows = csv.DictReader(text, strict=True)
     header = rows.fieldnames
     if not header:
         raise UserError(f"{name}: is empty")
@@ -173,11 +228,17 @@ def _read_csv(text: TextIO, name: str) -> Iterator[Entry]:
         raise UserError(f"{name}: has no column 'cif' (it has {have}); give the one that holds CIF text this name")
     identity = next((column for column in ID_COLUMNS if column in header), None)
     kept = [c for c in header if c not in (identity, "") and not c.startswith((structure, "cif", "Unnamed:"))]
-    for number, row in enumerate(rows, 1):
-        payload = row[structure] or ""
-        kind = "dict" if payload.lstrip().startswith("{") else "cif"
-        values = {column: row[column] or "" for column in kept}
-        yield Entry(name, number, row[identity] if identity else "", kind, payload, values)
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            payload = row[structure] or ""
+            kind = "dict" if payload.lstrip().startswith("{") else "cif"
+            if None in row or None in row.values():  # which field is which cannot be known
+                kind, payload = "unreadable", f"unparsable: it has not the {len(header)} fields of the header"
+            values = {column: row[column] or "" for column in kept}
+            yield Entry(name, number, (row[identity] or "") if identity else "", kind, payload, values)
+    except csv.Error as error:  # a quote that is never closed takes all that follows
+        raise UserError(f"{name}: row {number + 1} cannot be read as csv: {error}; mend its quotes") from error
 
 
 def _read_cif(text: TextIO, name: str) -> Iterator[Entry]:
@@ -204,10 +265,15 @@ def _read_extxyz(text: TextIO, name: str) -> Iterator[Entry]:
             yield Entry(name, number, "", "unreadable", f"unparsable: '{count.strip()[:40]}' is not a number of atoms")
             return
         comment = text.readline()
-        frame = [count, comment, *(text.readline() for _ in range(int(count)))]
+        atoms, lines = int(count), iter(text.readline, "")
+        if atoms > MAX_ATOMS:
+            deque(itertools.islice(lines, atoms), maxlen=0)
+            yield Entry(name, number, "", "unreadable", f"too many atoms: {atoms}, at most {MAX_ATOMS} can be read")
+            continue
+        frame = [count, comment, *itertools.islice(lines, atoms)]
         try:
             info = key_val_str_to_dict(comment)
-        except (ValueError, KeyError, IndexError):
+        except Exception:  # ase's parser raises anything
             info = {}  # the parser will say what is wrong with the frame
         values = _scalars({k: v for k, v in info.items() if k.lower() not in ("pbc", *ID_COLUMNS)})
         yield Entry(name, number, _identity(info), "extxyz", "".join(frame), values)
@@ -219,15 +285,22 @@ def _read_json(text: TextIO, name: str) -> Iterator[Entry]:
     document = json.load(text)
     if isinstance(document, dict):
         document = document.get("entries", [document])
+    if not isinstance(document, list):
+        raise UserError(f"{name}: is neither a structure nor a list of them")
     for number, record in enumerate(document, 1):
-        if not isinstance(record, dict):
-            yield Entry(name, number, "", "unreadable", "unparsable: not a structure")
-            continue
-        is_structure = "lattice" in record and "sites" in record
-        structure = record if is_structure else record.get("structure")
-        values = _record_values({} if is_structure else record, structure)
-        identity = _identity(record) or (_stem(name) if len(document) == 1 else "")
-        yield Entry(name, number, identity, "dict", structure, values)
+        try:
+            entry = _record_entry(name, number, record, len(document) == 1)
+        except (AttributeError, TypeError, ValueError, ArithmeticError, RecursionError):
+            entry = Entry(name, number, "", "unreadable", "unparsable: not a structure")
+        yield entry
+
+
+def _record_entry(name: str, number: int, record: dict, alone: bool) -> Entry:
+    is_structure = "lattice" in record and "sites" in record
+    structure = record if is_structure else record.get("structure")
+    values = _record_values({} if is_structure else record, structure)
+    identity = _identity(record) or (_stem(name) if alone else "")
+    return Entry(name, number, identity, "dict", structure, values)
 
 
 def _record_values(record: dict, structure: Any) -> dict[str, Any]:
@@ -289,11 +362,25 @@ def parse(kind: str, payload: Any) -> Cell:
         except Unusable:
             raise
         except Exception as error:  # third-party parsers raise anything on broken input
-            raise Unusable(f"unparsable: {_one_line(error)}") from error
+            raise Unusable(f"unparsable: {one_line(error)}") from error
+    return _sound(cell)
+
+
+def _sound(cell: Cell) -> Cell:
+    """The cell, if a crystal can have it. Raises Unusable."""
+    n = len(cell.numbers)
+    if n > MAX_ATOMS:
+        raise Unusable(f"too many atoms: {n}, at most {MAX_ATOMS} can be read")
+    if n == 0 or cell.lattice.shape != (3, 3) or cell.frac_coords.shape != (n, 3):
+        raise Unusable("unparsable: no atoms, or not three numbers for each")
     if not (np.isfinite(cell.lattice).all() and np.isfinite(cell.frac_coords).all()):
         raise Unusable("unparsable: a coordinate or cell length is not a finite number")
-    if len(cell.numbers) == 0 or abs(np.linalg.det(cell.lattice)) < 1e-3:
-        raise Unusable("unparsable: no atoms, or a cell without volume")
+    if max(np.abs(cell.lattice).max(), np.abs(cell.frac_coords).max()) > _LARGEST:
+        raise Unusable(f"unparsable: a coordinate or cell length is above {_LARGEST:,.0f}")
+    if abs(np.linalg.det(cell.lattice)) < 1e-3:
+        raise Unusable("unparsable: a cell without volume")
+    if not (cell.numbers.min() >= 1 and cell.numbers.max() < len(SYMBOLS)):
+        raise Unusable("unparsable: an atomic number is none")
     return cell
 
 
@@ -310,12 +397,35 @@ def _parse_cif(text: str) -> Cell:
     cell = plain_cif(text)
     if cell is not None:
         return cell
-    from pymatgen.core import Structure
+    _check_cell(text)
+    from pymatgen.io.cif import CifParser
 
-    return _from_structure(Structure.from_str(text, fmt="cif"))
+    parser = CifParser.from_str(text)
+    for block in parser.as_dict().values():  # pymatgen compares every atom with every image of every other
+        sites, operations = (
+            max((len(block.get(key, ())) for key in keys), default=0) for keys in (_SITES, _OPERATIONS)
+        )
+        if sites * max(operations, 1) > 8 * MAX_ATOMS:  # some write all atoms and all operations
+            raise Unusable(f"too many atoms: {sites} times {operations} operations, at most {MAX_ATOMS} can be read")
+    return _from_structure(parser.parse_structures(primitive=False)[0])
 
 
-_CELL = re.compile(r"^_cell_(?:length_[abc]|angle_(?:alpha|beta|gamma))[ \t]+(\S+)[ \t\r]*$", re.M)
+def _check_cell(text: str) -> None:
+    """Raises Unusable for a cell parameter of a CIF that no cell can have, or two of a name in a block that differ."""
+    seen: dict[str, float] = {}
+    for kind, name, number in _PARAMETER.findall(text):
+        value, limit = float(number), 180.0 if kind.lower() == "angle" else _LARGEST
+        if not 0 < value < limit or (seen.setdefault(name.lower(), value) != value and text.count("data_") <= 1):
+            raise Unusable(f"unparsable: _cell_{kind}_{name} is {number}, or stands there twice")
+
+
+_PARAMETER = re.compile(
+    r"^[ \t]*_cell_(length|angle)_(a|b|c|alpha|beta|gamma)\s+['\"]?([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)",
+    re.M | re.I,
+)
+_CELL = re.compile(r"^_cell_(?:length|angle)_(a|b|c|alpha|beta|gamma)[ \t]+([-+.\deE]+)[ \t\r]*$", re.M)
+_SITES = ("_atom_site_label", "_atom_site_fract_x", "_atom_site_type_symbol")
+_OPERATIONS = ("_symmetry_equiv_pos_as_xyz", "_space_group_symop_operation_xyz", "_space_group_symop.operation_xyz")
 _ONLY_IDENTITY = re.compile(r"_symmetry_equiv_pos_as_xyz\s+1\s+'x, y, z'\s+(?:loop_|_)")
 _ATOMS = re.compile(
     r"loop_\s+_atom_site_type_symbol\s+_atom_site_label\s+_atom_site_symmetry_multiplicity\s+_atom_site_fract_x\s+"
@@ -330,23 +440,29 @@ def plain_cif(text: str) -> Cell | None:
     About a hundred times faster than a full parser and equal to pymatgen's, whose rounding to thirds it shares.
     """
     parameters, atoms = _CELL.findall(text), _ATOMS.search(text)
-    if atoms is None or len(parameters) != 6 or text.count("data_") != 1 or not _ONLY_IDENTITY.search(text):
+    if atoms is None or text.count("data_") != 1 or not _ONLY_IDENTITY.search(text):
         return None
     words = atoms["rows"].split()
     symbols = [_SYMBOL.match(word) for word in words[0::7]]
+    if len(symbols) > MAX_ATOMS:
+        raise Unusable(f"too many atoms: {len(symbols)}, at most {MAX_ATOMS} can be read")
     if len(words) % 7 or not all(symbol and symbol[1] in ATOMIC_NUMBERS for symbol in symbols):
         return None
     try:
-        lattice = lattice_from_parameters(*map(float, parameters))
+        named = {name: float(number) for name, number in parameters}
+        a, b, c, alpha, beta, gamma = (named[name] for name in ("a", "b", "c", "alpha", "beta", "gamma"))
+        lattice = lattice_from_parameters(a, b, c, alpha, beta, gamma)
         frac = np.array([words[3::7], words[4::7], words[5::7]], dtype=np.float64).T
         ordered = all(float(occupancy) == 1.0 for occupancy in words[6::7])
-    except ValueError:
+    except (ValueError, KeyError):
+        return None
+    if len(parameters) != 6 or min(named.values()) <= 0 or max(alpha, beta, gamma) >= 180:
         return None
     for third in (1 / 3, 2 / 3):
         frac[np.abs(frac / third - 1) <= _IDEAL_TOLERANCE] = third
-    distance = frac[:, None] - frac
-    distance -= np.rint(distance)
-    apart = (np.abs(distance).max(-1) < _MERGE_TOLERANCE).sum() == len(frac)
+    if not (np.abs(frac) < _LARGEST).all():
+        return None
+    apart = not cKDTree(frac % 1 % 1, boxsize=1).query_pairs(_MERGE_TOLERANCE, p=np.inf)  # -1e-18 % 1 is 1
     numbers = np.array([ATOMIC_NUMBERS[symbol[1]] for symbol in symbols])
     return Cell(lattice, frac, numbers) if ordered and apart else None
 
@@ -369,6 +485,9 @@ def lattice_from_parameters(a: float, b: float, c: float, alpha: float, beta: fl
 def _parse_poscar(text: str) -> Cell:
     from pymatgen.core import Structure
 
+    counts = [int(word) for line in text.splitlines()[5:7] for word in line.split() if word.isdecimal()]
+    if sum(counts) > MAX_ATOMS:
+        raise Unusable(f"too many atoms: {sum(counts)}, at most {MAX_ATOMS} can be read")
     return _from_structure(Structure.from_str(text, fmt="poscar"))
 
 
@@ -381,6 +500,8 @@ def _parse_dict(payload: dict | str | None) -> Cell:
             payload = ast.literal_eval(payload)
     if not isinstance(payload, dict):
         raise Unusable("unparsable: there is no structure")
+    if len(payload["sites"]) > MAX_ATOMS:
+        raise Unusable(f"too many atoms: {len(payload['sites'])}, at most {MAX_ATOMS} can be read")
     species = [site["species"] for site in payload["sites"]]
     if any(len(parts) != 1 or float(parts[0]["occu"]) != 1 for parts in species):
         raise Unusable("disordered: a site is shared or partly occupied")
@@ -414,11 +535,7 @@ def _from_structure(structure: Structure) -> Cell:
 
 
 def _refuse(message: str) -> Cell:
-    raise Unusable(message if message.startswith("unparsable") else f"unparsable: {message}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    raise Unusable(message if message.startswith(("unparsable", "too many")) else f"unparsable: {message}")
 
 
 _PARSERS: dict[str, Callable[[Any], Cell]] = {

@@ -52,6 +52,10 @@ class SymmetryError(UserError):
     """A structure that cannot be described by a space group and Wyckoff sites; the message says why."""
 
 
+class OddCellError(SymmetryError):
+    """A cell so thin, skewed, dense or large that moyo may work on it for ever, or abort the process."""
+
+
 @dataclass(frozen=True)
 class WyckoffTables:
     """Dense tables indexed by [space_group, wyckoff]; row 0 and letter 0 are empty. Matrices are float64.
@@ -361,6 +365,7 @@ def analyse(
     numbers: np.ndarray,
     symprec: float = 0.01,
     max_sites: int = MAX_SITES,
+    odd_cells: bool = False,
 ) -> AsymmetricUnit:
     """Find the space group with moyo and list the orbits in the standard setting.
 
@@ -368,11 +373,12 @@ def analyse(
     Among the equivalent origins and axes of the space group moyo's choice stands. Cheap enough to call per
     structure in worker processes; choosing and ordering the representatives is left to the batch.
 
-    Raises SymmetryError when moyo finds no symmetry or the crystal has more than max_sites sites.
+    Raises SymmetryError when moyo finds no symmetry or the crystal has more than max_sites sites, and OddCellError
+    for odd cells, unless odd_cells says that this process may hang or die.
     """
     if len(numbers) == 0:
         raise SymmetryError("no atoms")
-    found = find_symmetry(lattice, frac_coords, numbers, symprec)
+    found = find_symmetry(lattice, frac_coords, numbers, symprec, odd_cells)
     orbit_atoms = np.unique(found.orbits)
     if len(orbit_atoms) > max_sites:
         raise SymmetryError(f"too many sites: {len(orbit_atoms)} inequivalent sites, at most {max_sites} fit")
@@ -388,11 +394,12 @@ def analyse(
     return AsymmetricUnit(found.number, wyckoff, species, points, _lattice_parameters(found.number, basis))
 
 
-def find_symmetry(lattice: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, symprec: float) -> Any:
-    """What moyo finds of a cell, its MoyoDataset; arguments as for `analyse`.
-
-    Raises SymmetryError when moyo gives up.
-    """
+def find_symmetry(
+    lattice: np.ndarray, frac_coords: np.ndarray, numbers: np.ndarray, symprec: float, odd_cells: bool = False
+) -> Any:
+    """What moyo finds of a cell, its MoyoDataset; arguments and errors as for `analyse`."""
+    if not odd_cells:
+        _refuse_odd_cell(np.asarray(lattice), len(numbers), symprec)
     cell_type, dataset_type = _moyo()
     cell = cell_type(np.asarray(lattice).tolist(), np.asarray(frac_coords).tolist(), np.asarray(numbers).tolist())
     try:
@@ -401,6 +408,20 @@ def find_symmetry(lattice: np.ndarray, frac_coords: np.ndarray, numbers: np.ndar
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise SymmetryError(f"symmetry not found: {error}") from error
+
+
+def _refuse_odd_cell(lattice: np.ndarray, atoms: int, symprec: float) -> None:
+    """The bounds are measured: beyond them are all but 1 in 10,000 of the cells, made to be hard, on which moyo hangs.
+
+    Of 34,000 real crystals none is beyond them at the usual symprec.
+    """
+    lengths = np.sqrt((lattice * lattice).sum(1))
+    volume, least, longest = abs(np.linalg.det(lattice)), lengths.min(), lengths.max()
+    sound = volume > 5 * atoms and volume > 0.01 * lengths.prod() and least > 1.2 and atoms <= 1000
+    if not (sound and symprec * longest < 0.5 * least):
+        raise OddCellError(
+            f"symmetry not found: {atoms} atoms in {volume:.3g} cubic angstrom, axes of {least:.3g} to {longest:.3g}"
+        )
 
 
 @cache

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
-from cfrl import __version__, config
+from cfrl import __version__, config, files
 from cfrl.errors import UserError
+from cfrl.streams import patient_streams
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -62,6 +63,7 @@ Resume = Annotated[
         autocompletion=_offer(("last",)),
     ),
 ]
+Trust = Annotated[bool, typer.Option("--trust", help="Run code that the settings of a run folder name as its reward.")]
 
 
 def configured(cls: type) -> Callable[[Callable], Callable]:
@@ -83,6 +85,8 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
             if values.get("resume"):  # the run brings its own settings; flags still win
                 values["resume"] = _run_to_resume(values["resume"], command.__name__)
                 file = Path(values["resume"]) / "config.toml"
+                if "reward" in given:  # named by the user, not by the run
+                    values["trust"] = True
             return command(config=config.resolve(cls, given, file), **values)
 
         call.__signature__ = inspect.Signature(parameters)
@@ -105,10 +109,13 @@ def _run_to_resume(run: str, command: str) -> str:
 
 
 def _flag(f: Field, kind: Any) -> inspect.Parameter:
+    """A field as a parameter of the command. Its range is checked by the dataclass, for files and flags alike."""
+    offered = config.choices(kind) or f.metadata["choices"]
+    kind = str if get_origin(kind) is Literal else kind
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default
-    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(f.metadata["choices"]))
+    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(offered))
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
@@ -138,18 +145,23 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--debug"]
     warnings.filterwarnings("ignore", message="No Pauling electronegativity")  # pymatgen's, about each noble gas
     try:
-        app()
-    except UserError as error:
-        if debug:
-            raise
-        sys.exit(_complain(str(error), 2))
+        with patient_streams():
+            app()
     except Exception as error:
         if debug:
             raise
-        sys.exit(_complain(f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1))
+        sys.exit(_complain(error))
 
 
-def _complain(message: str, status: int) -> int:
+def _complain(error: Exception) -> int:
+    """Print the one line; the exit status."""
+    cause = files.system_error(error)
+    if isinstance(error, UserError):
+        message, status = str(error), 2
+    elif cause is not None and cause.errno in files.DISK_FULL:
+        message, status = files.write_problem(cause.filename or "output", cause), 2
+    else:
+        message, status = f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1
     print(f"cfrl: error: {' '.join(message.split())}", file=sys.stderr)
     return status
 
@@ -206,6 +218,7 @@ def sample(
 def finetune(
     config: config.FinetuneConfig,
     resume: Resume = "",
+    trust: Trust = False,
 ) -> None:
     """Tune a model towards a reward.
 
@@ -216,7 +229,7 @@ def finetune(
     """
     from cfrl.finetune import finetune as run
 
-    run(config, resume=resume or None)
+    run(config, resume=resume or None, trust=trust)
 
 
 @app.command(rich_help_panel=COMMANDS)
@@ -249,7 +262,7 @@ def screen(
 
 @app.command(rich_help_panel=COMMANDS)
 @configured(config.RetrieveConfig)
-def retrieve(config: config.RetrieveConfig) -> None:
+def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
     """Rank known materials by how much likelier tuning has made them; judge the ranking where labels are known.
 
     Writes the ranking, its figures and report.html to a new folder under runs/.
@@ -258,7 +271,7 @@ def retrieve(config: config.RetrieveConfig) -> None:
     """
     from cfrl.retrieve import retrieve as run
 
-    run(config, _console())
+    run(config, _console(), trust=trust)
 
 
 @app.command(rich_help_panel=OTHERS)
@@ -286,17 +299,11 @@ def doctor() -> None:
 
 
 @data_app.command("hull")
+@configured(config.HullConfig)
 def data_hull(
+    config: config.HullConfig,
     datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
-    potential: Annotated[str, typer.Option(help="chgnet, chgnet:0.2.0, mace:NAME or mace:FILE.model.")] = "chgnet",
-    near_hull: Annotated[float, typer.Option(help="eV/atom; keep phases up to so far above the hull.")] = 0.05,
-    relax: Annotated[bool, typer.Option(help="Relax the crystals near the hull first (slow).")] = False,
-    fill: Annotated[
-        str, typer.Option(help="Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")
-    ] = "",
-    workers: Annotated[int, typer.Option(help="Processes; 0: one for each core.")] = 0,
-    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Make a reference hull of known crystals, with the energies of a potential.
 
@@ -306,7 +313,7 @@ def data_hull(
     """
     from cfrl.hull_builder import build_hull
 
-    build_hull(datasets, output, potential, near_hull, relax, fill, workers, device, _console())
+    build_hull(datasets, output, **vars(config), console=_console())
 
 
 @model_app.command("import")
@@ -316,8 +323,10 @@ def model_import(
     dataset: Annotated[
         str, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
     ] = "",
-    num_heads: Annotated[int, typer.Option(help="Attention heads; 0: as published for this width.")] = 0,
-    coord_components: Annotated[int, typer.Option(help="Mixture size of a coordinate; 0: as published.")] = 0,
+    num_heads: Annotated[int, typer.Option(min=0, max=999, help="Attention heads; 0: as published for its width.")] = 0,
+    coord_components: Annotated[
+        int, typer.Option(min=0, max=999, help="Mixture size of a coordinate; 0: as published.")
+    ] = 0,
 ) -> None:
     """Read published JAX weights (no jax needed; the pickle is read by a restricted unpickler).
 

@@ -1,20 +1,23 @@
 """Every setting of every command: dataclasses <- cfrl.toml <- flags.
 
-A command's settings are one dataclass whose fields carry their help text. From it come the command-line flags
-(`cli.py`), the commented `cfrl.toml` at the project root (`python -m cfrl.config > cfrl.toml`) and the
-`config.toml` of a run folder. This file imports nothing heavy, so that `cfrl --help` is quick.
+A command's settings are one dataclass whose fields carry their help text and, in their type, their range. From it
+come the command-line flags (`cli.py`), the commented `cfrl.toml` at the project root (`python -m cfrl.config >
+cfrl.toml`) and the `config.toml` of a run folder. Every value is checked when the dataclass is made, whoever makes it,
+and stays as it is: no other module checks a setting on its own. This file imports nothing heavy, so that
+`cfrl --help` is quick.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli
 
@@ -43,148 +46,225 @@ REWARDS = (
     "charge_neutral",
 )
 PREDICTED = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
+FLAGS = ("far_below_hull", "sparse_reference", "noble_gas", "radioactive", "element", "not_neutral", "exploded")
 POTENTIALS = ("chgnet", "mace")
 DEVICES = ("auto", "cpu", "cuda")
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a number must keep to. Both ends are given, so that infinity and NaN keep to none.
+
+    least, most: the ends. open_below, open_above: whether they are themselves excluded.
+    """
+
+    least: float
+    most: float
+    open_below: bool = False
+    open_above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (
+            (self.open_below and value == self.least) or (self.open_above and value == self.most)
+        )
+
+    def __str__(self) -> str:
+        low, high = "above" if self.open_below else "at least", "below" if self.open_above else "at most"
+        return f"{low} {self.least:,} and {high} {self.most:,}"
+
+
+# Wide enough for any sensible use, narrow enough for memory, torch and patience.
+Count = Annotated[int, Range(1, 10**7)]
+CountOrZero = Annotated[int, Range(0, 10**7)]
+Workers = Annotated[int, Range(0, 4096)]
+Seed = Annotated[int, Range(0, 2**62)]
+Fraction = Annotated[float, Range(0, 1)]
+PositiveFraction = Annotated[float, Range(0, 1, open_below=True)]
+FractionBelowOne = Annotated[float, Range(0, 1, open_above=True)]
+Weight = Annotated[float, Range(0, 10**6)]
+PositiveWeight = Annotated[float, Range(0, 10**6, open_below=True)]
+SignedWeight = Annotated[float, Range(-(10**6), 10**6)]
+Minutes = Annotated[float, Range(0, 10**6)]
+Seconds = Annotated[float, Range(0, 10**6)]
+Temperature = Annotated[float, Range(0.01, 100)]
+Distance = Annotated[float, Range(0, 10)]
+Tolerance = Annotated[float, Range(0, 1, open_below=True)]
+
+
 def option(default: Any, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with a help text; `flags` adds short forms such as ``-n``, `choices` are offered by Tab."""
+    """A dataclass field.
+
+    Args:
+        help: names the unit; it also ends the message about a value that cannot be.
+        flags: short forms such as ``-n``.
+        choices: what the Tab key offers where other values are possible too; a `Literal` field has no others.
+    """
     metadata = {"help": help, "flags": flags, "choices": choices}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-@dataclass
-class PretrainConfig:
+@dataclass(frozen=True)
+class Settings:
+    """What the settings of all commands share.
+
+    Raises:
+        UserError: a value of the wrong type, or out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self), include_extras=True)
+        for f in fields(self):
+            vars(self)[f.name] = _checked(f, kinds[f.name], getattr(self, f.name))
+
+
+@dataclass(frozen=True)
+class PretrainConfig(Settings):
     """Train the transformer on a dataset of crystals."""
 
     dataset: str = option(
         "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
     )
-    preset: str = option("default", "Architecture: default, small, alex-20 (the published one).", choices=PRESETS)
+    preset: Literal[*PRESETS] = option("default", "Architecture: default, small, alex-20 (the published one).")
     init: str = option(
         "", "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones."
     )
-    epochs: int = option(100, "Passes over the training split.")
-    batch_size: int = option(128, "Crystals per optimiser step, over all processes.")
-    lr: float = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")
-    lr_final: float = option(0.02, "Learning rate at the end, as a fraction of the peak (cosine decay).")
-    warmup: int = option(300, "Steps of linear learning-rate warm-up.")
-    weight_decay: float = option(0.05, "AdamW weight decay, on matrices only.")
-    clip: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
-    dropout: float = option(-1.0, "Probability of dropout, 0 to 1; negative: the preset's own.")
-    ema: float = option(0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.")
-    augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
-    keep: str = option(
-        "best", "Weights that become the model: best (by validation loss) or last.", choices=("best", "last")
+    epochs: Count = option(100, "Passes over the training split.")
+    batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
+    lr: PositiveFraction = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")
+    lr_final: Fraction = option(0.02, "Learning rate at the end, as a fraction of the peak (cosine decay).")
+    warmup: CountOrZero = option(300, "Steps of linear learning-rate warm-up.")
+    weight_decay: Weight = option(0.05, "AdamW weight decay, on matrices only.")
+    clip: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
+    dropout: Annotated[float, Range(-1, 1, open_above=True)] = option(
+        -1.0, "Probability of dropout, 0 to 1; negative: the preset's own."
     )
-    patience: int = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
-    validate_every: int = option(1, "Epochs between validations.")
-    checkpoint_minutes: float = option(2.0, "Minutes between checkpoints (one is also written at the end).")
-    precision: str = option(
-        "auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16.", choices=("auto", "float32", "bfloat16")
+    ema: FractionBelowOne = option(
+        0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none."
+    )
+    augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
+    keep: Literal["best", "last"] = option("best", "Weights that become the model: best (by validation loss) or last.")
+    patience: CountOrZero = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
+    validate_every: Count = option(1, "Epochs between validations.")
+    checkpoint_minutes: Minutes = option(2.0, "Minutes between checkpoints (one is also written at the end).")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16."
     )
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
-    seed: int = option(0, "Seed of weights, data order and dropout.")
+    seed: Seed = option(0, "Seed of weights, data order and dropout.")
 
 
-@dataclass
-class SampleConfig:
+@dataclass(frozen=True)
+class SampleConfig(Settings):
     """Generate crystals."""
 
-    n: int = option(100, "Number of crystals.", flags=("-n",))
+    n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
     model: str = option(
         "", "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.", choices=("last",)
     )
-    space_group: str = option("", "Only these space groups, e.g. `225` or `221,225`; empty: as in training.")
+    space_group: str = option(
+        "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
+    )
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
-    max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
-    temperature: float = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
-    top_p: float = option(1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all.")
-    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
+    max_atoms: CountOrZero = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
+    top_p: PositiveFraction = option(
+        1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all."
+    )
+    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
-    batch_size: int = option(256, "Crystals drawn at once; fewer need less memory.")
-    seed: int = option(0, "Same seed and device: same crystals.")
+    batch_size: Count = option(256, "Crystals drawn at once; fewer need less memory.")
+    seed: Seed = option(0, "Same seed and device: same crystals.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
-@dataclass
-class FinetuneConfig:
+@dataclass(frozen=True)
+class FinetuneConfig(Settings):
     """Tune a model towards a reward."""
 
     reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
-    algorithm: str = option(
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "rebel"] = option(
         "ppo",
         "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
         "(differences of reward between pairs).",
-        choices=("ppo", "grpo", "rloo", "dpo", "rebel"),
     )
     model: str = option(
         "", "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.", choices=("last",)
     )
-    steps: int = option(60, "Rounds of sampling, scoring and updating.")
-    time_limit: float = option(
+    steps: Count = option(60, "Rounds of sampling, scoring and updating.")
+    time_limit: Minutes = option(
         0.0, "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit."
     )
-    batch_size: int = option(128, "Crystals drawn and scored per step.", flags=("-n",))
-    sample_batch: int = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
-    epochs: int = option(2, "Passes over each step's crystals.")
-    minibatch: int = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
-    micro_batch: int = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
-    lr: float = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
-    lr_final: float = option(
+    batch_size: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
+    sample_batch: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    epochs: Count = option(2, "Passes over each step's crystals.")
+    minibatch: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
+    micro_batch: Count = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
+    lr: PositiveFraction = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
+    lr_final: Fraction = option(
         0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
     )
-    warmup: int = option(5, "Steps of linear learning-rate warm-up.")
-    clip_gradient: float = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
-    clip_ratio: float = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
-    clip_advantage: float = option(
+    warmup: CountOrZero = option(5, "Steps of linear learning-rate warm-up.")
+    clip_gradient: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
+    clip_ratio: PositiveWeight = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
+    clip_advantage: Weight = option(
         5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit."
     )
-    baseline_decay: float = option(
+    baseline_decay: Fraction = option(
         0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
     )
     standardize: bool = option(
-        True, "Count rewards in standard deviations of the first step's, so that beta suits any reward."
+        True, "Count rewards in standard deviations of the starting model's, so that beta suits any reward."
     )
-    beta: float = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
-    kl: str = option("reward", "Where the KL enters: reward (as in the paper) or loss.", choices=("reward", "loss"))
-    target_kl: float = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
-    max_kl: float = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
-    max_step_kl: float = option(
+    scale_crystals: int = option(
+        1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
+    )
+    beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
+    kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
+    target_kl: Weight = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
+    max_kl: Weight = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
+    max_step_kl: Weight = option(
         0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never."
     )
-    entropy_wyckoff: float = option(0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat.")
-    entropy_species: float = option(0.0, "Bonus for the entropy of elements, in units of the reward per nat.")
-    entropy_coords: float = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
-    entropy_lattice: float = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
+    entropy_wyckoff: SignedWeight = option(
+        0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat."
+    )
+    entropy_species: SignedWeight = option(0.0, "Bonus for the entropy of elements, in units of the reward per nat.")
+    entropy_coords: SignedWeight = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
+    entropy_lattice: SignedWeight = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
-    diversity: int = option(
+    diversity: CountOrZero = option(
         1,
         "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
         "diversity_window crystals earns less; 0: never.",
     )
-    diversity_window: int = option(8192, "Among how many of the last crystals fingerprints are counted.")
-    replay: int = option(
+    diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
+    replay: CountOrZero = option(
         0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
     )
-    replay_size: int = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
-    replay_clip: float = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
+    replay_size: Count = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
+    replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
     space_group: str = option(
         "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
     )
     learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
-    space_group_lr: float = option(0.03, "Learning rate of the space groups' logits.")
-    space_group_floor: float = option(0.1, "Each space group keeps this part of its share; needs learn_space_groups.")
+    space_group_lr: PositiveFraction = option(0.03, "Learning rate of the space groups' logits.")
+    space_group_floor: FractionBelowOne = option(
+        0.1, "Each space group keeps this part of its share; needs learn_space_groups."
+    )
     elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
-    max_atoms: int = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
-    temperature: float = option(1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained.")
-    top_p: float = option(1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all.")
-    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
+    max_atoms: CountOrZero = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    temperature: Temperature = option(
+        1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained."
+    )
+    top_p: PositiveFraction = option(
+        1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all."
+    )
+    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
     potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
-    caution: float = option(
+    caution: Annotated[float, Range(-1, 100)] = option(
         -1.0,
         "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
         "negative: the reward's own number.",
@@ -197,37 +277,54 @@ class FinetuneConfig:
         "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
         choices=DATASETS,
     )
-    validate_every: int = option(5, "Steps between validation losses; needs dataset.")
-    evaluate: int = option(256, "Fresh crystals of the model before and after that are compared at the end; 0: none.")
+    validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
+    evaluate: CountOrZero = option(
+        256, "Fresh crystals of the model before and after that are compared at the end; 0: none."
+    )
     plots: bool = option(True, "Draw progress.png (and pareto.png) and write report.html at the end.")
-    checkpoint_minutes: float = option(1.0, "Minutes between checkpoints (one is also written at the end).")
+    checkpoint_minutes: Minutes = option(1.0, "Minutes between checkpoints (one is also written at the end).")
+    reward_timeout: Seconds = option(
+        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever."
+    )
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
-    seed: int = option(0, "Seed of sampling and of the order of updates.")
+    seed: Seed = option(0, "Seed of sampling and of the order of updates.")
 
 
-@dataclass
-class DataConfig:
+@dataclass(frozen=True)
+class DataConfig(Settings):
     """Import, fetch and look into datasets."""
 
-    symprec: float = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
-    max_sites: int = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
-    max_atoms: int = option(0, "Drop crystals with more atoms in the conventional cell; 0: no limit.")
-    validation: float = option(0.1, "Fraction (0 to 1) of the crystals for validation, where the source has no splits.")
-    test: float = option(0.0, "Fraction (0 to 1) of the crystals for test, where the source has no splits.")
-    split_by: str = option(
-        "row",
-        "row: draw crystals; formula: draw reduced formulas, so that none is in two splits.",
-        choices=("row", "formula"),
+    symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
+    max_sites: Count = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
+    max_atoms: CountOrZero = option(0, "Drop crystals with more atoms in the conventional cell; 0: no limit.")
+    validation: FractionBelowOne = option(
+        0.1, "Fraction (0 to 1) of the crystals for validation, where the source has no splits."
     )
-    seed: int = option(0, "Seed of the splits.")
-    workers: int = option(0, "Processes for parsing and symmetry; 0: one per core.")
+    test: FractionBelowOne = option(0.0, "Fraction (0 to 1) of the crystals for test, where the source has no splits.")
+    split_by: Literal["row", "formula"] = option(
+        "row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits."
+    )
+    seed: Seed = option(0, "Seed of the splits.")
+    workers: Workers = option(0, "Processes for parsing and symmetry; 0: one per core.")
     sources: dict[str, Any] = option(
         {}, 'More datasets to fetch, e.g. mine = { url = "https://...", sha256 = "..." }; a list for several files.'
     )
 
 
-@dataclass
-class RetrieveConfig:
+@dataclass(frozen=True)
+class HullConfig(Settings):
+    """Make a reference hull."""
+
+    potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
+    near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
+    relax: bool = option(False, "Relax the crystals near the hull first (slow).")
+    fill: str = option("", "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")
+    workers: Workers = option(0, "Processes; 0: one for each core.")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
+
+
+@dataclass(frozen=True)
+class RetrieveConfig(Settings):
     """Find the known materials that a tuned model points at."""
 
     run: str = option("", "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.")
@@ -235,33 +332,32 @@ class RetrieveConfig:
     dataset: str = option(
         "", "Known materials; empty: what the base model was trained on, else `prototypes`.", choices=DATASETS
     )
-    split: str = option(
-        "",
-        "Only this split of the dataset: train, validation or test; empty: all.",
-        choices=("train", "validation", "test"),
+    split: Literal["", "train", "validation", "test"] = option(
+        "", "Only this split of the dataset: train, validation or test; empty: all."
     )
-    top: int = option(100, "Crystals in the tables, best first.")
-    rank: str = option(
-        "crystal",
-        "By the likelihood ratio of the crystal (crystal), per site (site), or with its space group (joint).",
-        choices=("crystal", "site", "joint"),
+    top: Count = option(100, "Crystals in the tables, best first.")
+    rank: Literal["crystal", "site", "joint"] = option(
+        "crystal", "By the likelihood ratio of the crystal (crystal), per site (site), or with its space group (joint)."
     )
-    samples: int = option(1000, "Crystals drawn from each model to see which known materials they meet; 0: none.")
+    samples: CountOrZero = option(
+        1000, "Crystals drawn from each model to see which known materials they meet; 0: none."
+    )
     property: str = option(
         "", "Column that tells what is good, to judge the ranking (-NAME: low is good); empty: by the run's reward."
     )
-    reward_crystals: int = option(1000, "Crystals of the dataset scored with the run's own reward; 0: none.")
-    seed: int = option(0, "Seed of the samples, and of the crystals that are scored and judged.")
+    reward_crystals: CountOrZero = option(1000, "Crystals of the dataset scored with the run's own reward; 0: none.")
+    seed: Seed = option(0, "Seed of the samples, and of the crystals that are scored and judged.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
-@dataclass
-class ScreenConfig:
+@dataclass(frozen=True)
+class ScreenConfig(Settings):
     """Find the crystals that deserve a DFT calculation."""
 
     known: list[str] = option(
         [],
-        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty.",
+        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty. "
+        "A CSV with a column `formula` and no structures tells only which formulas are new.",
         choices=DATASETS,
     )
     validity: bool = option(True, "Check distances, volume, density and charge neutrality; invalid ones go no further.")
@@ -275,12 +371,24 @@ class ScreenConfig:
     )
     potential: str = option("chgnet", "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.", choices=POTENTIALS)
     hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
-    min_distance: float = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
-    max_density: float = option(40.0, "g/cm^3; denser crystals are invalid.")
-    symprec: float = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
+    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
+    max_density: Annotated[float, Range(0, 1000, open_below=True)] = option(
+        40.0, "g/cm^3; denser crystals are invalid."
+    )
+    symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
     free: bool = option(False, "Let the relaxation break the space group.")
-    fmax: float = option(0.05, "eV/angstrom; the relaxation ends when all forces are smaller.")
-    steps: int = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
+    fmax: Annotated[float, Range(0, 10, open_below=True)] = option(
+        0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
+    )
+    steps: CountOrZero = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
+    metastable: Annotated[float, Range(0, 10)] = option(
+        0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
+    )
+    allow: str = option(
+        "",
+        "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.",
+        choices=FLAGS,
+    )
     rank: str = option(
         "ehull",
         "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap.",
@@ -288,37 +396,37 @@ class ScreenConfig:
     filter: str = option(
         "", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3` (eV/atom, eV); empty: no condition."
     )
-    top: int = option(100, "Candidates written as CIF files, at most.")
+    top: CountOrZero = option(100, "Candidates written as CIF files, at most.")
     report: bool = option(True, "Write report.html and plots.")
-    dft: str = option(
-        "",
-        "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none.",
-        choices=("scan", "pbe"),
+    dft: Literal["", "scan", "pbe"] = option(
+        "", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none."
     )
-    workers: int = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
-    chunk: int = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
-    engine: str = option(
-        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]').", choices=("local", "ray")
+    workers: Workers = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
+    chunk: CountOrZero = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
+    engine: Literal["local", "ray"] = option(
+        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
     )
     address: str = option("", "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
-@dataclass
-class PredictorConfig:
+@dataclass(frozen=True)
+class PredictorConfig(Settings):
     """Train a property predictor."""
 
     target: str = option("", "Column to learn; must be given.")
     log: bool = option(False, "Learn log10 of it: for positive quantities that range over decades.")
-    zero: float = option(
+    zero: Annotated[float, Range(-1, 10**6)] = option(
         -1.0, "Values below are a class of their own (metals among band gaps: 0.05); negative: no such class."
     )
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
-    members: int = option(5, "Networks in the ensemble.")
-    folds: int = option(5, "Folds of the cross-validation; rows of one formula are held back together.")
-    hidden: int = option(128, "Width of the networks.")
-    epochs: int = option(60, "Passes over the data.")
-    batch_size: int = option(64, "Crystals per optimiser step.")
+    members: Annotated[int, Range(1, 1000)] = option(5, "Networks in the ensemble.")
+    folds: Annotated[int, Range(2, 1000)] = option(
+        5, "Folds of each cross-validation: by formula, by prototype, by cluster of descriptors."
+    )
+    hidden: Annotated[int, Range(1, 10**5)] = option(128, "Width of the networks.")
+    epochs: Count = option(60, "Passes over the data.")
+    batch_size: Count = option(64, "Crystals per optimiser step.")
     potential: str = option(
         "chgnet",
         "Whose features are learnt from: chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model.",
@@ -327,11 +435,12 @@ class PredictorConfig:
     device: str = option(
         "auto", "Where the potential runs: auto (CUDA if there is one), cpu, cuda, ...", choices=DEVICES
     )
-    seed: int = option(0, "Seed of folds, weights and data order.")
+    seed: Seed = option(0, "Seed of folds, weights and data order.")
 
 
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
+    "hull": HullConfig,
     "pretrain": PretrainConfig,
     "sample": SampleConfig,
     "finetune": FinetuneConfig,
@@ -350,13 +459,14 @@ def resolve(cls: type[T], flags: Mapping[str, Any] | None = None, file: Path | N
         file: a TOML file; default: `cfrl.toml` of the working folder where there is one.
 
     Raises:
-        UserError: unreadable file, unknown section or key, value of the wrong type.
+        UserError: unreadable file, unknown section or key, value of the wrong type or out of range.
     """
-    path = Path(USER_FILE) if file is None else Path(file)
+    path, flags = Path(USER_FILE) if file is None else Path(file), flags or {}
     values: dict[str, Any] = {}
     if file is not None or path.is_file():
         values = _section(path, next(name for name, section in SECTIONS.items() if section is cls))
-    return build(cls, {**values, **(flags or {})}, source=str(path))
+    settings = build(cls, {key: value for key, value in values.items() if key not in flags}, source=f"{path}: ")
+    return build(cls, {**vars(settings), **flags})
 
 
 def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -378,18 +488,19 @@ def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
     return definitions
 
 
-def build(cls: type[T], values: Mapping[str, Any], source: str = "settings") -> T:
-    """The dataclass made of `values`, checked key by key."""
-    types = get_type_hints(cls)
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"{source}: unknown setting '{key}' for {cls.__name__}{nearest(key, types)}")
-        if not _fits(value, types[key]):
-            raise UserError(f"{source}: {key} = {value!r} should be of type {_type_name(types[key])}")
-    return cls(**{k: float(v) if types[k] is float else v for k, v in values.items()})
+def build(cls: type[T], values: Mapping[str, Any], source: str = "") -> T:
+    """The settings made of `values`. Raises UserError: an unknown key, or a value that cannot be, after `source`."""
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{source}unknown setting '{key}' for {cls.__name__}{nearest(key, known)}")
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{source}{error}") from error
 
 
-def nearest(word: str, known: Mapping[str, Any] | list[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` or nothing: the tail of an error message about an unknown name."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
@@ -421,22 +532,48 @@ def _section(path: Path, name: str) -> dict[str, Any]:
     for key in document:
         if key not in SECTIONS and key != "rewards":
             raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")
+    if not isinstance(document.get(name, {}), dict):
+        raise UserError(f"{path}: {name} = {reprlib.repr(document[name])} should be a section [{name}]")
     return document.get(name, {})
 
 
+def _checked(f: Field, kind: Any, value: Any) -> Any:
+    """The value of a field as its kind has it (1 as 1.0). Raises UserError."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        known = choices(kind)
+        raise UserError(f"{f.name} = {reprlib.repr(value)} is none of {', '.join(known)}{nearest(str(value), known)}")
+    number, limits = get_args(kind) if get_origin(kind) is Annotated else (None, None)
+    if number is None and _fits(value, kind):
+        return value
+    if number and _fits(value, number) and value in limits:
+        return number(value)
+    wanted = f"{_NAMES[number]} {limits}" if number else _NAMES[get_origin(kind) or kind]
+    raise UserError(f"{f.name} = {reprlib.repr(value)} should be {wanted}. {f.metadata.get('help', '')}".rstrip())
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    list: "a list of texts",
+    dict: "a table",
+}
+
+
 def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(kind, UnionType):
-        return any(_fits(value, part) for part in get_args(kind))
-    kind = getattr(kind, "__origin__", kind)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, get_origin(kind) or kind)
 
 
-def _type_name(kind: Any) -> str:
-    return getattr(kind, "__name__", str(kind))
+def choices(kind: Any) -> tuple[str, ...]:
+    """The values of a `Literal` type but for "", which stands for none of them."""
+    return tuple(filter(None, get_args(kind))) if get_origin(kind) is Literal else ()
 
 
 def _toml(value: Any) -> str:

@@ -47,6 +47,7 @@ PROTOTYPES = "prototypes"
 Analysed = tuple[list[np.ndarray], dict[int, str]]  # tensors of a CrystalBatch as arrays; row -> why it was dropped
 MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
 _JOB = 64  # entries per job of a worker
+_CHUNK = 4096  # crystals looked at at once
 _INLINE = 256  # so few entries are not worth starting processes
 _HDF5 = (".h5", ".hdf5")
 _RESERVED = ("ids", "split")  # names that the schema uses itself
@@ -115,9 +116,7 @@ def run_import(
         UserError: an input that cannot be read, an output that cannot be written, or nothing usable.
     """
     output = Path(output)
-    if output.suffix not in _HDF5:
-        raise UserError(f"{output}: a dataset is an HDF5 file; let its name end in .h5")
-    check_writable(output)
+    check_writable(output, _HDF5)
     imported = read_files(inputs, config, splits, console)
     table = output.with_suffix(".dropped.csv")
     _write_dropped(imported.dropped, table)
@@ -338,18 +337,16 @@ def assign_splits(crystals: CrystalBatch, config: DataConfig) -> np.ndarray:
     splits, whichever other crystals there are, and the fractions hold on average.
 
     Raises:
-        UserError: impossible fractions, or another `split_by`.
+        UserError: fractions that leave nothing for training.
     """
     n, validation, test = len(crystals), config.validation, config.test
-    if min(validation, test) < 0 or validation + test >= 1:
+    if validation + test >= 1:
         raise UserError(f"validation = {validation} and test = {test}: must be fractions that leave some for training")
     if config.split_by == "row":
         place = np.random.default_rng(config.seed).permutation(n) + 0.5
         place = place / max(n, 1)
-    elif config.split_by == "formula":
-        place = np.array([_uniform(f"{config.seed}:{formula}") for formula in crystals.formulas()])
     else:
-        raise UserError(f"split_by = '{config.split_by}': must be row or formula")
+        place = np.array([_uniform(f"{config.seed}:{formula}") for formula in crystals.formulas()])
     return np.select([place < validation, place < validation + test], [1, 2], 0)
 
 
@@ -469,19 +466,27 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _stored(name: str, config: DataConfig) -> Imported:
     """What one of our files holds, within the limits."""
     path = dataset_path(name)
-    crystals, columns = storage.read_crystals(path), storage.read_columns(path)
+    crystals, columns, faults = storage.read_rows(path)
     split = columns.pop("split").astype(np.int64)
     columns.pop("ids", None)
     crystals.properties = {}
     if crystals.ids is None:
         crystals.ids = [f"{path.stem}-{i}" for i in range(1, len(crystals) + 1)]
-    limits = [("sites", crystals.num_sites, config.max_sites), ("atoms", crystals.num_atoms, config.max_atoms)]
-    dropped, fits = [], np.ones(len(crystals), dtype=bool)
-    for what, counts, limit in limits:
-        for row in np.flatnonzero(fits & (counts.numpy() > limit)) if limit else ():
-            reason = f"too many {what}: {counts[row]}, at most {limit} fit"
-            dropped.append(Dropped(str(path), int(row) + 1, crystals.ids[row], reason))
-            fits[row] = False
+    reasons = {row: f"damaged: {reason}" for row, reason in faults.items()}
+    sound = torch.tensor([row for row in range(len(crystals)) if row not in faults], dtype=torch.long)
+    for rows in sound.split(_CHUNK):
+        some = crystals[rows]
+        for what, counts, limit in (
+            ("sites", some.num_sites, config.max_sites),
+            ("atoms", some.num_atoms, config.max_atoms),
+        ):
+            for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+                if limit and count > limit:
+                    reasons.setdefault(row, f"too many {what}: {count}, at most {limit} fit")
+        for row in rows[~some.valid(MIN_DISTANCE)].tolist():
+            reasons.setdefault(row, "not possible: its cell has no volume, or its atoms are too close")
+    fits = np.array([row not in reasons for row in range(len(crystals))], dtype=bool)
+    dropped = [Dropped(str(path), row + 1, crystals.ids[row], reason) for row, reason in sorted(reasons.items())]
     columns = {k: v[fits] if v.dtype != object else v[fits].tolist() for k, v in columns.items()}
     return Imported(crystals[fits], columns, split[fits], dropped)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
@@ -16,10 +18,20 @@ def shortest_distance(structure: Structure) -> float:
     return float(structure.get_neighbor_list(radius)[3].min())
 
 
-def closest_contact(structure: Structure, limit: float) -> float:
-    """The smallest distance over the sum of the covalent radii (Cordero et al. 2008) of its two atoms, or `limit`."""
+def contacts(structure: Structure, limit: float) -> np.ndarray:
+    """For each atom the smallest distance over the sum of both covalent radii (Cordero et al. 2008), or `limit`; (N,).
+
+    The smallest of all tells overlaps, the largest an atom on its own.
+    """
     from ase.data import covalent_radii
 
     radii = covalent_radii[[site.specie.Z for site in structure]]
     center, neighbour, _, distance = structure.get_neighbor_list(2 * limit * radii.max())
-    return float((distance / (radii[center] + radii[neighbour])).min(initial=limit))
+    nearest = np.full(len(structure), limit)
+    np.minimum.at(nearest, center, distance / (radii[center] + radii[neighbour]))
+    return nearest
+
+
+def closest_contact(structure: Structure, limit: float) -> float:
+    """The smallest of all `contacts`."""
+    return float(contacts(structure, limit).min())

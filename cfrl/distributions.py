@@ -2,7 +2,8 @@
 
 Temperature, nucleus (top-p) truncation and masks are part of each distribution: the log-probability of a crystal
 is always that of the sampler that made it. All classes take tensors of any leading shape (...).
-Randomness comes from torch's global generators; `sampler.sample` seeds them.
+Randomness comes from the generator that `sample` is given, on the device of the tensors: torch's global one is shared
+with other threads, whose draws would make crystals depend on when those run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cfrl.errors import NotFinite
+
 IMPOSSIBLE = -1e10  # log-probability of what a mask forbids; finite, so that 0 * log 0 stays 0 in entropies
+NEARLY_NORMAL = 1e6  # concentration beyond which a von Mises density is normal to one part in a million
+MAX_ROUNDS = 200  # of the rejection sampler, which accepts at least 65% in each: 1e-91 that one is not enough
+NOT_FINITE = "the model gives no finite probabilities: its weights are damaged, or the temperature is too extreme"
 
 
 @dataclass(frozen=True)
@@ -41,21 +47,31 @@ class Categorical:
         logits: (..., k).
         mask: (..., k) bool, True where a value is allowed; None: all are.
         options: temperature and top-p.
+        nucleus: (..., k) bool, the values that top-p keeps, as found at an earlier time; None: by these logits.
+
+    Attributes:
+        log_probs: (..., k).
+        nucleus: (..., k) bool; None where top-p keeps everything.
     """
 
-    def __init__(self, logits: Tensor, mask: Tensor | None, options: SamplerOptions) -> None:
+    def __init__(
+        self, logits: Tensor, mask: Tensor | None, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> None:
         logits = logits / options.temperature
         if mask is not None:
             logits = logits.masked_fill(~mask, IMPOSSIBLE)
-        self.log_probs = logits.log_softmax(-1)  # (..., k)
+        self.log_probs, self.nucleus = logits.log_softmax(-1), None
         if options.top_p < 1.0:
-            outside = ~_nucleus(self.log_probs.detach().exp(), options.top_p)
-            self.log_probs = logits.masked_fill(outside, IMPOSSIBLE).log_softmax(-1)
+            self.nucleus = _nucleus(self.log_probs.detach().exp(), options.top_p) if nucleus is None else nucleus
+            self.log_probs = logits.masked_fill(~self.nucleus, IMPOSSIBLE).log_softmax(-1)
 
-    def sample(self) -> Tensor:
-        """(...) int64."""
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(...) int64. Raises NotFinite where the probabilities are not."""
         probs = self.log_probs.exp()
-        return torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1).reshape(probs.shape[:-1])
+        if not torch.isfinite(probs).all():
+            raise NotFinite(NOT_FINITE)
+        rows = probs.reshape(-1, probs.shape[-1])
+        return torch.multinomial(rows, 1, generator=generator).reshape(probs.shape[:-1])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """(...) log-probability of `value` (...) int64."""
@@ -74,20 +90,29 @@ class VonMisesMixture:
     Args:
         logits: (..., k) of the components.
         mean: (..., k) mu, radians.
-        concentration: (..., k) kappa > 0.
+        concentration: (..., k) kappa >= 0.
+        options, nucleus: see `Categorical`; of the components.
     """
 
-    def __init__(self, logits: Tensor, mean: Tensor, concentration: Tensor, options: SamplerOptions) -> None:
-        self.components = Categorical(logits, None, options)
+    def __init__(
+        self,
+        logits: Tensor,
+        mean: Tensor,
+        concentration: Tensor,
+        options: SamplerOptions,
+        nucleus: Tensor | None = None,
+    ) -> None:
+        self.components = Categorical(logits, None, options, nucleus)
         self.mean = mean
         self.concentration = concentration / options.temperature
 
-    def sample(self) -> Tensor:
-        """(...) angles in [-pi, pi)."""
-        component = self.components.sample().unsqueeze(-1)
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """(...) angles in [-pi, pi). Raises NotFinite where a parameter is not."""
+        component = self.components.sample(generator).unsqueeze(-1)
         mean = self.mean.gather(-1, component).squeeze(-1)
         concentration = self.concentration.gather(-1, component).squeeze(-1)
-        return torch.distributions.VonMises(mean, concentration, validate_args=False).sample()
+        angle = mean + von_mises(concentration.double(), generator).to(mean.dtype)
+        return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
     def log_prob(self, angle: Tensor) -> Tensor:
         """(...) log-density per radian at `angle` (...)."""
@@ -105,6 +130,7 @@ class LatticeMixture:
         logits: (..., k) of the components.
         mean, std: (..., k, 6).
         free: (..., 6) bool, the parameters that the crystal system leaves free.
+        options, nucleus: see `Categorical`; of the components.
         joint: True: one component for all parameters, the density of the sampler. False: each parameter scored by
             its own marginal mixture, as the published code does (which samples jointly all the same).
     """
@@ -117,16 +143,18 @@ class LatticeMixture:
         free: Tensor,
         options: SamplerOptions,
         joint: bool = True,
+        nucleus: Tensor | None = None,
     ) -> None:
-        self.components = Categorical(logits, None, options)
+        self.components = Categorical(logits, None, options, nucleus)
         self.mean, self.free, self.joint = mean, free, joint
         self.std = std * math.sqrt(options.temperature)
 
-    def sample(self) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """(..., 6); entries that are not free are to be overwritten by the caller."""
-        component = self.components.sample()[..., None, None].expand(*self.mean.shape[:-2], 1, 6)
+        component = self.components.sample(generator)[..., None, None].expand(*self.mean.shape[:-2], 1, 6)
         mean = self.mean.gather(-2, component).squeeze(-2)
-        return mean + self.std.gather(-2, component).squeeze(-2) * torch.randn_like(mean)
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+        return mean + self.std.gather(-2, component).squeeze(-2) * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
         """(...) log-density of `value` (..., 6), in the units of the free parameters."""
@@ -137,6 +165,43 @@ class LatticeMixture:
             return torch.logsumexp(log_weights + (density * free).sum(-1), -1)
         marginals = torch.logsumexp(log_weights.unsqueeze(-1) + density, -2)  # (..., 6)
         return (marginals * self.free).sum(-1)
+
+
+def von_mises(concentration: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Angles (...) in [-pi, pi] about 0, of concentration kappa (...) float64 >= 0.
+
+    By rejection from a wrapped Cauchy density (D. J. Best and N. I. Fisher, Appl. Stat. 28, 152 (1979)); where kappa
+    is so large that this loses its digits, the normal density of variance 1 / kappa.
+
+    Raises:
+        NotFinite: a concentration is not finite, for which rejection would never end.
+    """
+    if not torch.isfinite(concentration).all():
+        raise NotFinite(NOT_FINITE)
+
+    def uniform() -> Tensor:
+        return torch.rand(concentration.shape, dtype=torch.float64, device=concentration.device, generator=generator)
+
+    kappa = concentration.clamp(1e-6, NEARLY_NORMAL)
+    tau = 1 + torch.sqrt(1 + 4 * kappa.square())
+    rho = (tau - torch.sqrt(2 * tau)) / (2 * kappa)
+    r = (1 + rho.square()) / (2 * rho)
+    angle = torch.zeros_like(kappa)
+    missing = torch.ones_like(kappa, dtype=torch.bool)
+    for _ in range(MAX_ROUNDS):
+        z = torch.cos(math.pi * uniform())
+        cosine = (1 + r * z) / (r + z)
+        c = kappa * (r - cosine)
+        accepted = missing & (torch.log(c / uniform()) + 1 - c >= 0)
+        side = torch.where(uniform() < 0.5, -1.0, 1.0)
+        angle = torch.where(accepted, side * torch.arccos(cosine.clamp(-1, 1)), angle)
+        missing &= ~accepted
+        if not missing.any():
+            break
+    else:
+        raise NotFinite(NOT_FINITE)
+    noise = torch.randn(kappa.shape, dtype=torch.float64, device=kappa.device, generator=generator)
+    return torch.where(concentration > NEARLY_NORMAL, noise * concentration.rsqrt(), angle)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:

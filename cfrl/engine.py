@@ -29,13 +29,7 @@ Function = Callable[[list[Any]], list[Any]]
 
 
 def count_workers(asked: int, device: str) -> int:
-    """As many as asked for; 0: one for each core, or one where the work is done by a GPU.
-
-    Raises:
-        UserError: a negative number.
-    """
-    if asked < 0:
-        raise UserError(f"--workers {asked}: should be 0 (automatic) or more")
+    """As many as asked for; 0: one for each core, or one where the work is done by a GPU."""
     return asked or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
 
 
@@ -185,12 +179,8 @@ Engine = LocalEngine | RayEngine
 
 
 def make_engine(name: str, workers: int, address: str = "") -> Engine:
-    """The engine of the settings. Raises UserError for a name that is none, and as `RayEngine`."""
-    if name == "local":
-        return LocalEngine(workers)
-    if name == "ray":
-        return RayEngine(workers, address)
-    raise UserError(f"--engine {name}: use local or ray")
+    """The engine of the settings, "local" or "ray". Raises as `RayEngine`."""
+    return LocalEngine(workers) if name == "local" else RayEngine(workers, address)
 
 
 class _Worker:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it and exits with status 2; a traceback appears only with ``--debug``.
     """
+
+
+class NotFinite(UserError):
+    """NaN or infinity where training or drawing cannot go on: a loss, a gradient, a weight, a probability."""

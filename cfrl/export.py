@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.files import atomic_file
+from cfrl.files import atomic_file, check_writable, write_problem
 from cfrl.storage import write_crystals
 
 ENDINGS = ".h5, .csv, .extxyz, .zip (of CIFs) or a folder (of CIFs)"
@@ -25,17 +25,27 @@ def export_crystals(crystals: CrystalBatch, path: str | Path, attrs: dict[str, s
         UserError: an ending that is none of these, a folder that is not empty, or nowhere to write.
     """
     path = Path(path)
-    write = {".csv": _write_csv, ".extxyz": _write_extxyz, ".zip": _write_zip, "": _write_folder}
+    check_output(path)
+    write = {".csv": _write_csv, ".extxyz": _write_extxyz, ".zip": _write_zip}
     if path.suffix == ".h5":
         write_crystals(path, crystals, attrs=attrs)
-    elif path.suffix not in write:
-        raise UserError(f"{path}: cannot tell the format from '{path.suffix}'; write to {ENDINGS}")
     elif path.suffix:
         with atomic_file(path) as temporary:
             write[path.suffix](crystals, temporary)
     else:
         _write_folder(crystals, path)
     return path
+
+
+def check_output(path: str | Path) -> None:
+    """Fail before there are crystals to write. Raises as `export_crystals`."""
+    path = Path(path)
+    if path.suffix not in (".h5", ".csv", ".extxyz", ".zip", ""):
+        raise UserError(f"{path}: cannot tell the format from '{path.suffix}'; write to {ENDINGS}")
+    if path.suffix:
+        check_writable(path)
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder; name another one")
 
 
 def _write_csv(crystals: CrystalBatch, path: Path) -> None:
@@ -65,8 +75,6 @@ def _write_zip(crystals: CrystalBatch, path: Path) -> None:
 
 
 def _write_folder(crystals: CrystalBatch, path: Path) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists and is not an empty folder; name another one")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -77,7 +85,8 @@ def _write_folder(crystals: CrystalBatch, path: Path) -> None:
             path.rmdir()
         partial.rename(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(write_problem(path, error)) from error
 
 
 def _names(crystals: CrystalBatch) -> list[str]:

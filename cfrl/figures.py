@@ -366,3 +366,28 @@ def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     order = known[np.lexsort((-y[known], -x[known]))]
     highest = np.maximum.accumulate(y[order])
     return order[np.concatenate([[True], y[order][1:] > highest[:-1]])] if len(order) else order
+
+
+def pareto(groups: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Dielectric constant against band gap with the front of each group; None where one of the two is not known.
+
+    Args:
+        groups: two groups of crystals, by name: their columns (n,), among them reward terms, which may stand on their
+            own (`band_gap`, `dielectric(kind=total)`) or be parts of another (`dielectric_bandgap/band_gap`).
+    """
+    figure = Figure("pareto", "Band gap and dielectric constant", "band gap (eV)", "dielectric constant", log_y=True)
+    figure.note = "Lines: crystals of which no other of the group has more of both."
+    for (name, columns), color, line in zip(groups.items(), (GREY, BLUE), (GREY, ORANGE), strict=True):
+        gap, dielectric = _term(columns, "band_gap"), _term(columns, "dielectric", "eps_total", "eps_electronic")
+        if gap is None or dielectric is None:
+            return None
+        front = pareto_front(gap, dielectric)
+        figure.series.append(Series(gap, dielectric, name, "points", color))
+        figure.series.append(Series(gap[front], dielectric[front], "", "line", line))
+    return figure
+
+
+def _term(columns: Mapping[str, Any], *words: str) -> np.ndarray | None:
+    """The first column of such a name, parameters and the reward that it is a part of left aside."""
+    named = (values for name, values in columns.items() if name.split("/")[-1].split("(")[0] in words)
+    return next((np.asarray(values) for values in named), None)

@@ -6,6 +6,7 @@ so that a kill, a full disk or Ctrl-C leaves the old file or the new one, never 
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -13,13 +14,26 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cfrl import __version__
 from cfrl.errors import UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOSPC: "make room or write elsewhere",
+    errno.EDQUOT: "make room or write elsewhere",
+    errno.EFBIG: "raise the limit (ulimit -f) or write elsewhere",
+    errno.EROFS: "write to a folder of yours",
+    errno.EACCES: "write to a folder of yours",
+    errno.EPERM: "write to a folder of yours",
+    errno.ENOENT: "make its folder first",
+    errno.ENOTDIR: "make its folder first",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 @contextmanager
@@ -29,37 +43,64 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     Leftovers of killed processes of this machine are removed on the way.
 
     Raises:
-        UserError: the folder is missing or not writable, or the disk is full.
+        UserError: the folder is missing or not writable, or the disk is full; the old file is still there.
     """
     path = Path(path)
     host = re.sub(r"\W", "_", socket.gethostname())
     temp = path.with_name(f".{path.name}.{host}-{os.getpid()}.tmp")
     try:
-        _remove_leftovers(path, host)
+        with suppress(OSError):
+            _remove_leftovers(path, host)
         temp.touch()  # fails at once where nothing can be written, before the work is done
         mode = temp.stat().st_mode
         yield temp
         temp.chmod(mode)  # some libraries make files that only their owner can read
         _fsync(temp)
         os.replace(temp, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        cause = system_error(error)
+        if cause is None or str(cause.filename or temp) != str(temp):  # nothing to do with this file
+            raise
+        raise UserError(write_problem(path, cause)) from error
     finally:
-        if temp.parent.is_dir():
-            temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink()
 
 
-def check_writable(path: str | Path) -> None:
+def system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind that of a library: h5py, safetensors and torch tell it in words or chains."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if told := re.search(r"(?:os error|errno =) (\d+)", str(error)):
+            return OSError(int(told[1]), os.strerror(int(told[1])))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_problem(path: str | Path, error: OSError) -> str:
+    """One line: which file, why it cannot be written, what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return "; ".join(filter(None, [f"{path}: cannot be written: {reason}", _REMEDIES.get(error.errno)]))
+
+
+def check_writable(path: str | Path, endings: Sequence[str] = ()) -> None:
     """Fail before the work rather than after it.
 
+    Args:
+        path: the file that will be written.
+        endings: those its name may have; none: any.
+
     Raises:
-        UserError: no file can be written at `path`.
+        UserError: another ending, or no file can be written at `path`.
     """
     path = Path(path)
-    if path.is_dir():
+    if endings and path.suffix not in endings:
+        raise UserError(f"{path}: will not be written as '{path.suffix}'; let its name end in {' or '.join(endings)}")
+    if os.path.isdir(path):
         raise UserError(f"{path}: is a folder; name a file to write to")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        state = "is not writable" if path.parent.is_dir() else "is not a folder; make it first"
+        state = "is not writable" if os.path.isdir(path.parent) else "is not a folder; make it first"
         raise UserError(f"{path}: cannot be written: {path.parent} {state}")
 
 

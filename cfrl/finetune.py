@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from cfrl import monitor, policy
-from cfrl.config import FinetuneConfig, nearest, read_run_config
+from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystal import CrystalBatch
-from cfrl.errors import UserError
+from cfrl.errors import NotFinite, UserError
 from cfrl.fingerprint import fingerprints
-from cfrl.interrupt import stop_on_signal
+from cfrl.interrupt import Abandoned, stop_on_signal
 from cfrl.model import FACTORS
 from cfrl.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward
-from cfrl.rollouts import Rollout, chemical_systems, collect
+from cfrl.rewards.trust import confirm_code
+from cfrl.rollouts import Rollout, chemical_systems, collect, random_seed
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals, write_crystals
 from cfrl.tuning import RunLog, Tuning
@@ -37,6 +38,8 @@ from cfrl.tuning import RunLog, Tuning
 Scorer = Callable[[CrystalBatch], Any]
 Source = Callable[[torch.Generator, int], Rollout]
 VALIDATION_CRYSTALS = 512
+SCALE_SEED = 0  # the same for all runs, so that the unit of a reward is
+ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
 def finetune(
@@ -46,6 +49,7 @@ def finetune(
     resume: str | Path | None = None,
     root: str | Path = "runs",
     quiet: bool = False,
+    trust: bool = False,
 ) -> RunFolder:
     """Tune a model towards a reward.
 
@@ -55,6 +59,7 @@ def finetune(
         resume: a run folder to go on with, instead of a new one.
         root: where a new run folder is made.
         quiet: show nothing.
+        trust: import code that the settings of a resumed run name; else the user is asked.
 
     Returns:
         The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
@@ -67,26 +72,41 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
+    if resume and reward is None and not config.rollouts:
+        confirm_code(config.reward, Path(resume) / "config.toml", trust)
     tuning = Tuning(config)
     scorer = reward
     if scorer is None and not config.rollouts:
         scorer = build_reward(config.reward, context=RewardContext.from_config(config, tuning.model.device))
+        scorer.load()
     source = _offline_source(config) if config.rollouts else _online_source(config, tuning, scorer)
     validation = _validation_crystals(config)
     run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
     log = RunLog(run, tuning, scorer if isinstance(scorer, Reward) else None)
-    log.restore()
-
-    saved = time.monotonic()
     reason = ""
-    with stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
+    with run.locked(), stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
+        log.restore()
+        if resume:
+            run.write_config("finetune", config)
+        saved = time.monotonic()
         while tuning.step < config.steps and not reason:
             began = time.monotonic()
             try:
+                if tuning.scale is None:
+                    tuning.scale = _scale(tuning, config, scorer)
+                    live.say(f"Unit of the reward: {tuning.scale:.4g}.")
                 crystals, status, metrics = _step(tuning, config, source)
+            except NotFinite as error:  # the weights are spoilt: what was saved last is better
+                raise NotFinite(
+                    f"{error} (in step {tuning.step + 1}; {run.path} holds {log.saved} steps: go on from there with "
+                    f"--resume and a lower --lr than {config.lr:g})"
+                ) from error
             except UserError as error:
                 log.save()
                 raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
+            except Abandoned as error:
+                live.say(f"Step {tuning.step + 1} is lost: {error}.")
+                break
             if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
                 metrics |= _validate(tuning, validation)
             tuning.seconds += time.monotonic() - began
@@ -131,6 +151,7 @@ class Batch:
     advantage, group_advantage: (n,) of the crystal given its space group, and of the space group.
     reward: (n,) in units of its scale, NaN nowhere.
     weight: (n,) 1, or the importance weight of a replayed crystal.
+    nuclei: what top-p kept at the start of the step (see `CrystalTransformer.nuclei`).
     items: what is learned from at once: (m, 1) rows, or (m, 2) pairs of rows (chosen, rejected).
     """
 
@@ -141,12 +162,13 @@ class Batch:
     group_advantage: Tensor
     reward: Tensor
     weight: Tensor
+    nuclei: dict[str, Tensor]
     items: Tensor
 
 
 def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[CrystalBatch, list[str], dict[str, float]]:
     """One round: the rows for rollouts.h5, their status, the metrics. If `source` raises, nothing has happened."""
-    seed = step_seed(config.seed, tuning.step + 1)
+    seed = random_seed(config.seed, tuning.step + 1)
     generator = torch.Generator().manual_seed(seed)
     rollout = source(generator, seed)
     n, seconds = len(rollout), rollout.seconds
@@ -157,15 +179,14 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
     start = time.perf_counter()
     replayed, replayed_keys = tuning.memory.replay(config.replay, generator)
     crystals = CrystalBatch.cat([rollout.crystals, replayed]) if len(replayed) else rollout.crystals
-    old, entropies = tuning.log_probs_and_entropies(crystals)
+    nuclei = tuning.nuclei(crystals)
+    old, entropies = tuning.log_probs_and_entropies(crystals, nuclei)
     base = tuning.log_probs_base(crystals)
     seconds["likelihood"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    if tuning.scale is None:
-        tuning.scale = spread(rollout.reward) if config.standardize else 1.0
     earned = tuning.memory.earned(crystals.properties["reward"], keys + replayed_keys)
-    batch = _prepare(tuning, config, crystals, earned.to(old.device), old, base, n, generator)
+    batch = _prepare(tuning, config, crystals, earned.to(old.device), old, base, nuclei, n, generator)
     update = _update(tuning, config, batch, generator)
     seconds["update"] = time.perf_counter() - start
 
@@ -182,6 +203,7 @@ def _step(tuning: Tuning, config: FinetuneConfig, source: Source) -> tuple[Cryst
         "effective_space_groups": tuning.prior.effective(),
         "penalty": tuning.memory.penalty,
         "beta": tuning.beta,
+        "scale": tuning.scale,
         "baseline": tuning.baseline.mean,
         **{f"seconds/{stage}": value for stage, value in seconds.items()},
     }
@@ -207,6 +229,7 @@ def _prepare(
     earned: Tensor,
     old: Tensor,
     base: Tensor,
+    nuclei: dict[str, Tensor],
     fresh: int,
     generator: torch.Generator,
 ) -> Batch:
@@ -231,14 +254,17 @@ def _prepare(
     if config.algorithm in policy.PAIRED:
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
         items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
-    rewards = earned / tuning.scale
-    return Batch(crystals.to(tuning.model.device), old, base, advantage, group_advantage, rewards, weight, items)
+    rewards, crystals = earned / tuning.scale, crystals.to(tuning.model.device)
+    return Batch(crystals, old, base, advantage, group_advantage, rewards, weight, nuclei, items)
 
 
 def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: torch.Generator) -> dict[str, float]:
     """Passes of minibatches over one batch, until the policy is `max_step_kl` from its start; means over all of them.
 
     `epochs` of the metrics is how many passes were learned from.
+
+    Raises:
+        NotFinite: a loss or a gradient is, or the policy that the step leaves behind.
     """
     parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
     for group in tuning.optimiser.param_groups:
@@ -254,14 +280,27 @@ def _update(tuning: Tuning, config: FinetuneConfig, batch: Batch, generator: tor
             for name, value in watched.items():
                 sums[name] += float(value.sum())
             kl += float(watched["step_kl"].sum()) / len(chosen)
-        sums["gradient_norm"] += float(nn.utils.clip_grad_norm_(parameters, config.clip_gradient)) * len(chosen)
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip_gradient))
+        _require_finite({"loss": sums["loss"], "gradient": norm})
+        sums["gradient_norm"] += norm * len(chosen)
         seen += len(chosen)
         if config.max_step_kl and kl > config.max_step_kl:
             break
         tuning.optimiser.step()
         learned += len(chosen)
+    with torch.no_grad():  # a few crystals will do: weights that are too large to work with spoil them all
+        few = {name: kept[: config.micro_batch] for name, kept in batch.nuclei.items()}
+        after = tuning.log_probs(batch.crystals[: config.micro_batch], few).sum()
+        weights = sum(p.sum() for p in parameters)
+    _require_finite({"sum of the weights": float(weights), "log-probability after the step": float(after)})
     means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
+
+
+def _require_finite(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NotFinite(f"the {name} is {value}")
 
 
 def rate_fraction(config: FinetuneConfig, step: int, seconds: float) -> float:
@@ -288,7 +327,8 @@ def _minibatches(config: FinetuneConfig, n: int, generator: torch.Generator) -> 
 def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each item (m,), and what is watched of them, (m,) each."""
     rows = items.flatten()
-    factors, old_factors, base_factors = tuning.log_probs(batch.crystals[rows]), batch.old[rows], batch.base[rows]
+    factors = tuning.log_probs(batch.crystals[rows], {name: kept[rows] for name, kept in batch.nuclei.items()})
+    old_factors, base_factors = batch.old[rows], batch.base[rows]
     now, old, base = factors.sum(1), old_factors.sum(1), base_factors.sum(1)
     advantage, weight = batch.advantage[rows], batch.weight[rows]
     if config.algorithm in policy.PAIRED:
@@ -316,18 +356,18 @@ def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -
     return loss, {"loss": loss.detach(), **watched}
 
 
-def step_seed(seed: int, step: int) -> int:
-    """A seed for one step; steps of different runs do not share theirs."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
 def spread(reward: Tensor) -> float:
-    """Scale of rewards: half the way from the 16th to the 84th percentile, else their deviation, else 1. No NaN."""
+    """Standard deviation of scores (n,), the outermost percent on either side drawn in; 1 where all are equal.
+
+    Drawn in, because a few absurd scores must not make all others equal. Quantiles alone will not do: of a sparse
+    reward, which most crystals do not earn at all, they are 0 or not by chance. NaN is left out.
+    """
     known = reward[~torch.isnan(reward)].numpy()
     if not len(known):
         return 1.0
-    low, high = np.percentile(known, [16, 84])
-    return float((high - low) / 2 or known.std() or 1.0)
+    low, high = np.quantile(known, 0.01, method="higher"), np.quantile(known, 0.99, method="lower")
+    deviation = float(known.clip(low, high).std() or known.std())
+    return deviation if deviation > ROUNDING * np.abs(known).max() else 1.0
 
 
 def _reward_metrics(rollout: Rollout) -> dict[str, float]:
@@ -426,43 +466,39 @@ def _validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
     return {"validation/loss": sum(means.values()), **means}
 
 
+def _scale(tuning: Tuning, config: FinetuneConfig, scorer: Scorer) -> float:
+    """Unit of the reward: the spread of the scores of many crystals of the starting model (or of the file).
+
+    One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals earn
+    no `dielectric_bandgap`): from batch to batch their spread changes by a factor of three, and beta with it. The
+    crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
+    """
+    if not config.standardize:
+        return 1.0
+    if config.rollouts:
+        return spread(torch.from_numpy(read_columns(config.rollouts, ["reward"])["reward"]))
+    return spread(_fresh(tuning, config, scorer, config.scale_crystals, SCALE_SEED, tuned=False).reward)
+
+
+def _fresh(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, n: int, seed: int, tuned: bool) -> Rollout:
+    """n scored crystals of the policy, or of the starting model."""
+    model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
+    generator = torch.Generator().manual_seed(seed)
+    groups = torch.multinomial(shares.detach().exp().cpu(), n, replacement=True, generator=generator)
+    return _collect(model, groups, tuning, config, scorer, seed)
+
+
 def evaluate(tuning: Tuning, config: FinetuneConfig, scorer: Scorer, folder: Path) -> None:
     """Draw and score fresh crystals of the starting model and of the policy; same seeds, a file each."""
     if isinstance(scorer, Reward):
         scorer = partial(scorer, update=False)
-    seed = step_seed(config.seed, 0)
-    before, after = (tuning.base, tuning.prior.base), (tuning.model, tuning.prior.log_prob())
-    for name, (model, shares) in (("before.h5", before), ("after.h5", after)):
-        generator = torch.Generator().manual_seed(seed)
-        groups = torch.multinomial(shares.detach().exp().cpu(), config.evaluate, replacement=True, generator=generator)
-        rollout = _collect(model, groups, tuning, config, scorer, seed)
+    seed = random_seed(config.seed, 0)
+    for name, tuned in (("before.h5", False), ("after.h5", True)):
+        rollout = _fresh(tuning, config, scorer, config.evaluate, seed, tuned)
         write_crystals(folder / name, rollout.crystals, columns={"status": rollout.status})
 
 
 def _check(config: FinetuneConfig) -> None:
-    """Settings that exclude each other or lie outside their range. Raises UserError."""
-    for name, known in (("algorithm", policy.ALGORITHMS), ("kl", ("reward", "loss"))):
-        value = getattr(config, name)
-        if value not in known:
-            raise UserError(f"{name} = '{value}' is none of {', '.join(known)}{nearest(value, list(known))}")
+    """Settings that exclude each other. Raises UserError."""
     if config.rollouts and config.algorithm not in policy.PAIRED:
         raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
-    for name in (
-        "steps",
-        "batch_size",
-        "sample_batch",
-        "epochs",
-        "minibatch",
-        "micro_batch",
-        "diversity_window",
-        "validate_every",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} = {getattr(config, name)} must be at least 1")
-    for name in ("lr", "clip_gradient", "clip_ratio", "temperature", "top_p"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} = {getattr(config, name):g} must be above 0")
-    if not 0 <= config.lr_final <= 1:
-        raise UserError(f"lr_final = {config.lr_final:g} must be from 0 to 1: a fraction of the peak")
-    if not 0 <= config.space_group_floor < 1:
-        raise UserError(f"space_group_floor = {config.space_group_floor:g} must be at least 0 and below 1")

@@ -73,6 +73,21 @@ def firsts(keys: Sequence[str]) -> np.ndarray:
     return np.sort(np.unique(keys, return_index=True)[1])
 
 
+def varied(crystals: CrystalBatch) -> np.ndarray:
+    """Rows of crystals that have neither formula nor prototype in common with an earlier one of these rows.
+
+    For lists of the best: more of a formula are mostly one crystal whose symmetry came out otherwise, and more of a
+    prototype one crystal with a neighbour of its elements.
+    """
+    seen: set[str] = set()
+    rows = []
+    for row, keys in enumerate(zip(crystals.formulas(), prototypes(crystals), strict=True)):
+        if seen.isdisjoint(keys):
+            seen.update(keys)
+            rows.append(row)
+    return np.array(rows, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A crystal made ready for comparisons.

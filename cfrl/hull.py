@@ -31,8 +31,11 @@ VERSION = 1
 DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
 CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference lacks the compounds of the system
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
+SAME = 1e-6  # of an atomic fraction; cells of hundreds of atoms differ by more
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
+SAME_SCALE = {"chgnet-0.3.0": "mp2020", "chgnet-0.2.0": "mp2020"}  # names in older files
+CARRIED_OVER = "-shifted"  # ends the `scale` of energies fitted from another functional, which scatter more
 SIMPLE_FORMULA = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d*)?|\.\d+)?")
 
 
@@ -67,8 +70,8 @@ class ReferenceHull:
     numbers: (m, w) uint8 atomic numbers of each phase, 0 = padding
     fractions: (m, w) float64 atomic fractions, 0 = padding
     energies: (m,) float64 eV/atom
-    energy_scale: where the energies come from ("chgnet-0.3.0", "mp2020", ...); energies of crystals must be
-        on the same scale
+    energy_scale: "mp2020", or the potential that has a scale of its own (potentials/scales.py); energies of crystals
+        must be on the same scale
     """
 
     def __init__(
@@ -86,6 +89,10 @@ class ReferenceHull:
 
     def __repr__(self) -> str:
         return f"ReferenceHull({len(self)} phases, {len(self.elements)} elements, {self.energy_scale})"
+
+    def __getitem__(self, rows: np.ndarray) -> ReferenceHull:
+        """Some of the phases, by index or mask."""
+        return ReferenceHull(self.numbers[rows], self.fractions[rows], self.energies[rows], self.energy_scale)
 
     @property
     def elements(self) -> list[int]:
@@ -107,7 +114,9 @@ class ReferenceHull:
     def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
         """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
 
-        An empty path is the embedded reference (energies by CHGNet).
+        An empty path is the embedded reference (energies by CHGNet). A CSV with a column `scale` is of the Materials
+        Project ("mp2020"); energies carried over from another functional ("r2scan-shifted") count only for
+        compositions that have no other ("gga").
         CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
         compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
         missing, unreadable or empty, naming the row at fault.
@@ -160,23 +169,55 @@ class ReferenceHull:
     def near_hull(self, cutoff: float) -> ReferenceHull:
         """Only the phases at most `cutoff` eV/atom above the hull, and every element's ground state."""
         distance = self.e_above_hull(self._dense(), self.energies).e_above_hull
-        keep = np.nonzero(distance <= cutoff + FLAT)[0]
-        return ReferenceHull(self.numbers[keep], self.fractions[keep], self.energies[keep], self.energy_scale)
+        return self[distance <= cutoff + FLAT]
 
-    def filled(self, other: ReferenceHull) -> ReferenceHull:
+    def filled(self, other: ReferenceHull, tolerance: float = np.inf) -> ReferenceHull:
         """With those phases of `other` whose composition this one lacks.
 
         For a reference with few compounds, whose gaps would make unstable crystals look stable. The scales should be
         close to each other; the energy scale stays this one's.
+
+        tolerance: eV/atom. What makes a phase of this reference rise farther above the hull contradicts it, and is
+            left out: one wrong energy among many otherwise spoils all systems that it is part of.
         """
         own = {row.tobytes() for row in self._dense().round(4)}
-        new = np.array([row.tobytes() not in own for row in other._dense().round(4)])
+        new = np.array([row.tobytes() not in own for row in other._dense().round(4)], dtype=bool)
         width = max(self.numbers.shape[1], other.numbers.shape[1])
         numbers, fractions = (
             np.concatenate([_widened(a, width), _widened(b[new], width)])
             for a, b in ((self.numbers, other.numbers), (self.fractions, other.fractions))
         )
-        return ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+        hull = ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+        return hull if np.isinf(tolerance) else hull._agreeing(self, tolerance)
+
+    def _agreeing(self, own: ReferenceHull, tolerance: float) -> ReferenceHull:
+        """Without what contradicts `own`, this reference's first phases."""
+        hull, shares = self, own._dense()
+        allowed = own.e_above_hull(shares, own.energies).e_above_hull + tolerance
+        rows = np.arange(len(own))
+        while True:
+            raised = hull.e_above_hull(shares[rows], own.energies[rows]).e_above_hull > allowed[rows]
+            rows = rows[raised]  # the hull only rises from now on: the others stay where they are
+            mixtures = [phases[phases >= len(own)] for phases in map(hull._mixture, shares[rows])]
+            at_fault = {hull._deepest(phases, own) for phases in mixtures if len(phases)}
+            if not at_fault:
+                return hull
+            hull = hull[np.setdiff1d(np.arange(len(hull)), list(at_fault))]
+
+    def _deepest(self, rows: np.ndarray, other: ReferenceHull) -> int:
+        """Which of these phases lies deepest below the hull of the other reference."""
+        part = self[rows]
+        return int(rows[other.e_above_hull(part._dense(), part.energies).e_above_hull.argmin()])
+
+    def _mixture(self, shares: np.ndarray) -> np.ndarray:
+        """Rows of the phases whose mixture is the hull at a composition, (119,)."""
+        from scipy.optimize import linprog
+
+        elements = np.nonzero(shares)[0]
+        rows = self._rows(sum(1 << int(z) for z in elements))
+        points = self._points(rows, elements.tolist())
+        amounts = linprog(self.energies[rows], A_eq=points.T, b_eq=shares[elements], method="highs").x
+        return rows[amounts > FLAT]
 
     def _dense(self) -> np.ndarray:
         dense = np.zeros((len(self), len(SYMBOLS)))
@@ -185,7 +226,7 @@ class ReferenceHull:
 
     def mismatch(self, energy_scale: str) -> str:
         """Why energies of that scale do not fit this reference, or "" if they do."""
-        if energy_scale == self.energy_scale:
+        if SAME_SCALE.get(energy_scale, energy_scale) == SAME_SCALE.get(self.energy_scale, self.energy_scale):
             return ""
         reference = "of unknown origin" if self.energy_scale == "unknown" else f"on the scale {self.energy_scale}"
         return (
@@ -218,21 +259,35 @@ class ReferenceHull:
                 distance[rows] = energies[rows] - hull.energy(dense[rows][:, hull.elements])
         return HullResult(distance, status, count, doubt)
 
+    def knows(self, compositions: Any) -> np.ndarray:
+        """Whether each composition is that of a reference phase, (n,) bool; read as in `e_above_hull`."""
+        dense, _ = fractions(compositions)
+        known = np.zeros(len(dense), dtype=bool)
+        for system, rows in _group_rows(dense).items():
+            points, _ = self._phases(system)
+            own = dense[rows][:, _elements(system)]
+            known[rows] = [bool((np.abs(points - point).max(1, initial=0.0) < SAME).any()) for point in own]
+        return known
+
     def _hull(self, system: int) -> _SystemHull:
         if system not in self._hulls:
-            self._hulls[system] = _SystemHull(system, *self._phases(system))
+            rows = self._rows(system)
+            points = self._points(rows, _elements(system))
+            self._hulls[system] = _SystemHull(system, points, self.energies[rows])
         return self._hulls[system]
 
-    def _phases(self, system: int) -> tuple[np.ndarray, np.ndarray]:
-        """Composition (m, k) and energy (m,) of the reference phases within a chemical system."""
-        elements = _elements(system)
-        rows = [self._systems[s] for s in self._subsystems(elements, system)]
-        rows = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+    def _rows(self, system: int) -> np.ndarray:
+        """The reference phases within a chemical system."""
+        rows = [self._systems[s] for s in self._subsystems(_elements(system), system)]
+        return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+    def _points(self, rows: np.ndarray, elements: list[int]) -> np.ndarray:
+        """Compositions (m, k) of phases in their chemical system."""
         column = np.zeros(len(SYMBOLS), dtype=np.int64)
         column[elements] = np.arange(len(elements))
         points = np.zeros((len(rows), len(elements)))
         np.add.at(points, (np.arange(len(rows))[:, None], column[self.numbers[rows]]), self.fractions[rows])
-        return points, self.energies[rows]
+        return points
 
     def _subsystems(self, elements: list[int], system: int) -> Iterable[int]:
         if len(elements) > SUBSETS_LIMIT:
@@ -245,15 +300,16 @@ class ReferenceHull:
 def expected_gap(compounds: int, elements: int) -> float:
     """How far a hull is too high on average, eV/atom, where so many compositions of compounds are known.
 
-    0.1 / (x + 1/4), x = compounds for each pair of the elements: fitted to the gap between the hull of the 38,752
-    Materials Project phases whose compositions its near-hull crystals with at most 20 sites cover and that of all
-    133,468, at 775 crystals of the embedded generator. Binaries with 0, 1, 2 and 3 or 4 known compounds: 0.46, 0.08,
-    0.04, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.13, 0.06, 0.04.
+    0.1 / (x + 0.36), x = compounds for each pair of the elements: fitted (tests/benchmarks/fit_expected_gap.py) to the
+    gap between the hull of the 29,511 Materials Project phases near the hull whose compositions the embedded
+    reference's own crystals cover and that of all 130,867, at 1,820 crystals of the embedded generator. Binaries with
+    0, 1, 2 and 3 or 4 known compounds: 0.28, 0.05, 0.03, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.08,
+    0.04, 0.02.
     A reference that was filled up from all of the Materials Project has no such gap to it; what that database lacks
     in turn is taken to follow the same rule.
     """
     pairs = elements * (elements - 1) / 2
-    return 0.1 / (compounds / pairs + 0.25) if pairs else 0.0
+    return 0.1 / (compounds / pairs + 0.36) if pairs else 0.0
 
 
 def _widened(array: np.ndarray, width: int) -> np.ndarray:
@@ -267,7 +323,8 @@ class _SystemHull:
         self.elements = _elements(system)
         self.num_references = len(energies)
         compounds = points[points.max(axis=1, initial=0.0) < 1 - 1e-9]
-        self.doubt = expected_gap(len(np.unique(compounds.round(4), axis=0)), len(self.elements))
+        self.num_compounds = len(np.unique(compounds.round(4), axis=0))  # polymorphs count once
+        self.doubt = expected_gap(self.num_compounds, len(self.elements))
         pure = np.where(points > 1 - 1e-9, energies[:, None], np.inf).min(axis=0, initial=np.inf)
         missing = [SYMBOLS[z] for z, energy in zip(self.elements, pure, strict=True) if np.isinf(energy)]
         self.status = f"no reference for element {', '.join(missing)}" if missing else ""
@@ -422,7 +479,7 @@ def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
     missing = {"formula", "energy_per_atom"} - set(reader.fieldnames or ())
     if missing:
         raise UserError(f"{path}: no column {' or '.join(sorted(missing))} (has: {reader.fieldnames})")
-    formulas, energies = [], []
+    formulas, energies, carried = [], [], []
     for row in reader:
         try:
             energies.append(float(row["energy_per_atom"]))
@@ -431,7 +488,10 @@ def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
         if not np.isfinite(energies[-1]):
             raise UserError(f"{path}, line {reader.line_num}: energy_per_atom is {row['energy_per_atom']!r}")
         formulas.append(row["formula"] or "")
-    return _named(path, formulas, energies)
+        carried.append((row.get("scale") or "").endswith(CARRIED_OVER))
+    hull, carried = _named(path, formulas, energies), np.array(carried, dtype=bool)
+    hull.energy_scale = "mp2020" if "scale" in reader.fieldnames else hull.energy_scale
+    return hull[~carried].filled(hull[carried])
 
 
 def _read_entries(file: Any, path: Path) -> ReferenceHull:

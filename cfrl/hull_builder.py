@@ -24,6 +24,7 @@ from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.hull import ReferenceHull
 from cfrl.journal import Work, digest
+from cfrl.potentials import full_name
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 CHUNK = 128  # crystals
 RELAXATION = stages.Relaxation(fmax=0.05, steps=200, keep_symmetry=True)
+CONTRADICTION = 0.3  # eV/atom; a filling that puts relaxed phases farther above the hull is wrong, or they are
 SAME_ENERGY = 3  # decimals of eV/atom; equal compositions that agree so far are one phase
 
 
@@ -59,10 +61,10 @@ def build_hull(
     Raises:
         UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, or nowhere to write.
     """
-    check_writable(output)
+    check_writable(output, (".h5",))
     filling = ReferenceHull.load(fill) if fill else None
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
-    device = str(choose_device(device))
+    device, potential = str(choose_device(device)), full_name(potential)
     unfinished = Path(f"{output}.unfinished")
     with make_engine("local", count_workers(workers, device)) as engine:
         work = Work(unfinished, engine, digest(structures), console)
@@ -84,15 +86,16 @@ def build_hull(
             energy = _near(structures, _distinct(structures, energy), scale, near_hull)
     hull = _hull(structures, energy, scale)
     if filling is not None:
-        hull = hull.filled(filling).near_hull(near_hull)
-    hull.save(output, {"source": " ".join(Path(name).name for name in [*datasets, fill]), "relaxed": relax})
+        hull = hull.filled(filling, CONTRADICTION).near_hull(near_hull)
+    source = " ".join(Path(name).name for name in [*datasets, fill])
+    hull.save(output, {"potential": potential, "source": source, "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:
         for reason, count in failed.most_common(5):
             console.print(f"{count} crystals left out: {reason}")
         console.print(
             f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(structures):,} crystals, "
-            f"{len(hull.elements)} elements, energies by {scale}{', relaxed' if relax else ''}"
+            f"{len(hull.elements)} elements, energies by {potential}{', relaxed' if relax else ''}"
             + (f"; what they lack from {fill}" if fill else ""),
             highlight=False,
         )

@@ -1,21 +1,40 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next good moment, so that no step is lost."""
+"""Ctrl-C and SIGTERM as a wish to stop at the next good moment, so that no step is lost; code that never ends."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
+from typing import TypeVar
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE = 10.0  # seconds that a call has left once a stop is wished
+_POLL = 0.1  # seconds
 
 
 @dataclass
 class StopWish:
-    """`requested` becomes True with the first signal."""
+    """`requested` becomes True with the first signal, `when` (monotonic seconds) says since when."""
 
     requested: bool = False
+    when: float = inf
+
+
+class TooLong(Exception):
+    """A call took longer than its limit."""
+
+
+class Abandoned(KeyboardInterrupt):
+    """A stop was wished during a call, and the call did not end in time."""
+
+
+_wish = StopWish()  # of the innermost `stop_on_signal`
 
 
 @contextmanager
@@ -24,14 +43,15 @@ def stop_on_signal() -> Iterator[StopWish]:
 
     Elsewhere than in the main thread, where Python has no signals, the flag stays False.
     """
-    wish = StopWish()
+    global _wish
+    wish, outer = StopWish(), _wish
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
     previous = {number: signal.getsignal(number) for number in SIGNALS}
 
     def note(_number: int, _frame: object) -> None:
-        wish.requested = True
+        wish.requested, wish.when = True, time.monotonic()
         restore()
 
     def restore() -> None:
@@ -40,7 +60,39 @@ def stop_on_signal() -> Iterator[StopWish]:
 
     for number in SIGNALS:
         signal.signal(number, note)
+    _wish = wish
     try:
         yield wish
     finally:
+        _wish = outer
         restore()
+
+
+def call(function: Callable[[], T], limit: float = 0.0) -> T:
+    """`function()`, for code that may never end: after `limit` seconds (0: never) it is left alone.
+
+    It runs in a thread of its own, which no exit waits for, since nothing can end a thread of Python from outside.
+
+    Raises:
+        TooLong: the limit has passed.
+        Abandoned: a stop was wished, and `GRACE` seconds later the call was still at work.
+    """
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # whatever it is, it belongs to the caller
+            result.set_exception(error)
+
+    thread, began = threading.Thread(target=work, daemon=True), time.monotonic()
+    thread.start()
+    thread.join(_POLL)
+    while thread.is_alive():
+        now = time.monotonic()
+        if limit and now - began > limit:
+            raise TooLong
+        if now - max(began, _wish.when) > GRACE and _wish.requested:
+            raise Abandoned
+        thread.join(_POLL)
+    return result.result()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +25,23 @@ from cfrl.crystal import CrystalBatch
 from cfrl.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.errors import UserError
-from cfrl.files import atomic_file
+from cfrl.files import atomic_file, check_writable
 from cfrl.runs import newest_run
 from cfrl.symmetry import tables
+from cfrl.untrusted import fitting, one_line, read_tensors
 
 NUM_ELEMENTS = 119  # with 0 = empty
 NUM_LETTERS = 28  # with 0 = empty / stop
 TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
+AXES = ("x", "y", "z")
 MIN_STD = 1e-3  # of lattice parameters
 DEFAULT_MODEL = Path(__file__).parent / "assets" / "default.safetensors"
+Size = Annotated[int, settings.Range(1, 10**5)]
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(settings.Settings):
     """Sizes and conventions of a model; stored in its file.
 
     Attributes:
@@ -49,19 +54,31 @@ class ModelConfig:
             and tied coordinates scored too, as the published code does.
     """
 
-    embed_size: int = 32
-    h0_size: int = 256
-    model_size: int = 64
-    num_layers: int = 16
-    num_heads: int = 16
-    key_size: int = 64
-    fourier: int = 5
-    coord_components: int = 16
-    lattice_components: int = 4
-    max_sites: int = 21
-    dropout: float = 0.1
+    embed_size: Size = 32
+    h0_size: Size = 256
+    model_size: Size = 64
+    num_layers: Size = 16
+    num_heads: Size = 16
+    key_size: Size = 64
+    fourier: Size = 5
+    coord_components: Size = 16
+    lattice_components: Size = 4
+    max_sites: Size = 21
+    dropout: settings.FractionBelowOne = 0.1
     descriptors: bool = False
-    likelihood: str = "exact"
+    likelihood: Literal["exact", "published"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.key_size % 2:
+            raise UserError(f"key_size = {self.key_size}: must be even, for rotary positions turn pairs")
+
+    @property
+    def num_weights(self) -> int:
+        """About how many numbers the matrices of such a model hold; never more than there are."""
+        inner, wide = self.num_heads * self.key_size, 3 * self.embed_size + 4 * self.fourier
+        layer = 8 * self.model_size + 4 * inner
+        return self.model_size * (self.num_layers * layer + wide + self.output_size) + self.embed_size * self.h0_size
 
     @property
     def output_size(self) -> int:
@@ -202,8 +219,7 @@ class CrystalTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.output_size)
         self.register_buffer("rotary", _rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
-        self.register_buffer("space_group_log_prob", torch.full((231,), -math.log(230.0)))
-        self.space_group_log_prob[0] = -torch.inf
+        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, 231)))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -293,6 +309,7 @@ class CrystalTransformer(nn.Module):
         previous: Tensor | None,
         atoms: Tensor,
         options: SamplerOptions,
+        nucleus: Tensor | None = None,
     ) -> Categorical:
         """Of the next letter. space_group broadcasts to (...), logits (..., 28).
 
@@ -301,6 +318,7 @@ class CrystalTransformer(nn.Module):
         Args:
             previous: (...) the letter before, or None for the first site (which may not be a stop).
             atoms: (...) atoms in the cell so far.
+            nucleus: as in `Categorical`; so in the other distributions.
         """
         t = tables(self.device)
         letter = torch.arange(NUM_LETTERS, device=self.device)
@@ -310,9 +328,11 @@ class CrystalTransformer(nn.Module):
         if previous is not None:
             lowest = previous + (t.dof[space_group, previous] == 0)
             mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
-        return Categorical(_at_least_float32(logits), mask, options)
+        return Categorical(_at_least_float32(logits), mask, options, nucleus)
 
-    def species_distribution(self, features: Tensor, options: SamplerOptions) -> Categorical:
+    def species_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> Categorical:
         """Of the element, from features (..., d) at W tokens."""
         logits = _at_least_float32(self._linear_head(features, NUM_ELEMENTS))
         if self.config.descriptors:
@@ -323,15 +343,19 @@ class CrystalTransformer(nn.Module):
             allowed = torch.zeros_like(allowed)
             allowed[list(options.elements)] = True
         allowed[0] = False
-        return Categorical(logits, allowed.expand_as(logits), options)
+        return Categorical(logits, allowed.expand_as(logits), options, nucleus)
 
-    def coordinate_distribution(self, features: Tensor, options: SamplerOptions) -> VonMisesMixture:
+    def coordinate_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> VonMisesMixture:
         """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate."""
         k = self.config.coord_components
         logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)
-        return VonMisesMixture(logits, mean, F.softplus(width), options)
+        return VonMisesMixture(logits, mean, F.softplus(width), options, nucleus)
 
-    def lattice_distribution(self, features: Tensor, space_group: Tensor, options: SamplerOptions) -> LatticeMixture:
+    def lattice_distribution(
+        self, features: Tensor, space_group: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> LatticeMixture:
         """Of the scaled lattice (see `scale_lattice`), from features (..., d) at the stop token."""
         k = self.config.lattice_components
         output = _at_least_float32(self._linear_head(features, NUM_ELEMENTS + 13 * k))[..., NUM_ELEMENTS:]
@@ -339,7 +363,7 @@ class CrystalTransformer(nn.Module):
         mean, width = mean.unflatten(-1, (k, 6)), width.unflatten(-1, (k, 6))
         free = tables(self.device).lattice_free[space_group]
         joint = self.config.likelihood == "exact"
-        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint)
+        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint, nucleus)
 
     def _linear_head(self, features: Tensor, width: int) -> Tensor:
         return F.linear(features, self.head.weight[:width], self.head.bias[:width])
@@ -360,47 +384,59 @@ class CrystalTransformer(nn.Module):
         )  # (B, S, 5, d)
         return self.transform(torch.cat([sites.flatten(1, 2), self.embed_wyckoff(group, wyckoff[:, -1:])], 1))
 
-    def forward(
-        self, crystals: CrystalBatch, options: SamplerOptions | None = None, entropy: bool = False
-    ) -> dict[str, Tensor]:
-        """What `log_prob` returns, for one batch that is on the model's device and trimmed of padding."""
-        options = options or SamplerOptions()
-        features = self.features(crystals)
+    def distributions(
+        self, crystals: CrystalBatch, options: SamplerOptions, nuclei: dict[str, Tensor] | None = None
+    ) -> dict[str, Categorical | VonMisesMixture | LatticeMixture]:
+        """Those that the choices along crystals with up to S sites are made from, by name.
+
+        "first": of the first letter, (B,); "wyckoff": of the letter or stop after each site, "species", and "x", "y",
+        "z": (B, S); "lattice": (B,). Batch and `nuclei` as in `forward`.
+        """
+        features, nuclei = self.features(crystals), nuclei or {}
         S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
         at = [features[:, k : 5 * S : 5] for k in range(TOKENS_PER_SITE)]  # W, A, x, y, z: (B, S, d)
-        occupied = wyckoff > 0  # (B, S)
         stop = crystals.num_sites  # (B,) index of the first empty site
+        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]
+        none, atoms = torch.zeros_like(group), crystals.multiplicity.cumsum(1)
+        first, later = self.first_wyckoff_logits(group), self.wyckoff_logits(at[4], group)
+        return {
+            "first": self.wyckoff_distribution(first, group, None, none, options, nuclei.get("first")),
+            "wyckoff": self.wyckoff_distribution(
+                later, group.unsqueeze(1), wyckoff, atoms, options, nuclei.get("wyckoff")
+            ),
+            "species": self.species_distribution(at[0], options, nuclei.get("species")),
+            **{name: self.coordinate_distribution(at[k + 1], options, nuclei.get(name)) for k, name in enumerate(AXES)},
+            "lattice": self.lattice_distribution(at_stop, group, options, nuclei.get("lattice")),
+        }
 
-        multiplicity = crystals.multiplicity
-        atoms = multiplicity.cumsum(1)
-        first = self.wyckoff_distribution(
-            self.first_wyckoff_logits(group), group, None, torch.zeros_like(group), options
-        )
-        later = self.wyckoff_distribution(
-            self.wyckoff_logits(at[4], group), group.unsqueeze(1), wyckoff, atoms, options
-        )
-        following = F.pad(wyckoff[:, 1:], (0, 1))
+    def forward(
+        self,
+        crystals: CrystalBatch,
+        options: SamplerOptions | None = None,
+        entropy: bool = False,
+        nuclei: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What `log_prob` returns, for one batch that is on the model's device and trimmed of padding."""
+        of = self.distributions(crystals, options or SamplerOptions(), nuclei)
+        S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
+        occupied = wyckoff > 0  # (B, S)
         # A crystal with the most sites possible stops with certainty.
         chosen = occupied & ~self._forced_stop(S)
-        w = first.log_prob(wyckoff[:, 0]) + _sum(later.log_prob(following), chosen)
-
-        species = self.species_distribution(at[0], options)
-        a = _sum(species.log_prob(crystals.species), occupied)
+        w = of["first"].log_prob(wyckoff[:, 0]) + _sum(of["wyckoff"].log_prob(_following(wyckoff)), chosen)
+        a = _sum(of["species"].log_prob(crystals.species), occupied)
 
         t = tables(self.device)
         counts = t.free if self.config.likelihood == "exact" else t.scored
         drawn = counts[group.unsqueeze(1), wyckoff]  # (B, S, 3)
         angle = 2 * math.pi * (crystals.frac_coords.to(w.dtype) - 0.5)
-        density = [self.coordinate_distribution(at[k + 1], options).log_prob(angle[..., k]) for k in range(3)]
+        density = [of[name].log_prob(angle[..., k]) for k, name in enumerate(AXES)]
         x = _sum(torch.stack(density, -1), drawn).sum(-1)
 
-        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]
-        lattice = self.lattice_distribution(at_stop, group, options)
-        scaled = scale_lattice(crystals.lattice.to(w.dtype), multiplicity.sum(1))
-        scores = {"wyckoff": w, "species": a, "coords": x, "lattice": lattice.log_prob(scaled)}
+        scaled = scale_lattice(crystals.lattice.to(w.dtype), crystals.num_atoms)
+        scores = {"wyckoff": w, "species": a, "coords": x, "lattice": of["lattice"].log_prob(scaled)}
         if entropy:
-            scores["entropy/wyckoff"] = first.entropy() + _sum(later.entropy(), chosen)
-            scores["entropy/species"] = _sum(species.entropy(), occupied)
+            scores["entropy/wyckoff"] = of["first"].entropy() + _sum(of["wyckoff"].entropy(), chosen)
+            scores["entropy/species"] = _sum(of["species"].entropy(), occupied)
             scores["entropy/coords"], scores["entropy/lattice"] = -x, -scores["lattice"]
         return scores
 
@@ -416,6 +452,7 @@ class CrystalTransformer(nn.Module):
         *,
         entropy: bool = False,
         chunk: int | None = None,
+        nuclei: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Log-probability of crystals, by factor; their sum is log P(C | G) in nats.
 
@@ -428,6 +465,8 @@ class CrystalTransformer(nn.Module):
             entropy: also return "entropy/<factor>" (n,): exact along the crystal for letters and elements, one-sample
                 estimates (-log p) for the densities.
             chunk: crystals per pass, None: `chunk_size`; they are grouped by length, so that no padding is computed.
+            nuclei: of `nuclei`: the values that top-p kept when these crystals were drawn. Without them top-p keeps
+                what it would keep now, and what it no longer keeps has a log-probability near `IMPOSSIBLE`.
 
         Returns:
             dict of (n,) tensors "wyckoff", "species", "coords", "lattice". Gradients flow; wrap in `torch.no_grad`
@@ -436,18 +475,48 @@ class CrystalTransformer(nn.Module):
         Raises:
             UserError: a crystal has more sites than the model can hold.
         """
+
+        def score(part: CrystalBatch, rows: Tensor) -> dict[str, Tensor]:
+            kept = nuclei and {name: x[rows] for name, x in nuclei.items()}
+            return self(part, options, entropy, kept and _resized(kept, part.wyckoff.shape[1]))
+
+        return self._by_length(crystals, score, chunk) or {name: torch.zeros(0, device=self.device) for name in FACTORS}
+
+    @torch.no_grad()
+    def nuclei(self, crystals: CrystalBatch, options: SamplerOptions) -> dict[str, Tensor]:
+        """The values that top-p keeps, choice by choice along the crystals, to be frozen while the weights change.
+
+        What a crystal did choose is always among them: rounding, or weights that have changed since, may have put it
+        just outside, where it would have no probability at all.
+
+        Returns:
+            dict of (n, ..., k) bool tensors by the names of `distributions`; empty where top-p keeps everything.
+        """
+        if options.top_p == 1:
+            return {}
+        sites = crystals.wyckoff.shape[1]
+
+        def keep(part: CrystalBatch, _rows: Tensor) -> dict[str, Tensor]:
+            of = self.distributions(part, options)
+            chose = {"first": part.wyckoff[:, 0], "wyckoff": _following(part.wyckoff), "species": part.species}
+            kept = {name: of[name].nucleus.scatter(-1, value.unsqueeze(-1), True) for name, value in chose.items()}
+            return _resized(kept | {name: of[name].components.nucleus for name in (*AXES, "lattice")}, sites)
+
+        return self._by_length(crystals, keep)
+
+    def _by_length(
+        self, crystals: CrystalBatch, function: Callable[..., dict[str, Tensor]], chunk: int | None = None
+    ) -> dict[str, Tensor]:
+        """`function(part, rows)` of trimmed parts on this device, joined in the order of the crystals; {} of none."""
         if len(crystals) and int(crystals.num_sites.max()) >= self.config.max_sites:
             limit = self.config.max_sites - 1
             raise UserError(f"a crystal has {int(crystals.num_sites.max())} sites; this model holds at most {limit}")
         crystals = crystals.to(self.device)
         order = crystals.num_sites.argsort()
-        parts = [
-            self(crystals[rows].trim(), options, entropy) for rows in order.split(chunk or chunk_size(self.device))
-        ]
-        if not parts:
-            return {name: torch.zeros(0, device=self.device) for name in FACTORS}
+        size = chunk or chunk_size(self.device)
+        parts = [function(crystals[rows].trim(), rows) for rows in order.split(size) if len(rows)]
         back = order.argsort()
-        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts])[back] for name in (parts[0] if parts else ())}
 
 
 def chunk_size(device: torch.device) -> int:
@@ -471,6 +540,16 @@ def space_group_shares(space_group: Tensor) -> Tensor:
     """(231,) log of the share of each space group among crystals, by number."""
     counts = torch.bincount(space_group, minlength=231).float()
     return (counts / counts.sum()).log()
+
+
+def _following(wyckoff: Tensor) -> Tensor:
+    """(B, S) the letter after each site, 0 after the last one."""
+    return F.pad(wyckoff[:, 1:], (0, 1))
+
+
+def _resized(nuclei: dict[str, Tensor], sites: int) -> dict[str, Tensor]:
+    """Cut or padded to so many sites, where there is an axis of sites: (B, S, k)."""
+    return {name: F.pad(x, (0, 0, 0, sites - x.shape[1])) if x.dim() == 3 else x for name, x in nuclei.items()}
 
 
 def _sum(values: Tensor, where: Tensor) -> Tensor:
@@ -546,16 +625,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     Raises:
         UserError: not a model file of ours.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if header.get("format") != "cfrl-model-1":
-        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
-    return header
+    return _read_model(Path(path))[0]
 
 
 def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
@@ -566,19 +636,32 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
             "last": the newest run of finetune or pretrain under runs/.
 
     Raises:
-        UserError: there is no such model, or the file is not one.
+        UserError: there is no such model, the file is not one, or there is NaN or infinity in it.
     """
-    from safetensors.torch import load_file
-
     path = model_path(model)
-    header = read_header(path)
-    network = CrystalTransformer(settings.build(ModelConfig, json.loads(header["config"]), source=str(path)))
-    weights = {name: t.float() for name, t in load_file(path).items()}
+    header, weights = _read_model(path)
+    with fitting(path):
+        config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
+    return build_model(config, weights, path).to(device).eval()
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:
+    """A network with these weights. Raises UserError, naming the source, if they are not of these sizes."""
+    if config.num_weights > sum(t.numel() for t in weights.values()):  # before room is made for what is not there
+        raise UserError(f"{source}: the weights do not fit their configuration (it asks for more of them)")
+    network = CrystalTransformer(config)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: the weights do not fit their configuration ({error})") from error
-    return network.to(device).eval()
+        raise UserError(f"{source}: the weights do not fit their configuration ({one_line(error)})") from error
+    return network
+
+
+def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    header, weights = read_tensors(path, "not a readable safetensors file")
+    if header.get("format") != "cfrl-model-1":
+        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
+    return header, weights
 
 
 def model_path(model: str | Path | None) -> Path:
@@ -619,6 +702,7 @@ def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None
         output: the file to write.
         dataset: what it was trained on, for the header; empty: keep the name of the file.
     """
+    check_writable(output, (".safetensors",))
     header = read_header(model_path(model))
     told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
     info = {name: header[name] for name in told if name in header}

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.live import Live as RichLive
 from rich.table import Table
 
-from cfrl.figures import BLUE, GREY, ORANGE, PALETTE, Figure, Series, pareto_front, save
+from cfrl.figures import PALETTE, Figure, Series, pareto, save
 from cfrl.files import atomic_file
-from cfrl.fingerprint import firsts, prototypes
+from cfrl.fingerprint import varied
 from cfrl.model import FACTORS
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, read_crystals
@@ -141,8 +141,10 @@ def plot(run: RunFolder) -> None:
         figures += [Figure("", "", "step", label, series)] if series else []
     if figures:
         _save_panels(figures, run.path / "progress.png")
-    if pareto := _pareto(run):
-        save(pareto, run.path)
+    fresh = {name: run.path / f"{name}.h5" for name in ("before", "after")}
+    columns = {name: read_columns(path) for name, path in fresh.items() if path.exists()}
+    if len(columns) == 2 and (front := pareto(columns)):
+        save(front, run.path)
 
 
 def _save_panels(figures: Sequence[Figure], path: Path) -> None:
@@ -157,27 +159,6 @@ def _save_panels(figures: Sequence[Figure], path: Path) -> None:
         figure.draw(canvas.add_subplot(rows, columns, place))
     with atomic_file(path) as temp:
         canvas.savefig(temp, format="png", dpi=130)
-
-
-def _pareto(run: RunFolder) -> Figure | None:
-    """Dielectric constant against band gap of fresh crystals before and after, if the reward knows both."""
-    figure = Figure("pareto", "Band gap and dielectric constant", "band gap (eV)", "dielectric constant", log_y=True)
-    for name, label, color in (("before", "before", GREY), ("after", "after", BLUE)):
-        if not (run.path / f"{name}.h5").exists():
-            return None
-        columns = read_columns(run.path / f"{name}.h5")
-        gap, dielectric = (_first(columns, word) for word in ("band_gap", "dielectric"))
-        if gap is None or dielectric is None:
-            return None
-        figure.series.append(Series(gap, dielectric, label, "points", color))
-        front = pareto_front(gap, dielectric)
-        figure.series.append(Series(gap[front], dielectric[front], "", "line", ORANGE if name == "after" else GREY))
-    return figure
-
-
-def _first(columns: Mapping[str, np.ndarray], word: str) -> np.ndarray | None:
-    """The reward term of that name, on its own or as a part of another: `band_gap`, `dielectric_bandgap/band_gap`."""
-    return next((values for name, values in columns.items() if name.split("/")[-1].split("(")[0] == word), None)
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------
@@ -222,10 +203,12 @@ def _best(run: RunFolder) -> Table:
     order = scored[np.argsort(-columns["reward"][scored], kind="stable")]
     crystals = read_crystals(run.path / "rollouts.h5")
     order = order[: 50 * BEST]
-    best = order[firsts(prototypes(crystals[order]))][:BEST]  # near-copies say nothing new
+    best = order[varied(crystals[order])][:BEST]
     formulas = crystals[best].formulas()
     terms = [name for name in columns if name not in _BOOKKEEPING]
-    table = Table(title="Best crystals of the run, one of each prototype", title_justify="left", box=None)
+    table = Table(
+        title="Best crystals of the run, one of each formula and each prototype", title_justify="left", box=None
+    )
     for heading in ("formula", "space group", "reward", *terms, "step"):
         table.add_column(heading, justify="left" if heading == "formula" else "right")
     for formula, row in zip(formulas, best, strict=True):

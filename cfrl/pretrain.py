@@ -23,12 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cfrl.config import PretrainConfig, nearest, read_run_config
+from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
 from cfrl.devices import processes
 from cfrl.errors import UserError
-from cfrl.files import provenance
+from cfrl.files import atomic_file, provenance
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS, PRESETS, CrystalTransformer, chunk_size, load_model, save_model, space_group_shares
 from cfrl.runs import RunFolder
@@ -52,8 +52,6 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         run = RunFolder.open(resume)
         config = config or read_run_config(PretrainConfig, run.path / "config.toml")
     config = config or PretrainConfig()
-    if config.keep not in ("best", "last"):
-        raise UserError(f"keep = '{config.keep}': it is best or last")
     with processes(config.device) as (rank, world, device):
         train, validation = _datasets(config)
         if resume is None:
@@ -100,18 +98,19 @@ class Trainer:
         self._announce()
         saved = time.monotonic()
         with self._progress() as (progress, task), stop_on_signal() as stop:
+            self._end_epoch()  # of a checkpoint by an older version, which was written before it
             while self.step < self.total_steps and not self._out_of_patience():
                 epoch, first = divmod(self.step, self.batches_per_epoch)
                 batches = epoch_batches(self.train.num_sites, self.config.batch_size, self.config.seed, epoch)
                 for rows in batches[first:]:
                     self._train_step(rows)
                     progress.update(task, completed=self.step, loss=self._mean_loss())
+                    self._end_epoch()
                     if stop.requested:
                         self._stop()
                     if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
                         self.save()
                         saved = time.monotonic()
-                self._end_epoch(epoch + 1)
         self.save()
         self._finish()
 
@@ -139,6 +138,9 @@ class Trainer:
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
                 self._accumulate(mine[part].trim(), len(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not norm.isfinite():  # the weights are still good, and so is the last checkpoint
+            lr = self.config.lr
+            raise UserError(f"step {self.step + 1}: the gradient is not finite; lower lr = {lr:g}, or raise warmup")
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
@@ -157,8 +159,14 @@ class Trainer:
         for name in FACTORS:
             self.sums[f"train/{name}"] += losses[name].item()
 
-    def _end_epoch(self, epoch: int) -> None:
-        if epoch % self.config.validate_every and self.step < self.total_steps:
+    def _end_epoch(self) -> None:
+        """Where an epoch ends: validation, model file, row of metrics; in this order, and before any checkpoint.
+
+        A kill on the way leaves a checkpoint of an earlier step, from which all of this comes again. A checkpoint of
+        this step knows that it is done: the sums are empty.
+        """
+        epoch, inside = divmod(self.step, self.batches_per_epoch)
+        if inside or not self.sums or (epoch % self.config.validate_every and self.step < self.total_steps):
             return
         metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self._training_metrics()}
         if len(self.validation):
@@ -263,8 +271,6 @@ class Trainer:
 
     def _autocast(self):
         wanted = self.config.precision
-        if wanted not in ("auto", "float32", "bfloat16"):
-            raise UserError(f"precision = '{wanted}': it is auto, float32 or bfloat16")
         if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
@@ -294,10 +300,8 @@ def initial_model(config: PretrainConfig, train: CrystalBatch) -> CrystalTransfo
     """Random or given weights, and the space-group distribution of the training crystals.
 
     Raises:
-        UserError: unknown preset, or weights that cannot be loaded.
+        UserError: weights that cannot be loaded.
     """
-    if config.preset not in PRESETS:
-        raise UserError(f"unknown preset '{config.preset}'{nearest(config.preset, PRESETS)}; have {', '.join(PRESETS)}")
     if config.init:
         model = load_model(config.init)
         architecture = model.config
@@ -353,7 +357,8 @@ def plot_losses(run: RunFolder) -> Path | None:
     axes[0].set_ylabel("nats per crystal")
     axes[0].legend()
     path = run.path / "loss.png"
-    figure.savefig(path, dpi=150)
+    with atomic_file(path) as temp:
+        figure.savefig(temp, format="png", dpi=150)
     plt.close(figure)
     return path
 
@@ -368,7 +373,7 @@ def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
 
 
 def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
-    limit = PRESETS.get(config.preset, PRESETS["default"]).max_sites - 1
+    limit = PRESETS[config.preset].max_sites - 1
     train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
     if not len(train):
         raise UserError(f"{config.dataset}: no crystals to train on")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from cfrl.descriptors import element_descriptors
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
 from cfrl.hull import fractions
+from cfrl.untrusted import fitting, read_tensors
 
 if TYPE_CHECKING:
     from cfrl.potentials import Evaluation, Potential
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 BUILT_IN = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
 FORMAT = "cfrl-predictor"
+NUMBER = int | float
+HEADER = dict.fromkeys(("target", "unit", "potential", "feature_version", "composition"), str)
+HEADER |= {"log": bool, "zero": NUMBER | None} | dict.fromkeys(("scale", "shift", "low", "high"), NUMBER)
 CLIP = 6.0  # standard deviations; features beyond are of crystals unlike any in training
 
 
@@ -122,19 +125,34 @@ def load_predictor(name: str) -> Predictor:
     path = ASSETS / f"{name}.safetensors" if name in BUILT_IN else Path(name)
     if not path.is_file():
         raise UserError(f"no predictor file {path} (`cfrl rewards train` makes one)")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[FORMAT])
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a predictor of `cfrl rewards train`") from error
-    members, inputs, hidden = tensors["weight_0"].shape
-    ensemble = Ensemble(members, inputs, hidden, tensors["weight_2"].shape[2])
-    with torch.no_grad():
-        for i in range(3):
-            ensemble.weights[i].copy_(tensors[f"weight_{i}"])
-            ensemble.biases[i].copy_(tensors[f"bias_{i}"])
+    metadata, tensors = read_tensors(path, "not a predictor of `cfrl rewards train`")
+    if FORMAT not in metadata:
+        raise UserError(f"{path}: not a predictor of `cfrl rewards train`")
+    with fitting(path):
+        header = json.loads(metadata[FORMAT])
+        _check_header(header)
+        members, inputs, hidden = tensors["weight_0"].shape
+        outputs = tensors["weight_2"].shape[2]
+        if hidden * hidden * members > tensors["weight_1"].numel():  # before room is made for what is not there
+            raise ValueError("weights of other sizes")
+        if not tensors["mean"].shape == tensors["std"].shape == (inputs,) or not (tensors["std"] > 0).all():
+            raise ValueError("a feature without mean or spread")
+        ensemble = Ensemble(members, inputs, hidden, outputs)
+        names = [("weights", "weight"), ("biases", "bias")]
+        ensemble.load_state_dict({f"{ours}.{i}": tensors[f"{stored}_{i}"] for ours, stored in names for i in range(3)})
     return Predictor(ensemble, tensors["mean"], tensors["std"], header)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    """Raises KeyError, ValueError for a header that `predict` cannot work with."""
+    for name, kind in HEADER.items():
+        if not isinstance(header[name], kind):
+            raise ValueError(f"{name} = {header[name]!r:.40} in its header")
+    for name, value in header.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} = {value} in its header")
+    if header["scale"] <= 0 or header["low"] > header["high"]:
+        raise ValueError("its header has a scale or a range that is none")
 
 
 # ---- what a network sees -----------------------------------------------------------------------------------------
@@ -144,7 +162,7 @@ def describe(structures: Sequence[Any], evaluation: Evaluation) -> np.ndarray:
     """(n, d) float32: features of the potential, of the composition, energy (eV/atom), log volume per atom (A^3)."""
     volume = np.array([s.volume / len(s) for s in structures]).reshape(-1, 1)
     with np.errstate(all="ignore"):
-        parts = [evaluation.features, composition(structures), evaluation.energy[:, None], np.log(volume)]
+        parts = [evaluation.features, composition(structures), evaluation.uncorrected[:, None], np.log(volume)]
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 

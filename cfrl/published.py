@@ -7,7 +7,9 @@ arrays unpickle through, and optimiser states, which are read as inert tuples an
 from __future__ import annotations
 
 import io
+import math
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,36 +21,69 @@ from torch import Tensor
 
 from cfrl.data import load_dataset
 from cfrl.errors import UserError
-from cfrl.model import CrystalTransformer, ModelConfig, save_model, space_group_shares
+from cfrl.files import check_writable
+from cfrl.model import CrystalTransformer, ModelConfig, build_model, save_model, space_group_shares
+from cfrl.untrusted import check_weights, read_bytes
 
 # heads x key size cannot be told apart from the shapes alone; these are the sizes that were published
 HEADS_OF_WIDTH = {1024: 16, 256: 8, 32: 2}
+NOT_ONE = "not a CrystalFormer checkpoint"
 COORD_COMPONENTS_OF_WIDTH = {1024: 16, 256: 16, 32: 8}
 
 
 class _Inert(tuple):
-    """Stands for an optimiser state: keeps nothing, runs nothing."""
+    """Stands for an optimiser state, or for a type that is only named: keeps nothing, runs nothing."""
 
     def __new__(cls, *_: Any) -> _Inert:
         return super().__new__(cls)
 
-
-def _jax_array(function: Any, arguments: tuple, state: tuple, _aval: Any) -> np.ndarray:
-    array = function(*arguments)
-    array.__setstate__(state)
-    return array
+    def __setstate__(self, state: Any) -> None:
+        """Forget it."""
 
 
-def _numpy_reconstruct(_cls: type, shape: tuple, code: bytes) -> np.ndarray:
-    return np.ndarray.__new__(np.ndarray, shape, code)
+class _Type:
+    """Stands for numpy.dtype, whose own `__setstate__` can turn bytes of the file into pointers."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in _CODES:
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r:.40}, not of plain numbers")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        order, structure = state[1], state[2:5]
+        if order not in ("<", ">", "|", "=") or any(part is not None for part in structure):
+            raise pickle.UnpicklingError("it holds an array of structures, not of plain numbers")
+        self.dtype = self.dtype.newbyteorder(order)
 
 
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("jax._src.array", "_reconstruct_array"): _jax_array,
-    ("numpy._core.multiarray", "_reconstruct"): _numpy_reconstruct,
-    ("numpy.core.multiarray", "_reconstruct"): _numpy_reconstruct,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+class _Array:
+    """Stands for a numpy array: its numbers are copied out of bytes that have to be exactly as many."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.zeros(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, by_columns, data = state
+        needed = math.prod(shape) * kind.dtype.itemsize
+        if not isinstance(data, bytes) or len(data) != needed or min(shape, default=1) < 1:
+            raise pickle.UnpicklingError(f"it holds an array of shape {shape!s:.40} that its bytes do not fill")
+        self.values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if by_columns else "C")
+
+
+class _JaxArray(_Array):
+    """Stands for the wrapper that jax arrays unpickle through."""
+
+    def __init__(self, _function: Any, _arguments: tuple, state: tuple, _aval: Any) -> None:
+        self.__setstate__(state)
+
+
+_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
+_ALLOWED: dict[tuple[str, str], Any] = {  # classes of ours alone: whatever a pickle calls, it calls nothing of numpy's
+    ("jax._src.array", "_reconstruct_array"): _JaxArray,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Inert,
+    ("numpy", "dtype"): _Type,
     ("optax._src.base", "EmptyState"): _Inert,
     ("optax._src.transform", "ScaleByAdamState"): _Inert,
     ("optax._src.transform", "ScaleByScheduleState"): _Inert,
@@ -71,19 +106,28 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
         UserError: unreadable, or holding anything but arrays.
     """
     try:
-        content = _Unpickler(io.BytesIO(Path(path).read_bytes())).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        content = _load(read_bytes(path))
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(f"{path}: refused as a checkpoint: {error}") from error
     parameters = content.get("params") if isinstance(content, Mapping) else None
     if not isinstance(parameters, Mapping) or not all(isinstance(m, Mapping) for m in parameters.values()):
         raise UserError(f"{path}: no 'params' of modules in it; is it a CrystalFormer checkpoint (epoch_*.pkl)?")
     flat = {f"{module}/{name}": array for module, names in parameters.items() for name, array in names.items()}
-    bad = [name for name, array in flat.items() if not (isinstance(array, np.ndarray) and array.dtype.kind == "f")]
-    if bad:
-        raise UserError(f"{path}: parameter {bad[0]} is not an array of numbers")
-    return flat
+    for name, array in flat.items():
+        if not isinstance(array, _Array) or array.values.dtype.kind != "f":
+            raise UserError(f"{path}: parameter {name} is not an array of numbers")
+        if not np.isfinite(array.values).all():
+            raise UserError(f"{path}: parameter {name} holds NaN or infinity: the training had failed; use another")
+    return {name: array.values for name, array in flat.items()}
+
+
+def _load(data: bytes) -> Any:
+    places = (place for code, place, _ in pickletools.genops(data) if code.name in ("PUT", "LONG_BINPUT"))
+    if max(places, default=0) > len(data):  # the unpickler makes room for that many
+        raise pickle.UnpicklingError("it counts more objects than it has bytes")
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 def import_published(
@@ -103,14 +147,12 @@ def import_published(
         config = _config(parameters, num_heads, coord_components)
         weights = _translate(parameters, config.num_layers)
     except KeyError as error:
-        raise UserError(f"not a CrystalFormer checkpoint: parameter {error} is missing") from error
-    model = CrystalTransformer(config)
-    weights["space_group_log_prob"] = model.space_group_log_prob
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"not a CrystalFormer checkpoint: {error}") from error
-    return model.eval()
+        raise UserError(f"{NOT_ONE}: parameter {error} is missing") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:  # arrays of other shapes
+        raise UserError(f"{NOT_ONE}: {error}") from error
+    weights["space_group_log_prob"] = space_group_shares(torch.arange(1, 231))
+    check_weights(weights, NOT_ONE)  # what fits into float64 need not fit into float32
+    return build_model(config, weights, NOT_ONE).eval()
 
 
 def _config(p: Mapping[str, np.ndarray], num_heads: int | None, coord_components: int | None) -> ModelConfig:
@@ -171,6 +213,7 @@ def run_import(
     Raises:
         UserError: a file that is no such checkpoint, or a dataset that cannot be read.
     """
+    check_writable(output, (".safetensors",))
     model = import_published(read_checkpoint(checkpoint), num_heads, coord_components)
     if dataset:
         model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))

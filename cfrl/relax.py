@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cfrl.potentials import Potential
+from cfrl.potentials import Evaluation, Potential
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal, neighbours
 
 RADIUS, MAX_RADIUS, MIN_RADIUS = 0.2, 0.5, 1e-4  # angstrom; longest way of an atom in one step
@@ -121,12 +121,13 @@ def relax(
                 finish(row, Relaxed(None, np.nan, 0, False, str(reason), np.nan, np.nan))
         if not active:
             return RelaxResult.of([done[row] for row in range(len(structures))])
-        found = potential.compute([walk.trial for _, walk in active], forces=True, stress=True)
+        trials = [walk.trial for _, walk in active]
+        found = potential.compute(trials, forces=True, stress=True, corrected=False)
         for i, (_, walk) in enumerate(active):
             walk.take(found.energy[i] * len(walk.start), found.forces[i], found.stress[i], found.status[i])
         for row, walk in active:
             if walk.ended:
-                finish(row, walk.result())
+                finish(row, walk.result(potential))
         active = [(row, walk) for row, walk in active if not walk.ended]
 
 
@@ -175,18 +176,21 @@ class _Walk:
             return self._end("")
         self._propose()
 
-    def result(self) -> Relaxed:
+    def result(self, potential: Potential) -> Relaxed:
+        """With the corrections that the potential's energies need."""
         end = self.point
         if end is None:
             return Relaxed(None, np.nan, self.steps, False, self.status, np.nan, np.nan)
+        final = Evaluation(np.array([self.energy / len(end)]), [self.status])
+        potential.correct([end], final)
         moved = (end.frac - self.start.frac) @ end.matrix
         moved -= moved.mean(axis=0)
         return Relaxed(
             structure=end.structure(),
-            energy=np.nan if self.status else self.energy / len(end),
+            energy=np.nan if final.status[0] else float(final.energy[0]),
             steps=self.steps,
             converged=self.converged,
-            status=self.status,
+            status=final.status[0],
             rmsd=float(np.sqrt((moved**2).sum(axis=1).mean())),
             volume_change=end.volume / self.start.volume - 1,
         )

@@ -30,10 +30,11 @@ from cfrl.figures import (
     PeriodicTable,
     Series,
     histogram,
-    pareto_front,
+    pareto,
     save,
 )
 from cfrl.files import atomic_file
+from cfrl.flags import FLAGS
 from cfrl.page import Page, label, number_text
 from cfrl.runs import RunFolder, newest_run
 from cfrl.storage import read_crystals
@@ -171,7 +172,8 @@ def _finetune_page(run: RunFolder) -> Page:
         name for name in metrics if name.startswith("reward/") and name[7:] not in ("mean", "median", "std", "max")
     ]
     rollouts = _rollouts(run.path / "rollouts.h5")
-    page.tiles(_finetune_tiles(metrics, rollouts))
+    fresh = {name: _rollouts(run.path / f"{name}.h5") for name in ("before", "after")}
+    page.tiles(_finetune_tiles(metrics, rollouts, fresh))
 
     page.heading("Course of the run")
     factors = ("wyckoff", "species", "coords", "lattice", "space_group")
@@ -198,10 +200,14 @@ def _finetune_page(run: RunFolder) -> Page:
         ),
     )
     if len(rollouts):
-        groups, intro = _before_and_after(run, rollouts)
+        groups, intro = _before_and_after(fresh, rollouts)
         page.heading("Before and after", intro)
         page.add_figures(*_comparison(groups, ["reward", *(t[7:] for t in terms)]))
-        page.heading("Best crystals", "The highest rewards of the whole run, one crystal per fingerprint.")
+        page.heading(
+            "Best crystals",
+            "The highest rewards of the whole run. Pictures: one crystal of each formula and each prototype (kinds of "
+            "atoms left aside); table: one per fingerprint (formula, space group, Wyckoff letters).",
+        )
         _add_best(page, rollouts, ["reward", *(t[7:] for t in terms)], "step")
     return page
 
@@ -210,24 +216,54 @@ def _rollouts(path: Path) -> CrystalBatch:
     return read_crystals(path) if path.is_file() else CrystalBatch.empty()
 
 
-def _finetune_tiles(metrics: Mapping[str, np.ndarray], rollouts: CrystalBatch) -> dict[str, Any]:
+def _finetune_tiles(
+    metrics: Mapping[str, np.ndarray], rollouts: CrystalBatch, fresh: Mapping[str, CrystalBatch]
+) -> dict[str, Any]:
+    """Key numbers before and after: of fresh crystals where both models drew some, else means of tenths of the run.
+
+    A single step's batch is no such number: it is small, and the policy that drew it was not yet the tuned one.
+    """
     tiles: dict[str, Any] = {"steps": int(metrics["step"][-1])}
     if len(rollouts):
         tiles["crystals drawn"] = len(rollouts)
-    names = {"reward/mean": "mean reward", "kl": "KL to the start (nats)", "valid": "valid", "unique": "unique"}
-    for name, text in names.items():
-        known = metrics[name][np.isfinite(metrics[name])] if name in metrics else []
-        if len(known):
-            arrow = f"{number_text(float(known[0]))} → {number_text(float(known[-1]))}"
-            tiles[text] = arrow if name != "kl" else float(known[-1])
+    first, last = ({name: _mean(part) for name, part in tenth.items()} for tenth in _tenths(metrics))
+    drawn = ""
+    if all(len(crystals) for crystals in fresh.values()):
+        drawn = ", fresh crystals"
+        first, last = ({**ends, **_headline(fresh[key])} for key, ends in (("before", first), ("after", last)))
+    for name, text in {"reward/mean": "mean reward", "valid": "valid", "unique": "unique"}.items():
+        if name in metrics and math.isfinite(first[name]) and math.isfinite(last[name]):
+            tiles[text + drawn] = f"{number_text(first[name])} → {number_text(last[name])}"
+    if math.isfinite(last.get("kl", math.nan)):
+        tiles["KL to the start (nats)"] = last["kl"]
     return tiles
 
 
-def _before_and_after(run: RunFolder, rollouts: CrystalBatch) -> tuple[dict[str, CrystalBatch], str]:
+def _tenths(metrics: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The metrics of the first and of the last tenth of the steps, at least one step each."""
+    few = max(1, len(metrics["step"]) // 10)
+    return {name: m[:few] for name, m in metrics.items()}, {name: m[-few:] for name, m in metrics.items()}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are known; NaN where none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _headline(crystals: CrystalBatch) -> dict[str, float]:
+    """What the metrics of a step say of its batch, of other crystals."""
+    from cfrl.fingerprint import fingerprints
+
+    reward, valid = (crystals.properties[name].numpy() for name in ("reward", "valid"))
+    unique = len(set(fingerprints(crystals))) / len(crystals)
+    return {"reward/mean": _mean(reward), "valid": _mean(valid), "unique": unique}
+
+
+def _before_and_after(fresh: dict[str, CrystalBatch], rollouts: CrystalBatch) -> tuple[dict[str, CrystalBatch], str]:
     """Fresh crystals of both models where the run drew them, else the first and last tenth of its rollouts."""
-    before, after = (_rollouts(run.path / name) for name in ("before.h5", "after.h5"))
-    if len(before) and len(after):
-        return {"before": before, "after": after}, "Fresh crystals of the starting model and of the tuned one."
+    if all(len(crystals) for crystals in fresh.values()):
+        return fresh, "Fresh crystals of the starting model and of the tuned one."
     step = rollouts.properties["step"]
     first, last = float(step.min()), float(step.max())
     tenth = max((last - first) / 10, 0.5)
@@ -241,7 +277,8 @@ def _comparison(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -
         histogram(_slug(f"histogram-{name}"), _title(name), label(name), _values(groups, name)) for name in quantities
     ]
     sites = {key: crystals.num_sites.numpy().astype(float) for key, crystals in groups.items()}
-    figures += [_pareto(groups, quantities), histogram("sites", "Sites", "inequivalent sites", sites), _systems(groups)]
+    front = pareto({key: crystals.properties for key, crystals in groups.items()})
+    figures += [front, histogram("sites", "Sites", "inequivalent sites", sites), _systems(groups)]
     before, after = (_element_shares(crystals) for crystals in groups.values())
     few = 0.5 / min(len(crystals) for crystals in groups.values())  # half a crystal: an element met once is no change
     shift = {z: math.log2((after[z] + few) / (before[z] + few)) for z in range(1, 119) if before[z] + after[z] > 0}
@@ -254,21 +291,6 @@ def _comparison(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -
 
 def _values(groups: Mapping[str, CrystalBatch], name: str) -> dict[str, np.ndarray]:
     return {key: crystals.properties[name].numpy() for key, crystals in groups.items() if name in crystals.properties}
-
-
-def _pareto(groups: Mapping[str, CrystalBatch], quantities: Sequence[str]) -> Figure | None:
-    """Band gap against dielectric constant with the front of each group, where both are known."""
-    gap = next((name for name in quantities if "gap" in name and "dielectric" not in name), None)
-    epsilon = next((name for name in quantities if ("dielectric" in name or "eps" in name) and "gap" not in name), None)
-    if gap is None or epsilon is None:
-        return None
-    figure = Figure("pareto", "Band gap and dielectric constant", label(gap), label(epsilon), log_y=True)
-    for (key, crystals), color in zip(groups.items(), (GREY, BLUE), strict=True):
-        x, y = (crystals.properties[name].numpy() for name in (gap, epsilon))
-        front = pareto_front(x, y)
-        figure.series.append(Series(x, y, key, "points", color))
-        figure.series.append(Series(x[front], y[front], f"front, {key}", "line", color))
-    return figure
 
 
 _SYSTEMS = {"triclinic": 2, "monoclinic": 15, "orthorhombic": 74, "tetragonal": 142, "trigonal": 167, "hexagonal": 194}
@@ -292,15 +314,15 @@ def _element_shares(crystals: CrystalBatch) -> np.ndarray:
 
 
 def _add_best(page: Page, crystals: CrystalBatch, quantities: Sequence[str], *more: str) -> None:
-    """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards, one crystal per prototype."""
-    from cfrl.fingerprint import fingerprints, firsts, prototypes
+    """A table of the highest `quantities[0]`, one crystal per fingerprint, and cards of those that differ more."""
+    from cfrl.fingerprint import fingerprints, firsts, varied
 
     score = crystals.properties[quantities[0]].numpy()
     order = np.argsort(-np.where(np.isfinite(score), score, -np.inf), kind="stable")
     order = order[np.isfinite(score[order])][: 20 * SHOWN_ROWS]
     best = crystals[order[firsts(fingerprints(crystals[order]))][:SHOWN_ROWS]]
     shown = [name for name in (*quantities, *more) if name in best.properties]
-    cards = firsts(prototypes(best))[:SHOWN_CRYSTALS]
+    cards = varied(best)[:SHOWN_CRYSTALS]
     facts = [{label(name): float(best.properties[name][i]) for name in shown} for i in cards]
     page.crystals(best[cards], facts)
     page.table(
@@ -354,11 +376,8 @@ def _retrieve_page(run: RunFolder) -> Page:
     if verdicts:
         page.table(_verdict_columns(verdicts), sortable=False)
     if sampling:
-        page.heading(
-            "Known materials met by sampling",
-            f"{sampling['draws']:,} draws of each model; a material is met by a crystal of the same formula, space "
-            "group and Wyckoff sequence.",
-        )
+        intro = f"{sampling['draws']:,} draws of each model; whether one is a known material, StructureMatcher says."
+        page.heading("Known materials met by sampling", intro)
         met = _read_csv(run.path / "met.csv")
         page.add_figures(_discovery(run), _met(met))
         if met["id"]:
@@ -500,8 +519,7 @@ def _screen_page(run: RunFolder) -> Page:
     shown = ("valid", "unique", "novel", "stable", "metastable", "S.U.N.", "meta-S.U.N.")
     page.tiles({name: f"{rates[name]['share']:.1%}" for name in shown if name in rates})
 
-    intro = html.escape(summary["warning"]) if summary.get("warning") else ""
-    page.heading("What is left", intro)
+    page.heading("What is left", html.escape(" ".join(filter(None, map(summary.get, ("judgement", "warning"))))))
     page.add_figures(_funnel(summary), _failures(summary))
     page.table(
         {
@@ -515,6 +533,12 @@ def _screen_page(run: RunFolder) -> Page:
         },
         sortable=False,
     )
+    if by_elements := summary.get("by_elements"):
+        names = list(by_elements["1"])
+        page.table(
+            {"elements": list(by_elements)} | {name: [row[name] for row in by_elements.values()] for name in names},
+            sortable=False,
+        )
     numbers = {name: np.array(column) for name, column in table.items() if column and isinstance(column[0], float)}
     known = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
     predicted = [name.removesuffix("_std") for name in known if name.endswith("_std")]
@@ -528,37 +552,53 @@ def _screen_page(run: RunFolder) -> Page:
         figures += [PeriodicTable("elements", "Elements", shares, "% of crystals with the element")]
     page.add_figures(*figures)
 
-    page.heading("Candidates", "In the order of the ranking.")
+    columns = [*_FIRST, *quantities, *(f"{name}_std" for name in predicted), *_LAST]
+    columns = [name for name in dict.fromkeys(columns) if name in table and (name not in numbers or name in known)]
+    candidate = np.array(table["candidate"]) == 1
+    held_back = np.array(table["held_back"]) == 1 if "held_back" in table else np.zeros_like(candidate)
+    page.heading("Candidates", f"{candidate.sum():,}, in the order of the ranking.")
     row_of = {str(name): row for row, name in enumerate(table["id"])}
-    first = crystals[: min(len(crystals), SHOWN_CRYSTALS)]
-    facts = [
-        {
-            label(name): known[name][row_of[crystal.ids[0]]]
-            for name in (*quantities[:4], "num_references")
-            if name in known
-        }
-        for crystal in first
-    ]
-    page.crystals(first, facts)
-    columns = [
-        name for name in table if name in _IDENTITY or name in quantities or name.removesuffix("_std") in predicted
-    ]
-    page.table({name: table[name][:SHOWN_ROWS] for name in columns if name not in numbers or name in known})
+    first = crystals[[i for i, name in enumerate(crystals.ids) if candidate[row_of[name]]][:SHOWN_CRYSTALS]]
+    facts = [name for name in (*quantities[:4], "num_references") if name in known]
+    page.crystals(first, [{label(name): known[name][row_of[crystal.ids[0]]] for name in facts} for crystal in first])
+    _add_rows(page, table, columns, candidate)
+    if summary.get("flags"):
+        page.heading(
+            "Held back by flags", f"{held_back.sum():,} that would be candidates but for what is suspect of them."
+        )
+        flags = summary["flags"]
+        counts = {what: [count[what] for count in flags.values()] for what in ("crystals", "held back")}
+        meaning = [FLAGS.get(name, "") for name in flags]
+        page.table({"flag": list(flags), **counts, "meaning": meaning}, sortable=False)
+        _add_rows(page, table, columns, held_back)
+    page.heading("The others")
+    _add_rows(page, table, columns, ~(candidate | held_back))
     return page
 
 
+def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:
+    """The chosen rows, and those of the columns that have something to say of them."""
+    rows = np.flatnonzero(chosen)[:SHOWN_ROWS]
+    shown = {name: [table[name][row] for row in rows] for name in columns}
+    if len(rows):
+        page.table({name: values for name, values in shown.items() if any(value != "" for value in values)})
+
+
 _SCREENED = ("rmsd", "volume_change", "density", "energy_per_atom", "max_force")
-_IDENTITY = ("id", "formula", "space_group", "num_references", "known_as", "status")
+_FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
+_LAST = ("known_as", "new_formula", "status")
 
 
 def _funnel(summary: Mapping[str, Any]) -> Figure:
-    """How many crystals there are after each condition."""
-    wanted = ("valid", "unique", "novel", "metastable", "meta-S.U.N.", "S.U.N.")
-    counts = {"all": summary["crystals"]}
-    counts |= {rate["name"]: rate["count"] for rate in summary["rates"] if rate["name"] in wanted}
-    names = sorted(counts, key=("all", *wanted).index)
-    bars = Series(names, [counts[name] for name in names], "", "bars", BLUE)
-    return Figure("funnel", "The funnel", "", "crystals", [bars], note="Definitions stand in the table below.")
+    """How many crystals satisfy each condition and all before it."""
+    counts = summary.get("funnel")
+    if counts is None:  # of a run that did not count them: the rates that hold one within the other
+        rates = {rate["name"]: rate["count"] for rate in summary["rates"]}
+        nested = ("valid", "unique", "meta-S.U.N.", "S.U.N.")
+        counts = {"all": summary["crystals"]} | {name: rates[name] for name in nested if name in rates}
+    bars = Series(list(counts), list(counts.values()), "", "bars", BLUE)
+    note = "Crystals that satisfy each condition and all before it."
+    return Figure("funnel", "The funnel", "", "crystals", [bars], note=note)
 
 
 def _failures(summary: Mapping[str, Any], most: int = 8) -> Figure | None:

@@ -28,6 +28,7 @@ from cfrl.config import FinetuneConfig, RetrieveConfig, nearest, read_run_config
 from cfrl.crystal import CrystalBatch
 from cfrl.data import PROTOTYPES, dataset_path, load_dataset
 from cfrl.devices import choose_device
+from cfrl.distributions import IMPOSSIBLE, SamplerOptions
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.fingerprint import find_duplicates, find_known, fingerprints
@@ -36,8 +37,8 @@ from cfrl.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, read_header
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder, newest_run
-from cfrl.sampler import parse_space_groups, sample
-from cfrl.storage import SPLITS, describe, iter_crystals, read_crystals, write_crystals
+from cfrl.sampler import sample, sampler_options, space_group_prior
+from cfrl.storage import describe, iter_crystals, read_crystals, write_crystals
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
 RESULT = "retrieval.json"
@@ -53,17 +54,32 @@ Columns = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def log_ratios(tuned: CrystalTransformer, base: CrystalTransformer, crystals: CrystalBatch) -> Columns:
+def log_ratios(
+    tuned: CrystalTransformer,
+    base: CrystalTransformer,
+    crystals: CrystalBatch,
+    options: SamplerOptions | None = None,
+    shares: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Columns:
     """Log-probabilities of n crystals under both models and what they differ by, nats, each (n,) float64.
 
     "log_ratio" is log P_tuned(C|G) - log P_base(C|G); "log_ratio/<factor>" its four terms; "log_ratio_per_site" the
     mean over sites; "log_ratio_joint" that of P(C, G), for a policy that also learns the space groups.
-    NaN where a crystal has more sites than a model can hold.
+    NaN where the tuned sampler cannot draw a crystal: it has more sites or atoms than there is room for, an element
+    that is left out, a choice outside the nucleus, or, for "log_ratio_joint", a space group that is left out.
+
+    Args:
+        options: of the sampler that was tuned. As in tuning, the base model is not cut to a nucleus.
+        shares: log-probabilities (231,) of the space groups under both; None: the models' own.
     """
+    options = options or SamplerOptions()
     fits = crystals.num_sites < min(tuned.config.max_sites, base.config.max_sites)
-    inside = crystals[fits]
-    new, old = (_by_factor(model, inside) for model in (tuned, base))  # (n, 4)
-    prior = (tuned.space_group_log_prob.cpu() - base.space_group_log_prob.cpu())[inside.space_group]
+    new, old = _by_factor(tuned, crystals[fits], options), _by_factor(base, crystals[fits], replace(options, top_p=1.0))
+    possible = (new.sum(1) > IMPOSSIBLE / 2) & (old.sum(1) > IMPOSSIBLE / 2)
+    fits[fits.clone()] = possible
+    inside, new, old = crystals[fits], new[possible], old[possible]  # (n, 4)
+    new_shares, old_shares = shares or (tuned.space_group_log_prob, base.space_group_log_prob)
+    prior = (new_shares.cpu() - old_shares.cpu())[inside.space_group]
     ratio = (new - old).sum(1)
     scored = {
         "log_ratio": ratio,
@@ -77,8 +93,8 @@ def log_ratios(tuned: CrystalTransformer, base: CrystalTransformer, crystals: Cr
     return {name: blank.masked_scatter(fits, values).numpy() for name, values in scored.items()}
 
 
-def _by_factor(model: CrystalTransformer, crystals: CrystalBatch) -> torch.Tensor:
-    scores = model.log_prob(crystals)
+def _by_factor(model: CrystalTransformer, crystals: CrystalBatch, options: SamplerOptions) -> torch.Tensor:
+    scores = model.log_prob(crystals, options)
     return torch.stack([scores[name] for name in FACTORS], 1).double().cpu()
 
 
@@ -88,24 +104,27 @@ def rank(
     batches: Iterable[CrystalBatch],
     top: int = 100,
     by: str = "crystal",
+    options: SamplerOptions | None = None,
+    shares: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[Columns, CrystalBatch]:
     """Score a dataset that streams by. Of the crystals themselves only the best `top` so far are kept.
 
     Args:
         by: "crystal", "site" or "joint": see `RANKINGS` and `log_ratios`.
+        options, shares: see `log_ratios`.
 
     Returns:
         columns in the order of the dataset (those of `log_ratios`, "id", "space_group", "sites", "atoms", the
         dataset's properties, and "rank", 1 = best, 0 = not ranked), and the best crystals, best first.
 
     Raises:
-        UserError: no crystals.
+        UserError: no crystals, or none that the tuned sampler can draw.
     """
     parts: list[Columns] = []
     best, best_scores, seen = CrystalBatch.empty(), np.zeros(0), 0
     for crystals in batches:
         named = replace(crystals, ids=crystals.ids or [str(seen + i) for i in range(len(crystals))])
-        part = {**_describe(named), **log_ratios(tuned, base, named)}
+        part = {**_describe(named), **log_ratios(tuned, base, named, options, shares)}
         scores = np.concatenate([best_scores, part[RANKINGS[by]]])
         keep = _descending(scores)[:top]
         keep = keep[np.isfinite(scores[keep])]
@@ -116,6 +135,11 @@ def rank(
         raise UserError("the dataset holds no crystals")
     columns = _join(parts)
     scores = columns[RANKINGS[by]]
+    if not np.isfinite(scores).any():
+        raise UserError(
+            f"none of the dataset's {seen} crystals can be drawn by the run's sampler: too many sites, or left out by "
+            "its elements, max_atoms or top_p; give a --dataset that fits the run"
+        )
     order = _descending(scores)
     columns["rank"] = np.zeros(len(order), dtype=np.int64)
     columns["rank"][order] = np.arange(1, len(order) + 1)
@@ -207,13 +231,16 @@ def _met(crystals: CrystalBatch, known: list[Any], rows: list[int]) -> np.ndarra
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def retrieve(config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs") -> RunFolder:
+def retrieve(
+    config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs", trust: bool = False
+) -> RunFolder:
     """`cfrl retrieve`: rank a dataset, sample both models, judge, and write it all down.
 
     Args:
         config: settings.
         console: for progress and results; None: silent.
         root: where runs are looked for, and where the run folder is made.
+        trust: import code that the settings of the run name, to score crystals with its reward; else the user is asked.
 
     Returns:
         The run folder: ranking.h5 (every crystal, in the order of the dataset), retrieved.csv and retrieved.h5 (the
@@ -223,18 +250,22 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
         UserError: nothing to compare, bad settings, or a file that cannot be read.
     """
     from cfrl.report import write_report
+    from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
-    _check(config)
     config, tuning = _complete(config, root, console)
+    if config.reward_crystals and tuning.reward:
+        confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = _Dataset(config.dataset, config.split or None)
     label_name, sign = _label(config.property, tuning.reward, dataset.properties)
+    options, groups = sampler_options(tuning), _space_groups(tuning)
+    shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
     with progress_bar("likelihoods", dataset.size, console) as advance:
-        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank)
+        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank, options, shares)
     _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
     result: dict[str, Any] = {
         "tuned": config.run,
@@ -246,7 +277,10 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
         "scored": int((ranking["rank"] > 0).sum()),
     }
     if config.samples:
-        drawn = [_draw(model, config, tuning, name, console) for name, model in (("tuned", tuned), ("base", base))]
+        drawn = [
+            _draw(*sampler, options, config, console)
+            for sampler in zip(("tuned", "base"), (tuned, base), groups, strict=True)
+        ]
         with progress_bar("matching", dataset.size, console) as advance:
             meetings = meet(*drawn, dataset.batches(advance))
         result["sampling"] = _write_meetings(run.path, meetings, ranking)
@@ -261,16 +295,6 @@ def retrieve(config: RetrieveConfig, console: Console | None = None, root: str |
     return run
 
 
-def _check(config: RetrieveConfig) -> None:
-    if config.rank not in RANKINGS:
-        raise UserError(f"rank '{config.rank}': give one of {', '.join(RANKINGS)}")
-    if config.split and config.split not in SPLITS:
-        raise UserError(f"split '{config.split}': give one of {', '.join(SPLITS)}, or nothing for all")
-    for name, least in (("top", 1), ("samples", 0), ("reward_crystals", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name} = {getattr(config, name)}: must be at least {least}")
-
-
 def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:
     """The settings with every default filled in, and those of the fine-tuning run."""
     run = config.run
@@ -281,8 +305,7 @@ def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tup
         run = str(newest.path)
         console.print(f"Tuned model: {run} (the newest fine-tuning run)", highlight=False)
     header = read_header(model_path(run))
-    settings_file = Path(run) / "config.toml"
-    tuning = read_run_config(FinetuneConfig, settings_file) if settings_file.is_file() else FinetuneConfig(reward="")
+    tuning = _tuning_settings(model_path(run), header)
     base = config.base or header.get("base_model", tuning.model)
     dataset = config.dataset
     if not dataset:
@@ -292,6 +315,19 @@ def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tup
             console.print(f"Dataset: {PROTOTYPES} ({missing})", highlight=False)
             dataset = PROTOTYPES
     return replace(config, run=run, base=base, dataset=dataset), tuning
+
+
+def _tuning_settings(model: Path, header: dict[str, str]) -> FinetuneConfig:
+    """Those of the run folder that a tuned model lies in; of a model alone, what its header says of the sampler."""
+    settings = model.parent / "config.toml"
+    if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
+        return read_run_config(FinetuneConfig, settings)
+    return FinetuneConfig(reward="", **{name: header.get(name, "") for name in ("space_group", "elements")})
+
+
+def _space_groups(tuning: FinetuneConfig) -> tuple[str, str]:
+    """The space groups of the tuned and of the base model, as settings: the model file holds shares that were tuned."""
+    return "" if tuning.learn_space_groups else tuning.space_group, tuning.space_group
 
 
 def _at_hand(dataset: str) -> bool:
@@ -340,19 +376,23 @@ class _Dataset:
 
 
 def _draw(
-    model: CrystalTransformer, config: RetrieveConfig, tuning: FinetuneConfig, name: str, console: Console
+    name: str,
+    model: CrystalTransformer,
+    space_group: str,
+    options: SamplerOptions,
+    config: RetrieveConfig,
+    console: Console,
 ) -> CrystalBatch:
     """Samples as the fine-tuning run drew them, invalid ones included."""
-    groups = tuning.space_group
     with progress_bar(f"sampling, {name}", config.samples, console) as advance:
         return sample(
             model,
             config.samples,
-            space_group=None if groups == "uniform" else parse_space_groups(groups),
-            elements=tuning.elements.split(",") if tuning.elements else None,
-            max_atoms=tuning.max_atoms or None,
-            temperature=tuning.temperature,
-            top_p=tuning.top_p,
+            space_group=space_group,
+            elements=options.elements,
+            max_atoms=options.max_atoms,
+            temperature=options.temperature,
+            top_p=options.top_p,
             seed=config.seed,
             keep_invalid=True,
             progress=advance,
@@ -531,6 +571,8 @@ def show(run: RunFolder, console: Console) -> None:
     for row in rows[:10]:
         table.add_row(*(row[name] for name in shown))
     console.print(table)
+    if beyond := result["crystals"] - result["scored"]:
+        console.print(f"{beyond:,} crystals are not ranked: the run's sampler cannot draw them", highlight=False)
     if sampling := result.get("sampling"):
         met, hits = sampling["materials_met"], sampling["draws_that_meet"]
         console.print(

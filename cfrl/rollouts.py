@@ -68,7 +68,8 @@ def collect(
 ) -> Rollout:
     """Draw one crystal in each of `space_groups` (n,) and score it; one lot is scored while the next is drawn.
 
-    Nothing is drawn again: a rejected crystal would make the likelihood that of another sampler.
+    Nothing is drawn again: a rejected crystal would make the likelihood that of another sampler. Each lot is drawn by a
+    generator of its own, seeded by (seed, lot): what the reward's thread does has no part in it.
 
     Raises:
         UserError: the reward cannot be computed at all.
@@ -93,8 +94,7 @@ def _draw(
 ) -> Iterator[CrystalBatch]:
     for k, groups in enumerate(space_groups.split(chunk)):
         start = time.perf_counter()
-        with seeded(seed + k, model.device):
-            crystals = draw(model, groups, options).to("cpu")
+        crystals = draw(model, groups, options, seeded(model.device, random_seed(seed, k))).to("cpu")
         crystals.properties = {"valid": crystals.valid(min_distance).double()}
         seconds["sample"] += time.perf_counter() - start
         yield crystals
@@ -111,6 +111,11 @@ def _score(crystals: CrystalBatch, reward: Callable[..., Any], seconds: Counter)
     crystals.properties.update(scores)
     seconds["score"] += time.perf_counter() - start
     return Rollout(crystals, status.tolist(), list(result.terms))
+
+
+def random_seed(*numbers: int) -> int:
+    """A seed that is a function of these numbers, and of their order, alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _spread(values: Any, where: Tensor) -> Tensor:
@@ -196,6 +201,10 @@ class Memory:
         """Up to `n` of the best, at random, with their fingerprints."""
         rows = torch.randperm(len(self.best), generator=generator)[:n]
         return self.best[rows], [self._best_keys[row] for row in rows]
+
+    def forget_scores(self) -> None:
+        """Keep what crystals there were, and no score: from now on another reward counts."""
+        self.recent, self.best, self._best_keys = [], CrystalBatch.empty(), []
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

@@ -1,11 +1,12 @@
 """Run folders: what one command leaves behind under `runs/`.
 
     runs/20260131-142507-finetune-ehull/
-        config.toml      the resolved settings: defaults, cfrl.toml and flags together
+        config.toml      the resolved settings: defaults, cfrl.toml and flags together, also those of --resume
         run.json         command line, version, git revision, date
         metrics.csv      one row per logged step; grows line by line, so a kill loses nothing that was logged
         checkpoint.pt    everything that is needed to go on; replaced atomically
         finished         exists once the command has come to its end
+        .lock            held by the process that is at work on the run
 
 Weights, rollouts and plots are the commands' own affair. Plots of metrics: `report.py`.
 """
@@ -17,10 +18,13 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from cfrl.config import to_toml
 from cfrl.errors import UserError
@@ -53,11 +57,11 @@ class RunFolder:
         """
         tag = re.sub(r"[^\w.+]+", "_", tag).strip("_")[:80]
         path = _named_folder(Path(path)) if path else _new_folder(Path(root), f"{command}-{tag}" if tag else command)
-        with atomic_file(path / "config.toml") as temp:
-            temp.write_text(to_toml({command: config} if config is not None else {}), encoding="utf-8")
+        run = cls(path)
+        run.write_config(command, config)
         with atomic_file(path / "run.json") as temp:
             temp.write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
-        return cls(path)
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -70,6 +74,24 @@ class RunFolder:
         if not (path / "config.toml").is_file():
             raise UserError(f"{path}: is not a run folder (there is no config.toml in it)")
         return cls(path)
+
+    def write_config(self, command: str, config: Any = None) -> None:
+        """Replace `config.toml` by the settings (a dataclass) of `command`."""
+        with atomic_file(self.path / "config.toml") as temp:
+            temp.write_text(to_toml({command: config} if config is not None else {}), encoding="utf-8")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from this run; the kernel lets go of the lock when a process ends, however it does.
+
+        Raises:
+            UserError: another process is at work on the run.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise UserError(f"{self.path}: another process is at work on this run; let it end, or stop it") from None
 
     @property
     def command(self) -> str:
@@ -170,8 +192,8 @@ class RunFolder:
         """Replace `checkpoint.pt` by `state`: tensors and plain Python values, in dicts and lists."""
         import torch
 
-        with atomic_file(self.path / "checkpoint.pt") as temp:
-            torch.save(state, temp)
+        with atomic_file(self.path / "checkpoint.pt") as temp, temp.open("wb") as file:
+            torch.save(state, file)  # given a path, it would not say why it fails
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state that was saved last, on the CPU; None where there is none.

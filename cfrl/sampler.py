@@ -8,36 +8,48 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from cfrl.config import SampleConfig
+from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
 from cfrl.distributions import SamplerOptions
 from cfrl.elements import atomic_number
 from cfrl.errors import UserError
-from cfrl.export import export_crystals
+from cfrl.export import check_output, export_crystals
 from cfrl.model import FACTORS, CrystalTransformer, KeyValueCache, load_model, model_path, unscale_lattice
 from cfrl.progress import progress_bar
 from cfrl.runs import RunFolder
 from cfrl.symmetry import constrain_lattice, tables
 
+UNIFORM = "uniform"
+SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
 @torch.no_grad()
-def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions | None = None) -> CrystalBatch:
+def draw(
+    model: CrystalTransformer,
+    space_group: Tensor,
+    options: SamplerOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> CrystalBatch:
     """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
+
+    Args:
+        generator: on the model's device; None: torch's global one, which other threads may draw from too.
 
     Returns:
         Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
         "log_prob/<factor>".
+
+    Raises:
+        NotFinite: the model's probabilities are not.
     """
     options = options or SamplerOptions()
     device, n, S = model.device, len(space_group), model.config.max_sites - 1
@@ -67,7 +79,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
             else:
                 logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
             distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
-            letter = distribution.sample()
+            letter = distribution.sample(generator)
             log_prob["wyckoff"][rows] += distribution.log_prob(letter)
         features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
 
@@ -75,7 +87,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
         if stopped.any():
             done = rows[stopped]
             distribution = model.lattice_distribution(features[stopped], group[stopped], options)
-            scaled = distribution.sample()
+            scaled = distribution.sample(generator)
             log_prob["lattice"][done] = distribution.log_prob(scaled).double()
             lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
             running = ~stopped
@@ -86,7 +98,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
 
         atoms = atoms + t.multiplicity[group, letter]
         distribution = model.species_distribution(features, options)
-        element = distribution.sample()
+        element = distribution.sample(generator)
         log_prob["species"][rows] += distribution.log_prob(element)
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
@@ -98,7 +110,7 @@ def draw(model: CrystalTransformer, space_group: Tensor, options: SamplerOptions
         for axis in range(3):
             if free[:, axis].any():
                 distribution = model.coordinate_distribution(features, options)
-                angle = distribution.sample()
+                angle = distribution.sample(generator)
                 log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
                 coords[:, axis] = angle / (2 * math.pi) + 0.5
             # A tied coordinate follows from the free ones before it.
@@ -116,7 +128,7 @@ def sample(
     model: CrystalTransformer,
     n: int,
     *,
-    space_group: int | Iterable[int] | None = None,
+    space_group: SpaceGroups = None,
     elements: Iterable[str | int] | None = None,
     max_atoms: int | None = None,
     temperature: float = 1.0,
@@ -131,11 +143,11 @@ def sample(
 
     Args:
         model: from `load_model`.
-        space_group: one or several numbers, drawn in proportion to their shares in training; None: all.
+        space_group: which ones; see `space_group_prior`.
         elements: symbols or atomic numbers that may occur; None: all.
         max_atoms: largest conventional cell.
         temperature, top_p: see `SamplerOptions`.
-        seed: same seed and device, same crystals; None: torch's global random state.
+        seed: same seed and device, same crystals; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
         batch_size: crystals decoded at once.
@@ -146,19 +158,20 @@ def sample(
         any rejection), "valid" (0 or 1) and "draws" (how often this crystal was drawn).
 
     Raises:
-        UserError: a space group, element or limit that leaves nothing to draw.
+        UserError: a space group, element or limit that leaves nothing to draw, or a damaged model.
     """
     options = SamplerOptions(temperature, top_p, parse_elements(elements), max_atoms)
     prior = space_group_prior(model, space_group, max_atoms)
     model_was_training = model.training
     model.eval()
-    with seeded(seed, model.device):
-        groups = torch.multinomial(prior.exp(), n, replacement=True) if n else torch.zeros(0, dtype=torch.long)
-        batches = []
-        for part in groups.split(batch_size):
-            batches.append(_draw_valid(model, part, options, keep_invalid, min_distance))
-            if progress is not None:
-                progress(sum(len(batch) for batch in batches))
+    generator = seeded(model.device, seed)
+    shares = prior.exp().to(model.device)
+    groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
+    batches = []
+    for part in groups.split(batch_size):
+        batches.append(_draw_valid(model, part, options, keep_invalid, min_distance, generator))
+        if progress is not None:
+            progress(sum(len(batch) for batch in batches))
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
@@ -166,13 +179,18 @@ def sample(
 
 
 def _draw_valid(
-    model: CrystalTransformer, groups: Tensor, options: SamplerOptions, keep_invalid: bool, min_distance: float
+    model: CrystalTransformer,
+    groups: Tensor,
+    options: SamplerOptions,
+    keep_invalid: bool,
+    min_distance: float,
+    generator: torch.Generator,
 ) -> CrystalBatch:
     missing, draws = torch.arange(len(groups)), 0
     order, batches = [], []
     while len(missing):
         draws += 1
-        batch = draw(model, groups[missing], options).to("cpu")
+        batch = draw(model, groups[missing], options, generator).to("cpu")
         valid = batch.valid(min_distance)
         batch.properties["valid"] = valid.double()
         batch.properties["draws"] = torch.full((len(batch),), float(draws), dtype=torch.float64)
@@ -184,18 +202,23 @@ def _draw_valid(
 
 
 def space_group_prior(
-    model: CrystalTransformer, space_group: int | Iterable[int] | None = None, max_atoms: int | None = None
+    model: CrystalTransformer, space_group: SpaceGroups = None, max_atoms: int | None = None
 ) -> Tensor:
     """(231,) normalised log-probabilities by number: the model's own, over the groups that are wanted and possible.
 
     Groups that the training data lacks share evenly when only such groups are asked for.
 
+    Args:
+        space_group: a caller's or a setting's wish, the same for sampling, tuning and retrieval. None or "": as the
+            model was trained. "uniform": the groups it was trained on, all alike. Numbers, such as 225, [221, 225] or
+            "221,225": only these, in proportion to their shares in training.
+        max_atoms: largest conventional cell; None: no limit.
+
     Raises:
         UserError: no such group, or no position of the groups fits into `max_atoms`.
     """
     wanted = torch.zeros(231, dtype=torch.bool)
-    numbers = range(1, 231) if space_group is None else [space_group] if isinstance(space_group, int) else space_group
-    for number in numbers:
+    for number in _space_group_numbers(space_group):
         if not 1 <= number <= 230:
             raise UserError(f"space group {number}: the numbers go from 1 to 230")
         wanted[number] = True
@@ -208,7 +231,28 @@ def space_group_prior(
     prior = model.space_group_log_prob.detach().cpu().masked_fill(~wanted, -torch.inf)
     if prior.isinf().all():
         prior = torch.zeros(231).masked_fill(~wanted, -torch.inf)
+    if isinstance(space_group, str) and space_group == UNIFORM:
+        prior = prior.masked_fill(prior.isfinite(), 0.0)
     return prior.log_softmax(0)
+
+
+def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
+    if wanted is None or (isinstance(wanted, str) and wanted in ("", UNIFORM)):
+        return range(1, 231)
+    if not isinstance(wanted, str):
+        return [wanted] if isinstance(wanted, int) else wanted
+    try:
+        return [int(word) for word in wanted.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"space group '{wanted}': give numbers from 1 to 230, such as 225 or 221,225, or {UNIFORM}"
+        ) from error
+
+
+def sampler_options(config: SampleConfig | FinetuneConfig) -> SamplerOptions:
+    """How a command's settings, or those of a run, say that crystals are drawn. Raises UserError for no element."""
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
 
 
 def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | None:
@@ -221,23 +265,14 @@ def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | No
     return tuple(numbers)
 
 
-def parse_space_groups(text: str) -> list[int] | None:
-    """Numbers of a setting such as "221,225"; None for "". Raises UserError for what are no numbers."""
-    try:
-        return [int(word) for word in text.split(",")] if text else None
-    except ValueError as error:
-        raise UserError(f"space group '{text}': give numbers from 1 to 230, such as 225 or 221,225") from error
-
-
-@contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Random state of its own, so that sampling neither depends on nor disturbs the caller's."""
+def seeded(device: torch.device, seed: int | None) -> torch.Generator:
+    """A random state of its own, so that drawing neither depends on nor disturbs anyone else's; None: by chance."""
+    generator = torch.Generator(device)
     if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:
@@ -251,15 +286,20 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
         UserError: bad settings, no such model, nowhere to write.
     """
     console = console or Console(quiet=True)
+    if output:
+        check_output(output)
     model = load_model(config.model, choose_device(config.device))
+    limit = config.max_atoms or None
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,
             config.n,
-            space_group=parse_space_groups(config.space_group),
-            elements=config.elements.split(",") if config.elements else None,
-            max_atoms=config.max_atoms or None,
+            space_group=config.space_group,
+            elements=elements,
+            max_atoms=limit,
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
@@ -268,8 +308,8 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
             batch_size=config.batch_size,
             progress=advance,
         )
-    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     _describe(crystals, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return path

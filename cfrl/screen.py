@@ -8,7 +8,8 @@ Results of a stage go to a journal in the run folder as they come. A journal is 
 on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.
 
     runs/<date>-<time>-screen-<input>/
-        table.csv          one row per crystal of the input, best first
+        table.csv          one row per crystal of the input: candidates, others, flagged ones; each best first
+        flagged.csv        rows of those that would be candidates but for a flag (flags.py)
         screen.h5          the final crystals (relaxed, if they were) with the same columns; a dataset of ours
         summary.json       counts and rates with 95% confidence intervals, and what they mean
         report.html        the same to look at, with plots beside it
@@ -40,13 +41,16 @@ from cfrl.engine import count_workers, make_engine
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.fingerprint import fingerprints, group_by
+from cfrl.flags import check_flags
 from cfrl.hull import ReferenceHull
 from cfrl.journal import Work, digest
+from cfrl.potentials import check_scale, full_name
 from cfrl.runs import RunFolder
 from cfrl.storage import write_crystals
-from cfrl.tally import TEXT, Summary, Table, expression, summarise
+from cfrl.tally import TEXT, Judgement, Summary, Table, expression, summarise
 
 if TYPE_CHECKING:
+    import pandas as pd
     from pymatgen.core import Structure
     from rich.console import Console
 
@@ -65,6 +69,7 @@ _COLUMNS_SHOWN = {
     "num_references": "refs",
     "known_as": "known as",
     "rmsd": "rmsd",
+    "flags": "flags",
 }
 
 
@@ -114,19 +119,24 @@ def screen(
         source = (run.path / _SOURCE).read_text(encoding="utf-8").strip()
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
+    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    if copy:
+        check_writable(copy)
+    elif Path(output).suffix[1:].isalpha():
+        raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
     rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
-    if config.dft and config.dft not in DFT_SETS:
-        raise UserError(f"--dft {config.dft}: use {' or '.join(DFT_SETS)}")
     samples = read_samples(source)
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     table.check_names(rank, condition)
+    allowed = check_flags(config.allow)
     hull = load_hull(config) if config.stability else None
-    known = read_known(config.known, set(table["formula"])) if config.unique and config.known else None
-    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
-    if copy:
-        check_writable(copy)
+    if hull is not None:
+        check_scale(config.potential, hull)
+    lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
+    sets = [name for name in config.known if name not in lists]
+    known = read_known(sets, set(table["formula"])) if config.unique and sets else None
     run = run or _run_folder(source, config, "" if copy else output)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
@@ -138,9 +148,14 @@ def screen(
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
         raise
     if hull is not None:
-        table.judge_stability(hull, samples.structures)
-    summary = summarise(table, hull)
+        table.judge_stability(hull, samples.structures, config.metastable)
+    phases = [*lists.values(), *filter(None, [hull])]
+    if phases or known is not None:
+        table.note_new_formulas(known or {}, phases)
+    table.note_flags(allowed)
+    judgement = _judgement(config, hull, table.energy_scale, sets if known is not None else [], lists)
     order = table.order(rank, condition)
+    summary = summarise(table, hull, judgement)
     _write(run.path, table, order, structures, config, summary)
     if copy:
         shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), copy)
@@ -219,9 +234,54 @@ def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownC
                 yield formula, KnownCrystal(entry.id or f"{path.name}:{entry.row}", readers.to_structure(cell), "")
 
 
+def is_formula_list(name: str) -> bool:
+    """Whether this is a CSV with a column `formula` and without structures."""
+    if ".csv" not in Path(name).suffixes or not Path(name).is_file():
+        return False
+    head = _csv_columns(name, nrows=0).columns
+    return "formula" in head and not set(readers.STRUCTURE_COLUMNS) & set(head)
+
+
+def read_formulas(name: str) -> ReferenceHull:
+    """The formulas of such a list, as phases without energies.
+
+    Raises:
+        UserError: a row that is no formula.
+    """
+    formulas = _csv_columns(name, usecols=["formula"])["formula"].tolist()
+    try:
+        return ReferenceHull.from_compositions(formulas, np.full(len(formulas), np.nan))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _csv_columns(name: str, **options: Any) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(name, dtype=str, keep_default_na=False, **options)  # NaN is a formula
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{name}: cannot be read as a CSV: {error}") from error
+
+
 def load_hull(config: ScreenConfig) -> ReferenceHull:
     """The reference hull of the settings."""
     return ReferenceHull.load(config.hull)
+
+
+def _judgement(
+    config: ScreenConfig, hull: ReferenceHull | None, judge: str, sets: Iterable[str], lists: Iterable[str]
+) -> Judgement:
+    """`judge`: the potential whose energies were used; `sets` and `lists`: known crystals and formulas."""
+    reference = Path(config.hull).name or "the embedded reference"
+    known, listed = ([Path(name).name for name in names] for names in (sets, lists))
+    return Judgement(
+        reference=f"{reference} ({len(hull):,} phases)" if hull else "",
+        judge=f"{judge or config.potential}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
+        threshold=config.metastable,
+        known=" or ".join(known),
+        formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),
+    )
 
 
 # ---- the stages ----
@@ -239,13 +299,14 @@ def _stages(
     structures = dict(enumerate(samples))
     limits = stages.Limits(config.min_distance, max_density=config.max_density) if config.validity else stages.ANY
     check = partial(stages.check, limits=limits, symprec=config.symprec)
-    checked = {"limits": asdict(limits), "symprec": config.symprec}
+    checked = {"edition": stages.CHECKED, "limits": asdict(limits), "symprec": config.symprec}
     table.fill(work.run("validity", check, structures, checked, _CHECK_CHUNK))
     table.note_valid()
     if config.unique:
+        table["unique"][:] = 0.0
         _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
 
-    model, relaxed = {"potential": config.potential}, {}
+    model, relaxed = {"potential": full_name(config.potential)}, {}
     chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
     if config.relax:
         how = stages.Relaxation(config.fmax, config.steps, not config.free)
@@ -349,6 +410,7 @@ def _write(
 ) -> None:
     """Table, crystals, summary, and the candidates' files. `order`: rows, the candidates first."""
     table.write_csv(path / "table.csv", order)
+    table.write_csv(path / "flagged.csv", [row for row in order if table["held_back"][row]])
     _write_crystals(path / "screen.h5", table, order, structures, config)
     with atomic_file(path / "summary.json") as temp:
         temp.write_text(json.dumps(summary.as_dict() | provenance(), indent=2) + "\n", encoding="utf-8")
@@ -424,6 +486,8 @@ def _show(
             rate.name, f"{rate.count} of {rate.total}", share, f"{100 * rate.low:.1f} to {100 * rate.high:.1f}%"
         )
     console.print(grid)
+    console.print(summary.judgement, highlight=False)
+    _show_by_elements(summary, console)
     for average in summary.averages:
         console.print(
             f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
@@ -431,16 +495,37 @@ def _show(
         )
     for reason, count in summary.failures.items():
         console.print(f"{count} x {reason}")
-    candidates = [row for row in order if table["candidate"][row]]
-    shown = {name: head for name, head in _COLUMNS_SHOWN.items() if table.has(name)}
-    best = Grid(title=f"{len(candidates)} candidates, by {config.rank}", title_justify="left")
-    for name, head in shown.items():
-        best.add_column(head, justify="left" if name in TEXT else "right")
-    for row in candidates[:_SHOWN]:
-        best.add_row(*(table.text(name, row, digits=3) for name in shown))
-    console.print(best)
+    console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
+    for column, what in (("candidate", "candidates"), ("held_back", "held back by flags")):
+        _show_rows(f"{what}, by {config.rank}", table, [row for row in order if table[column][row]], console)
     if summary.warning:
         console.print(f"Mind: {summary.warning}")
-    console.print(
-        f"Wrote {path}/: table.csv, screen.h5, cifs/{', dft/' * bool(config.dft)}{', report.html' * config.report}"
-    )
+    written = ["table.csv", "flagged.csv", "screen.h5", "cifs/"]
+    written += ["dft/"] * bool(config.dft) + ["report.html"] * config.report
+    console.print(f"Wrote {path}/: {', '.join(written)}")
+
+
+def _show_by_elements(summary: Summary, console: Console) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid("elements", title="By number of elements", title_justify="left")
+    for number in summary.by_elements:
+        grid.add_column(number, justify="right")
+    for name in summary.by_elements["1"]:
+        grid.add_row(name, *(str(counts[name]) for counts in summary.by_elements.values()))
+    console.print(grid)
+
+
+def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> None:
+    """The first rows of a ranking, and the columns that have something to say of them."""
+    from rich.table import Table as Grid
+
+    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in _COLUMNS_SHOWN}
+    shown = [name for name in texts if any(texts[name])]
+    first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
+    grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")
+    for name in shown:
+        grid.add_column(_COLUMNS_SHOWN[name], justify="left" if name in TEXT else "right")
+    for row in zip(*(texts[name] for name in shown), strict=True):
+        grid.add_row(*row)
+    console.print(grid)

@@ -15,8 +15,10 @@ import numpy as np
 
 from cfrl import fingerprint
 from cfrl.crystal import DALTON_PER_CUBIC_ANGSTROM, CrystalBatch
-from cfrl.distances import closest_contact, shortest_distance
+from cfrl.distances import contacts, shortest_distance
 from cfrl.elements import ATOMIC_NUMBERS, MASSES
+from cfrl.flags import APART, composition_flags
+from cfrl.oxidation import charge_balance
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+CHECKED = 2  # the edition of `check`: journals of an earlier one hold less, and are not taken for those of this one
 MAX_SITES = 1000  # inequivalent sites; screening also takes crystals that the generator could not write
 OVERLAP = 0.7  # of the sum of two covalent radii
 
@@ -51,8 +54,9 @@ def check(structures: list[Structure], limits: Limits, symprec: float) -> list[R
     """Geometry, chemistry and symmetry of crystals.
 
     Records: `status` ("" or why it is invalid), `shortest_distance` (angstrom), `volume_per_atom` (angstrom^3),
-    `density` (g/cm^3), `no_overlap` (whether no distance is below 0.7 of the sum of the covalent radii),
-    `charge_neutral` (SMACT), `space_group` (0 = not found), `fingerprint`.
+    `density` (g/cm^3), `no_overlap` (whether no distance is below 0.7 of the sum of the covalent radii), `isolation`
+    (largest distance of an atom to its nearest neighbour, in sums of covalent radii, at most 1.5), `charge_neutral`,
+    `alloy`, the flags of a composition, `space_group` (0 = not found), `fingerprint`.
     """
     records = [_geometry(structure, limits) for structure in structures]
     fit = [row for row, record in enumerate(records) if not record["status"]]
@@ -65,13 +69,17 @@ def check(structures: list[Structure], limits: Limits, symprec: float) -> list[R
         described, crystals.space_group.tolist(), fingerprint.fingerprints(crystals), strict=True
     ):
         records[row].update(space_group=group, fingerprint=key)
-    for row in fit:
-        records[row]["charge_neutral"] = charge_neutral(structures[row].composition.reduced_formula)
+    formulas = [structures[row].composition.reduced_formula for row in fit]
+    found = composition_flags(formulas)
+    for place, (row, formula) in enumerate(zip(fit, formulas, strict=True)):
+        balance = charge_balance(formula)
+        records[row].update(charge_neutral=balance == "neutral", alloy=balance == "alloy")
+        records[row] |= {name: bool(flag[place]) for name, flag in found.items()}
     return records
 
 
 def _geometry(structure: Structure, limits: Limits) -> Record:
-    record: Record = {"space_group": 0, "fingerprint": "", "charge_neutral": None}
+    record: Record = {"space_group": 0, "fingerprint": ""}
     strange = [s.species_string for s in structure if not s.is_ordered or s.specie.symbol not in ATOMIC_NUMBERS]
     if strange:
         return record | {"status": f"disordered or not an element: {strange[0]}"}
@@ -88,19 +96,10 @@ def _geometry(structure: Structure, limits: Limits) -> Record:
     record["shortest_distance"] = shortest_distance(structure)
     if record["shortest_distance"] < limits.min_distance:
         return record | {"status": f"atoms {record['shortest_distance']:.2f} A apart"}
-    record["no_overlap"] = closest_contact(structure, limit=OVERLAP) >= OVERLAP
+    reach = APART if volume >= Limits.min_volume else OVERLAP  # in a denser cell nobody is alone, all are neighbours
+    contact = contacts(structure, reach)
+    record["no_overlap"], record["isolation"] = bool(contact.min() >= OVERLAP), float(contact.max())
     return record | {"status": ""}
-
-
-@cache
-def charge_neutral(formula: str) -> bool:
-    """Whether common oxidation states can balance, by SMACT (with its Pauling test; metals and alloys pass)."""
-    from smact.screening import smact_validity
-
-    try:
-        return bool(smact_validity(formula))
-    except (KeyError, TypeError, ValueError):  # an element without data
-        return False
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Relaxation:
 def relax(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
     """Relax positions and cell.
 
-    Records: `energy_per_atom` (eV), `energy_scale` (the potential), `converged`, `relax_steps`, `rmsd` (angstrom),
+    Records: `energy_per_atom` (eV), `energy_scale`, `converged`, `relax_steps`, `rmsd` (angstrom),
     `volume_change` (relative), `status`, and `structure` where it has one: the end, or the last sound point.
     """
     from cfrl.relax import relax as relax_structures
@@ -155,7 +154,7 @@ def relax(structures: list[Structure], potential: str, device: str, settings: Re
     for i, structure in enumerate(result.structures):
         record = {
             "energy_per_atom": float(result.energy[i]),
-            "energy_scale": model.name,
+            "energy_scale": model.energy_scale,
             "converged": bool(result.converged[i]),
             "relax_steps": int(result.steps[i]),
             "rmsd": float(result.rmsd[i]),
@@ -178,7 +177,7 @@ def _cell(structure: Structure) -> dict[str, Any]:
 def energies(structures: list[Structure], potential: str, device: str) -> list[Record]:
     """Energies as the crystals stand.
 
-    Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale` (the potential), `status`.
+    Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale`, `status`.
     """
     model = _potential(potential, device)
     result = model.compute(structures, forces=True)
@@ -186,7 +185,7 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
         {
             "energy_per_atom": float(result.energy[i]),
             "max_force": float(np.linalg.norm(result.forces[i], axis=1).max()),
-            "energy_scale": model.name,
+            "energy_scale": model.energy_scale,
             "status": status,
         }
         for i, status in enumerate(result.status)

@@ -34,8 +34,11 @@ import torch
 from torch import Tensor
 
 from cfrl.crystal import CrystalBatch
+from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
+from cfrl.symmetry import NUM_SPACE_GROUPS, tables
+from cfrl.untrusted import open_hdf5
 
 FORMAT = "cfrl-crystals"
 SCHEMA_VERSION = 1
@@ -43,6 +46,17 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CHUNK = 4096  # crystals per HDF5 chunk
 _TEXT = h5py.string_dtype("utf-8")
 _PER_SITE = ("wyckoff", "species", "frac_coords")
+_KINDS = {  # kinds of numbers, and what comes after the first dimension
+    "offsets": ("iu",),
+    "wyckoff": ("iu",),
+    "species": ("iu",),
+    "frac_coords": ("f", 3),
+    "space_group": ("iu",),
+    "lattice": ("f", 6),
+    "split": ("iu",),
+}
+_LARGEST = 1e4  # angstrom, degrees, fractions of a cell
+_PADDING, _SPARE = 100, 1_000_000  # crystals padded to the longest are at most so many times the sites, and so many
 
 Columns = Mapping[str, Any]
 
@@ -144,7 +158,7 @@ def read_columns(path: str | Path, names: Sequence[str] | None = None) -> dict[s
         missing = [name for name in names or () if name not in known]
         if missing:
             raise UserError(f"{path}: has no column '{missing[0]}'; it has {', '.join(sorted(known))}")
-        return {name: _read_column(known[name]) for name in names or known}
+        return {name: _read_split(file) if name == "split" else _read_column(known[name]) for name in names or known}
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         UserError: as `read_crystals`.
     """
     with open_crystals(path) as file:
-        counts = np.bincount(file["split"][:], minlength=len(SPLITS))
+        counts = np.bincount(_read_split(file), minlength=len(SPLITS))
         return {
             "crystals": len(file["space_group"]),
             "sites": len(file["wyckoff"]),
@@ -171,17 +185,47 @@ def describe(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def open_crystals(path: str | Path) -> Iterator[h5py.File]:
     """The file, open for reading and checked; faults of HDF5 become a `UserError` that names the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    try:
-        with h5py.File(path, "r") as file:
-            _check(file, path)
-            yield file
-    except (OSError, KeyError, RuntimeError) as error:
-        damaged = h5py.is_hdf5(path)
-        reason = "is damaged or cut off" if damaged else "is not an HDF5 file"
-        raise UserError(f"{path}: {reason} ({str(error).splitlines()[0]})") from error
+    with open_hdf5(path) as file:
+        _check(file, Path(path))
+        yield file
+
+
+def read_rows(path: str | Path) -> tuple[CrystalBatch, dict[str, np.ndarray], dict[int, str]]:
+    """Crystals, columns, and which rows are no crystals with the reason: for an import, which leaves those out.
+
+    Raises:
+        UserError: as `read_crystals`, but not for rows.
+    """
+    with open_crystals(path) as file:
+        rows = slice(0, len(file["space_group"]))
+        crystals = _read_slice(file, rows)
+        columns = {name: _read_column(data) for name, data in _columns(file).items()}
+        return crystals, columns, faults(crystals, columns["split"])
+
+
+def faults(crystals: CrystalBatch, split: np.ndarray) -> dict[int, str]:
+    """Rows that are no crystals, and why: numbers beyond their range, NaN in cell or coordinates.
+
+    Cells and distances may be impossible: a sampler draws such crystals too, and they are kept.
+    """
+    group, occupied = crystals.space_group, crystals.wyckoff > 0
+    exists = (group >= 1) & (group <= NUM_SPACE_GROUPS)
+    letters = tables().num_letters[torch.where(exists, group, 0)]
+    known = (crystals.wyckoff >= 0) & (crystals.wyckoff <= letters[:, None])
+    elements = (crystals.species >= 0) & (crystals.species < len(SYMBOLS)) & (occupied == (crystals.species > 0))
+    checks = {
+        f"space group not 1 to {NUM_SPACE_GROUPS}": exists,
+        "Wyckoff letter not of its space group": known.all(1),
+        f"atomic number not 1 to {len(SYMBOLS) - 1}": elements.all(1),
+        "coordinate not a number, or absurd": (crystals.frac_coords.abs() <= _LARGEST).flatten(1).all(1),
+        "cell not of numbers, or absurd": (crystals.lattice.abs() <= _LARGEST).all(1),
+        f"split not 0 to {len(SPLITS) - 1}": torch.from_numpy(np.isin(split, list(SPLITS.values()))),
+    }
+    found: dict[int, str] = {}
+    for reason, good in checks.items():
+        for row in (~good).nonzero()[:, 0].tolist():
+            found.setdefault(row, reason)
+    return found
 
 
 def split_code(name: str) -> int:
@@ -225,15 +269,24 @@ def _save(file: h5py.File, path: Path) -> None:
 def _check(file: h5py.File, path: Path) -> None:
     if file.attrs.get("format") != FORMAT:
         raise UserError(f"{path}: is HDF5 but not a file of crystals of cfrl; make one with `cfrl data import`")
-    version = int(file.attrs.get("schema_version", 0))
+    version = file.attrs.get("schema_version", 0)
     if version != SCHEMA_VERSION:
-        raise UserError(f"{path}: has schema version {version}, this cfrl reads {SCHEMA_VERSION}; update cfrl")
+        raise UserError(f"{path}: has schema version {version!s:.20}, this cfrl reads {SCHEMA_VERSION}; update cfrl")
+    for name, (kinds, *width) in _KINDS.items():
+        if file[name].dtype.kind not in kinds or list(file[name].shape[1:]) != width:
+            raise UserError(f"{path}: is damaged: {name} is {file[name].dtype} of shape {file[name].shape}")
     n, m = len(file["space_group"]), len(file["wyckoff"])
     lengths = [len(file["offsets"]) - 1, len(file["lattice"]), len(file["split"])]
     lengths += [len(column) for column in _columns(file).values()]
     sites = [len(file["species"]), len(file["frac_coords"]), int(file["offsets"][-1])]
     if any(length != n for length in lengths) or any(count != m for count in sites):
         raise UserError(f"{path}: is damaged: its columns differ in length")
+    for name, data in _columns(file).items():
+        if data.ndim != 1 or not (data.dtype.kind in "biuf" or h5py.check_string_dtype(data.dtype)):
+            raise UserError(f"{path}: is damaged: column {name} is {data.dtype} of shape {data.shape}")
+    counts = np.diff(file["offsets"][:].astype(np.int64), prepend=0)
+    if (counts < 0).any() or file["offsets"][0] != 0 or n * int(counts.max(initial=0)) > _PADDING * m + _SPARE:
+        raise UserError(f"{path}: is damaged: its offsets do not count sites")
 
 
 def _columns(file: h5py.File) -> dict[str, h5py.Dataset]:
@@ -247,31 +300,60 @@ def _group(file: h5py.File, name: str) -> dict[str, h5py.Dataset]:
 
 
 def _escape(name: str) -> str:
-    return name.replace("/", "%2F")
+    name = _storable(name).replace("/", "%2F")
+    return name if name.strip(".") else f"_{name}"  # to HDF5 dots are places, and no name is none
+
+
+def _texts(values: Any) -> np.ndarray:
+    return np.array([_storable(str(value)) for value in values], dtype=object)
+
+
+def _storable(text: str) -> str:
+    """Without what HDF5 cannot keep: zero bytes, and halves of characters."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_column(data: h5py.Dataset, rows: slice = slice(None)) -> np.ndarray:
     return data.asstr()[rows] if h5py.check_string_dtype(data.dtype) else data[rows]
 
 
+def _read_split(file: h5py.File, rows: slice = slice(None)) -> np.ndarray:
+    split = file["split"][rows]
+    bad = np.flatnonzero(~np.isin(split, list(SPLITS.values())))
+    if len(bad):
+        row = (rows.start or 0) + bad[0]
+        raise UserError(f"{file.filename}: row {row + 1}: split not 0 to {len(SPLITS) - 1}; {_remedy(file)}")
+    return split
+
+
+def _remedy(file: h5py.File) -> str:
+    return f"`cfrl data import {file.filename} -o NEW.h5` leaves such rows out"
+
+
 def _read(file: h5py.File, split: str | None, start: int, stop: int | None) -> CrystalBatch:
     start, stop, _ = slice(start, stop).indices(len(file["space_group"]))
     rows = slice(start, max(start, stop))
-    offsets = file["offsets"][rows.start : rows.stop + 1]
+    crystals, splits = _read_slice(file, rows), _read_split(file, rows)
+    for row, reason in faults(crystals, splits).items():
+        raise UserError(f"{file.filename}: row {start + row + 1}: {reason}; {_remedy(file)}")
+    return crystals if split is None else crystals[torch.from_numpy(splits == split_code(split))]
+
+
+def _read_slice(file: h5py.File, rows: slice) -> CrystalBatch:
+    offsets = file["offsets"][rows.start : rows.stop + 1].astype(np.int64)
     sites, counts = slice(offsets[0], offsets[-1]), np.diff(offsets)
     padded = {name: to_padded(file[name][sites], counts) for name in _PER_SITE}
-    crystals = CrystalBatch(
+    return CrystalBatch(
         space_group=_integers(file["space_group"][rows]),
         wyckoff=_integers(padded["wyckoff"]),
         species=_integers(padded["species"]),
         frac_coords=torch.from_numpy(padded["frac_coords"]),
         lattice=torch.from_numpy(file["lattice"][rows]),
         ids=_read_column(file["ids"], rows).tolist() if "ids" in file else None,
-        properties={k: torch.from_numpy(data[rows]) for k, data in _group(file, "properties").items()},
+        properties={
+            k: torch.from_numpy(data[rows].astype(np.float64)) for k, data in _group(file, "properties").items()
+        },
     )
-    if split is None:
-        return crystals
-    return crystals[torch.from_numpy(file["split"][rows] == split_code(split))]
 
 
 def _integers(values: np.ndarray) -> Tensor:
@@ -295,13 +377,13 @@ def _flatten(
         "split": np.zeros(n, np.uint8) if split is None else np.asarray(split, dtype=np.uint8),
     }
     if crystals.ids is not None:
-        datasets["ids"] = np.array(crystals.ids, dtype=object)
+        datasets["ids"] = _texts(crystals.ids)
     for name, values in {**crystals.properties, **columns}.items():
         values = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         if values.dtype.kind in "biuf":
             datasets[f"properties/{_escape(name)}"] = values.astype(np.float64)
         else:
-            datasets[f"text/{_escape(name)}"] = values.astype(object)
+            datasets[f"text/{_escape(name)}"] = _texts(values)
     for name, values in datasets.items():
         if name not in _PER_SITE and len(values) != n:
             raise ValueError(f"{name} has {len(values)} values for {n} crystals")

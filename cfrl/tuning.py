@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from cfrl.config import FinetuneConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.devices import choose_device
-from cfrl.distributions import SamplerOptions
+from cfrl.errors import UserError
 from cfrl.model import FACTORS, CrystalTransformer, load_model, model_path, save_model
 from cfrl.policy import GroupBaseline, floored_log_prob
 from cfrl.rewards import Reward
 from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
-from cfrl.sampler import parse_elements, parse_space_groups, space_group_prior
+from cfrl.sampler import sampler_options, space_group_prior
 from cfrl.storage import append_crystals, read_columns
 
 STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
+# The settings that a score depends on.
+SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", "scale_crystals"}
 
 
 class SpaceGroupPrior(nn.Module):
@@ -69,12 +71,12 @@ class Tuning:
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
+        self.settings = asdict(config)
         device = choose_device(config.device)
         self.base = load_model(config.model, device).requires_grad_(False)
         self.model = load_model(config.model, device)
-        elements = parse_elements(config.elements.split(",")) if config.elements else None
-        self.options = SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
-        shares = starting_shares(self.model, config.space_group, config.max_atoms)
+        self.options = sampler_options(config)
+        shares = space_group_prior(self.model, config.space_group, self.options.max_atoms)
         self.prior = SpaceGroupPrior(shares, config.learn_space_groups, config.space_group_floor).to(device)
         groups = [{"params": list(self.model.parameters()), "lr": config.lr, "peak": config.lr}]
         if config.learn_space_groups:
@@ -92,14 +94,21 @@ class Tuning:
 
     # ---- likelihoods: (n, 5) float64, the four factors of log P(C | G), and log P(G) where that is tuned ----
 
-    def log_probs(self, crystals: CrystalBatch) -> Tensor:
-        """Under the policy, with gradients."""
-        return self._columns(self.model.log_prob(crystals, self.options), crystals, self.prior.log_prob())
+    def nuclei(self, crystals: CrystalBatch) -> dict[str, Tensor]:
+        """What top-p keeps now, choice by choice: a step compares policies within it, else ratios are 0 or infinite."""
+        return self.model.nuclei(crystals, self.options)
+
+    def log_probs(self, crystals: CrystalBatch, nuclei: dict[str, Tensor]) -> Tensor:
+        """Under the policy within `nuclei`, with gradients."""
+        scores = self.model.log_prob(crystals, self.options, nuclei=nuclei)
+        return self._columns(scores, crystals, self.prior.log_prob())
 
     @torch.no_grad()
-    def log_probs_and_entropies(self, crystals: CrystalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Under the policy, and the entropy (n,) of each factor along the crystals."""
-        scores = self.model.log_prob(crystals, self.options, entropy=True)
+    def log_probs_and_entropies(
+        self, crystals: CrystalBatch, nuclei: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Under the policy within `nuclei`, and the entropy (n,) of each factor along the crystals."""
+        scores = self.model.log_prob(crystals, self.options, entropy=True, nuclei=nuclei)
         entropies = {name: scores[f"entropy/{name}"] for name in FACTORS}
         return self._columns(scores, crystals, self.prior.log_prob()), entropies
 
@@ -131,32 +140,40 @@ class Tuning:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         parts = {name: getattr(self, name).state_dict() for name in STATES}
-        return parts | {name: getattr(self, name) for name in NUMBERS}
+        return parts | {name: getattr(self, name) for name in NUMBERS} | {"settings": self.settings}
+
+    def changed(self, state: dict[str, Any]) -> set[str]:
+        """Settings of this object that differ from those that a state was made with (old states do not tell)."""
+        before = state.get("settings", {})
+        return {name for name, value in self.settings.items() if before.get(name, value) != value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the settings of this object stay, also where they differ from those of the state."""
+        """Go on from there. Where settings differ, this object's count, and what the others have shaped is left out.
+
+        Raises:
+            UserError: the state is of a model of another shape.
+        """
+        changed, parts = self.changed(state), set(STATES)
         peaks = [group["peak"] for group in self.optimiser.param_groups]
-        for name in STATES:
-            getattr(self, name).load_state_dict(state[name])
+        same_groups = torch.equal(state["prior"]["base"].cpu(), self.prior.base.cpu())
+        if not same_groups or len(state["optimiser"]["param_groups"]) != len(peaks):
+            parts -= {"prior", "optimiser"}
+        if changed & SCORING:
+            parts -= {"baseline"}
+        try:
+            for name in parts:
+                getattr(self, name).load_state_dict(state[name])
+        except RuntimeError as error:
+            raise UserError("the checkpoint holds a model of another shape than --model names") from error
         for group, peak in zip(self.optimiser.param_groups, peaks, strict=True):
             group["peak"] = peak
-        for name in NUMBERS:
-            setattr(self, name, state[name])
-
-
-def starting_shares(model: CrystalTransformer, space_group: str, max_atoms: int) -> Tensor:
-    """(231,) log-probabilities of the space groups before tuning; -inf where none is drawn.
-
-    Args:
-        space_group: "" (as the model was trained), "uniform" (over the groups it was trained on), or numbers.
-
-    Raises:
-        UserError: anything else, or groups that do not fit into `max_atoms`.
-    """
-    if space_group in ("", "uniform"):
-        shares = space_group_prior(model, None, max_atoms or None)
-        return torch.where(shares.isfinite(), 0.0, shares).log_softmax(0) if space_group else shares
-    return space_group_prior(model, parse_space_groups(space_group), max_atoms or None)
+        self.step, self.seconds = state["step"], state["seconds"]
+        if changed & SCORING:
+            self.memory.forget_scores()
+        else:
+            self.scale = state["scale"]
+        if self.settings["target_kl"] and "beta" not in changed:  # it has been adapted
+            self.beta = state["beta"]
 
 
 class RunLog:
@@ -170,15 +187,16 @@ class RunLog:
         self.run, self.tuning, self.reward = run, tuning, reward
         self.path = run.path / "rollouts.h5"
         self.waiting: list[tuple[CrystalBatch, list[str]]] = []
-        self.written = 0
+        self.written = self.saved = 0  # the last step of the rollouts, and of the checkpoint
 
     def restore(self) -> None:
         """Go on from the run's checkpoint, if there is one."""
         state = self.run.load_checkpoint()
         if state is not None:
             self.tuning.load_state_dict(state)
-            if self.reward is not None:
+            if self.reward is not None and "reward" not in self.tuning.changed(state):
                 self.reward.load_state_dict(state["reward"])
+        self.saved = self.tuning.step
         self.run.truncate(self.tuning.step)
         if self.path.exists():
             self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
@@ -201,5 +219,6 @@ class RunLog:
         if self.reward is not None:
             state["reward"] = self.reward.state_dict()
         self.run.save_checkpoint(state)
+        self.saved = self.tuning.step
         if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
             self.tuning.save_model(self.run.path / "model.safetensors")

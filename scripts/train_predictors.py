@@ -16,7 +16,7 @@ from rich.console import Console
 from cfrl.data import read_structures
 from cfrl.files import atomic_file
 from cfrl.potentials import Potential, load_potential
-from cfrl.predictor_training import PredictorOptions, card, parity_plot, save_figure, train
+from cfrl.predictor_training import PredictorOptions, card, parity_plot, prototypes_of, save_figure, train
 from cfrl.progress import progress_bar
 from cfrl.properties import ASSETS, describe
 
@@ -50,7 +50,7 @@ def main() -> None:
         files, column, unit, options = PREDICTORS[name]
         paths = [arguments.data / f"{file}.csv.gz" for file in files]
         parts = [known_rows(path, column, arguments.cache, potential, console) for path in paths]
-        x, values, formulas = (np.concatenate(part) for part in zip(*parts, strict=True))
+        x, values, formulas, prototypes = (np.concatenate(part) for part in zip(*parts, strict=True))
         header = {
             "target": name,
             "unit": unit,
@@ -60,7 +60,7 @@ def main() -> None:
             "notes": ["", SOURCES[name], "Rebuilt by `python scripts/train_predictors.py`."],
         }
         with progress_bar(f"{name}: epochs", options.epochs, console) as advance:
-            predictor, validation = train(x, values, formulas, options, header, advance)
+            predictor, validation = train(x, values, formulas, prototypes, options, header, advance)
         predictor.save(ASSETS / f"{name}.safetensors")
         (ASSETS / f"{name}.md").write_text(card(predictor), encoding="utf-8")
         save_figure(parity_plot(predictor, validation, name), arguments.cache)
@@ -69,8 +69,8 @@ def main() -> None:
 
 def known_rows(
     path: Path, column: str, cache: Path, potential: Potential, console: Console
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Descriptors (n, d), values (n,) and formulas (n,) of the rows that have a value and could be evaluated."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Descriptors (n, d), values, formulas and prototypes (n,) of the rows that have a value and could be evaluated."""
     structures, _, columns, _ = read_structures(path)
     values = np.array([float(v) if v not in ("", None) else np.nan for v in columns[column]])
     known = np.nonzero(np.isfinite(values))[0]
@@ -88,8 +88,9 @@ def known_rows(
             advance(start + len(rows))
     x = np.concatenate(pieces)
     usable = np.isfinite(x).all(1)
-    formulas = np.array([structures[i].composition.reduced_formula for i in known])
-    return x[usable], values[known][usable], formulas[usable]
+    some = [structures[i] for i in known[usable]]
+    formulas = [s.composition.reduced_formula for s in some]
+    return x[usable], values[known][usable], np.array(formulas), np.array(prototypes_of(some))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Rewards, formulas, predictors and datasets at fault, on the command line: one clear line each, and nothing lost."""
 
 import csv
+import os
+import pty
 import re
 import shutil
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,12 @@ import pytest
 import torch
 
 import cfrl
+from cfrl import interrupt
 from cfrl.cli import main
+from cfrl.errors import UserError
 from cfrl.properties import load_predictor
 from cfrl.rewards import registry
+from cfrl.rewards.trust import confirm_code
 from cfrl.rollouts import INVALID
 from cfrl.runs import RunFolder
 from cfrl.storage import read_columns, write_crystals
@@ -22,7 +29,29 @@ from tests.tiny import trained_model
 MINE = """
 import numpy as np
 
+import os, signal, sys, time
+from pathlib import Path
+
 calls = []
+Path("imported").touch()
+
+def leaves(crystals, structures):
+    sys.exit(0)
+
+def interrupts(crystals, structures):
+    raise KeyboardInterrupt
+
+def hidden(crystals, structures):
+    return np.ma.masked_array(np.arange(len(structures)), mask=np.arange(len(structures)) % 2)
+
+def hangs(crystals, structures):
+    calls.append(1)
+    if len(calls) > 2:
+        if len(calls) == 3 and Path("interrupt").exists():
+            os.kill(os.getpid(), signal.SIGINT)
+        while not Path("end").exists():
+            time.sleep(0.01)
+    return [len(s) for s in structures]
 
 def raises(crystals, structures):
     raise ZeroDivisionError("no pressure")
@@ -109,7 +138,7 @@ def test_rewards_that_cannot_be_built_leave_no_run(cfrl_command, reward, message
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"fails on every crystal: ZeroDivisionError: no pressure \(mine.py, line 7\) \(in step 1"),
+        ("raises", r"fails on every crystal: ZeroDivisionError: no pressure \(mine.py, line \d+\) \(in step 1"),
         ("wide", r"returned shape \(\d, 2\) instead of \(\d,\), one per crystal \(in step 1"),
         ("words", r"instead of numbers \(NaN marks what cannot be scored\) \(in step 1"),
     ],
@@ -135,9 +164,128 @@ def test_a_reward_that_breaks_on_the_way_loses_no_step(cfrl_command):
     (folder,) = Path("runs").iterdir()
     assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2}
     Path("mine.py").write_text(MENDED)
-    assert cfrl_command("finetune", "--resume", "last")[0] == 0
+    assert cfrl_command("finetune", "--resume", "last", "--trust")[0] == 0
     assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2, 3, 4}
     assert RunFolder.open(folder).finished
+
+
+@pytest.mark.parametrize("name", ["leaves", "interrupts"])
+def test_a_reward_cannot_end_the_program(cfrl_command, name):
+    """Not even with status 0."""
+    line = complaint(finetune(cfrl_command, "--reward", f"mine.py:{name}"))
+    assert re.search(rf"reward 'mine.py:{name}' ended the program \(\w+: 0?.*\(mine.py, line \d+\)\); it should", line)
+
+
+def test_a_module_cannot_end_the_program(cfrl_command):
+    Path("script.py").write_text("import sys\nsys.exit(0)\n")
+    line = complaint(finetune(cfrl_command, "--reward", "script.py:f"))
+    assert "script.py cannot be imported: SystemExit: 0" in line
+    assert not Path("runs").exists()
+
+
+def test_masked_values_are_no_scores(cfrl_command):
+    assert finetune(cfrl_command, "--reward", "mine.py:hidden")[0] == 0
+    (folder,) = Path("runs").iterdir()
+    columns = read_columns(folder / "rollouts.h5")
+    masked = np.array([reason == "mine.py:hidden: not a number" for reason in columns["status"]])
+    assert masked.any()
+    assert np.array_equal(masked, np.isnan(columns["mine.py:hidden"]))
+    assert (columns["mine.py:hidden"][~masked] % 2 == 0).all()
+
+
+def test_a_reward_that_hangs_is_given_up(cfrl_command):
+    """In the third step."""
+    line = complaint(finetune(cfrl_command, "--reward", "mine.py:hangs", "--reward-timeout", "2"))
+    Path("end").touch()
+    assert "reward 'mine.py:hangs' took longer than 2 s for" in line
+    assert "more time: --reward-timeout SECONDS (0: for ever) (in step 3; runs/" in line
+    (folder,) = Path("runs").iterdir()
+    assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2}
+    assert RunFolder.open(folder).load_checkpoint()["step"] == 2
+    assert cfrl_command("finetune", "--resume", "last", "--trust")[0] == 0
+    assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2, 3, 4}
+
+
+def test_one_ctrl_c_ends_a_run_whose_reward_hangs(cfrl_command, monkeypatch):
+    monkeypatch.setattr(interrupt, "GRACE", 0.5)
+    Path("interrupt").touch()
+    status, output, _ = finetune(cfrl_command, "--reward", "mine.py:hangs", "--reward-timeout", "0")
+    Path("end").touch()
+    assert status == 130
+    assert "Step 3 is lost: reward 'mine.py:hangs' did not end and was given up." in output
+    assert "Stopped after step 2. Go on with: cfrl finetune --resume runs/" in output
+    (folder,) = Path("runs").iterdir()
+    assert RunFolder.open(folder).load_checkpoint()["step"] == 2
+    assert set(read_columns(folder / "rollouts.h5")["step"]) == {1, 2}
+
+
+def test_a_process_ends_though_its_reward_does_not(model, tmp_path):
+    (tmp_path / "mine.py").write_text("def hangs(crystals, structures):\n    while True: pass\n")
+    command = f"-m cfrl finetune --reward mine.py:hangs --reward-timeout 1 --model {model} -n 4 --min-distance 0"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--no-plots"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "took longer than 1 s" in done.stderr
+
+
+# ---- code that a run folder names --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strange_run(cfrl_command) -> Path:
+    """A run of somebody else, whose reward is a file beside it."""
+    assert finetune(cfrl_command, "--reward", "density")[0] == 0
+    (folder,) = Path("runs").iterdir()
+    settings = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(settings.replace('reward = "density"', "reward = \"density + 'mine.py:late'\""))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["finetune --resume last", "retrieve --dataset prototypes --samples 0"])
+def test_code_that_a_run_names_is_not_run_unasked(cfrl_command, strange_run, command):
+    line = complaint(cfrl_command(*command.split()))
+    told = f"names a reward that is code: mine.py:late ({Path('mine.py').resolve()})"
+    assert told in line
+    assert line.endswith("look into it, then run it with --trust\n")
+    assert not Path("imported").exists()
+    assert len(list(Path("runs").iterdir())) == 1
+    Path("mine.py").write_text(MINE.replace("< 3", "< 300"))
+    status, _, errors = cfrl_command(*command.split(), "--trust")
+    assert (status, told in errors, Path("imported").exists()) == (0, True, True)
+
+
+def test_a_reward_that_the_user_names_is_run(cfrl_command, strange_run):
+    Path("mine.py").write_text(MENDED)
+    assert cfrl_command("finetune", "--resume", "last", "--steps", "5", "--reward", "mine.py:late")[0] == 0
+
+
+def test_figures_of_a_strange_run_need_no_code(cfrl_command, strange_run):
+    assert cfrl_command("report", str(strange_run))[0] == 0
+    assert cfrl_command("sample", "-n", "2", "--keep-invalid", "--model", str(strange_run), "-o", "a.csv")[0] == 0
+    assert cfrl_command("retrieve", "--dataset", "prototypes", "--samples", "0", "--reward-crystals", "0")[0] == 0
+    assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize(("answer", "trusted"), [("y", True), ("yes", True), ("", False), ("n", False), ("yep", False)])
+def test_a_user_at_a_terminal_is_asked(cfrl_command, monkeypatch, answer, trusted):
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    with os.fdopen(os.dup(terminal)) as stdin, os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with nullcontext() if trusted else pytest.raises(UserError, match="the code was not run"):
+            confirm_code("density - 'mine:late'", "runs/x/config.toml", trust=False)
+    asked = os.read(keyboard, 4096).decode()
+    os.close(keyboard)
+    assert f"mine:late ({Path('mine.py').resolve()})" in asked
+    assert "Run it? [y/N]" in asked
+    assert not Path("imported").exists()
+
+
+@pytest.mark.parametrize("reward", ["ehull", "density - 2*'property:missing.safetensors'", "only(band_gap, hhi < 3)"])
+def test_what_is_no_code_needs_no_trust(reward):
+    confirm_code(reward, "config.toml", trust=False)
 
 
 def test_a_predictor_trained_on_other_features(cfrl_command):

@@ -9,6 +9,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -61,20 +62,26 @@ def test_bash(type_in, tmp_path):
 
 def test_only_what_the_commands_accept():
     from cfrl.fetch import SOURCES
+    from cfrl.flags import FLAGS
     from cfrl.model import PRESETS
     from cfrl.policy import ALGORITHMS
     from cfrl.properties import BUILT_IN
     from cfrl.retrieve import RANKINGS
     from cfrl.rewards import all_rewards
     from cfrl.screen import DFT_SETS
+    from cfrl.storage import SPLITS
 
     def offered(section: str, name: str) -> set[str]:
-        return set(config.SECTIONS[section].__dataclass_fields__[name].metadata["choices"])
+        cls = config.SECTIONS[section]
+        closed = config.choices(get_type_hints(cls)[name])
+        return set(closed or cls.__dataclass_fields__[name].metadata["choices"])
 
-    assert offered("pretrain", "preset") <= set(PRESETS)
+    assert offered("pretrain", "preset") == set(PRESETS)
     assert offered("pretrain", "dataset") - {"prototypes"} <= set(SOURCES)
     assert offered("finetune", "algorithm") == set(ALGORITHMS)
     assert offered("finetune", "reward") == {r.name for r in all_rewards() if r.function.__module__.startswith("cfrl.")}
     assert offered("screen", "properties") - {"all"} == set(BUILT_IN)
+    assert offered("screen", "allow") == set(FLAGS)
     assert offered("screen", "dft") == set(DFT_SETS)
     assert offered("retrieve", "rank") == set(RANKINGS)
+    assert offered("retrieve", "split") == set(SPLITS)

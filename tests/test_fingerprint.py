@@ -8,7 +8,7 @@ from pymatgen.core import Element, Lattice, Structure
 
 from cfrl import fingerprint
 from cfrl.crystal import CrystalBatch
-from cfrl.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes
+from cfrl.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes, varied
 
 ELEMENTS = [Element(symbol) for symbol in ("O", "Ti", "Ba", "Na")]
 
@@ -136,6 +136,29 @@ def test_prototype_forgets_the_elements_only() -> None:
     rock_salt, other, zincblende = prototypes(batch)
     assert rock_salt == other == "225|a b"
     assert zincblende.startswith("216|")
+
+
+def test_varied_crystals_share_neither_formula_nor_prototype() -> None:
+    def crystal(group: str, length: float, *sites: tuple[str, float]) -> Structure:
+        lattice = Lattice.cubic(length)
+        return Structure.from_spacegroup(group, lattice, [z for z, _ in sites], [[x] * 3 for _, x in sites])
+
+    lithium, copper, sodium = (("Li", 0.0),), (("Cu", 0.0),), (("Na", 0.0),)
+    slightly_off = Structure(Lattice.tetragonal(3.4, 3.5), ["Li"] * 2, [[0, 0, 0], [0.5, 0.5, 0.52]])
+    salt = (("Na", 0.0), ("Cl", 0.5))
+    batch = CrystalBatch.from_structures(
+        [
+            crystal("Im-3m", 3.4, *lithium),
+            crystal("Fm-3m", 4.3, *lithium),
+            slightly_off,
+            crystal("Im-3m", 4.2, *sodium),  # the prototype of the first
+            crystal("Fm-3m", 3.6, *copper),  # that of the second, which is not in the list
+            crystal("Fm-3m", 5.6, *salt),
+            crystal("Pm-3m", 3.4, *salt),
+        ]
+    )
+    assert varied(batch).tolist() == [0, 4, 5]
+    assert varied(batch[:0]).tolist() == []
 
 
 def test_mirror_images_are_one_crystal() -> None:

@@ -39,7 +39,7 @@ def test_a_hull_holds_the_potentials_energies_of_the_phases_near_it(dataset, tmp
     hull = build_hull([str(dataset)], tmp_path / "hull.h5", workers=1)
     potential = load_potential("chgnet", "cpu")
     assert len(hull) == 3  # one rock salt, and not the stretched one
-    assert hull.energy_scale == potential.name
+    assert hull.energy_scale == potential.energy_scale == "mp2020"
     energy = potential.compute([rock_salt(5.6)]).energy
     np.testing.assert_allclose(hull.e_above_hull(["NaCl"], energy).e_above_hull, [0.0], atol=1e-5)
     assert len(ReferenceHull.load(tmp_path / "hull.h5")) == 3
@@ -47,10 +47,10 @@ def test_a_hull_holds_the_potentials_energies_of_the_phases_near_it(dataset, tmp
 
 
 def test_gaps_are_filled_from_another_reference(dataset, tmp_path):
-    (tmp_path / "other.csv").write_text("formula,energy_per_atom\nNa3Cl,-9\nNaCl,-9\nNaCl5,9\n")
+    (tmp_path / "other.csv").write_text("formula,energy_per_atom\nNa3Cl,-2.6\nNaCl,-9\nNaCl5,9\nNaCl3,-9\n")
     hull = build_hull([str(dataset)], tmp_path / "hull.h5", fill=str(tmp_path / "other.csv"), workers=1)
-    assert len(hull) == 3  # sodium, chlorine, and Na3Cl, which puts our own NaCl far above the hull
-    np.testing.assert_allclose(hull.e_above_hull(["Na3Cl"], [-9.0]).e_above_hull, [0.0], atol=1e-6)
+    assert len(hull) == 4  # sodium, chlorine, rock salt and Na3Cl; not NaCl3, which puts rock salt far above the hull
+    np.testing.assert_allclose(hull.e_above_hull(["Na3Cl"], [-2.6]).e_above_hull, [0.0], atol=1e-6)
 
 
 def test_relaxing_lowers_what_is_near_the_hull(dataset, tmp_path):

@@ -257,14 +257,14 @@ def test_evaluations_slice_and_join(chgnet):
     assert Evaluation.cat([chgnet.compute([salt()])]).forces is None
 
 
-@pytest.mark.parametrize("name", ["chgnett", "chgnet:9.9", "mace:", "mace:no/such.model", ""])
+@pytest.mark.parametrize("name", ["chgnett", "chgnet:9.9", "mace:", "mace:no/such.model", "", "chgnet@pbe"])
 def test_unknown_potentials_are_told_in_one_line(name):
     with pytest.raises(UserError) as caught:
         load_potential(name, "cpu")
     assert "\n" not in str(caught.value)
 
 
-MACE_ELEMENTS = [8, 11, 17, 22, 38]
+MACE_ELEMENTS = [3, 8, 9, 11, 14, 17, 22, 26, 27, 38]
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,9 @@ def mace_network():
 def mace(mace_network, tmp_path_factory):
     path = tmp_path_factory.mktemp("mace") / "tiny.model"
     torch.save(mace_network, path)
-    return load_potential(f"mace:{path}", "cpu")
+    potential = load_potential(f"mace:{path}", "cpu")
+    potential.path = path
+    return potential
 
 
 def test_mace_agrees_with_its_own_calculator(mace, mace_network):
@@ -329,6 +331,88 @@ def test_mace_agrees_with_its_own_calculator(mace, mace_network):
         np.testing.assert_allclose(result.features[i, -16:], descriptors.max(0), atol=1e-5)
     assert np.abs(result.forces[1]).max() > 0.01
     assert np.abs(result.stress[0]).max() > 1e-4
+
+
+built = Structure.from_spacegroup
+HEMATITE = built("R-3c", Lattice.hexagonal(5.04, 13.75), ["Fe", "O"], [[0, 0, 0.3553], [0.3059, 0, 0.25]])
+LAYERS = [[0, 0, 0], [1 / 3, 2 / 3, 0.25], [1 / 3, 2 / 3, 0.65]]
+PEROXIDE = built("P6_3/mmc", Lattice.hexagonal(3.16, 7.69), ["Li", "Li", "O"], LAYERS)
+RUTILE = built("P4_2/mnm", Lattice.tetragonal(4.7, 3.18), ["Co", "F"], [[0, 0, 0], [0.306, 0.306, 0]])
+SILICON = built("Fd-3m", Lattice.cubic(5.43), ["Si"], [[0, 0, 0]])
+# Wang et al. 2021, eV per atom that bears the correction
+CORRECTIONS = [
+    (HEMATITE, {"Fe": 5.3}, (2 * -2.256 + 3 * -0.687) / 5),
+    (PEROXIDE, {}, 2 * -0.465 / 4),
+    (salt(), {}, -0.614 / 2),
+    (RUTILE, {"Co": 3.32}, (-1.638 + 2 * -0.462) / 3),
+    (SILICON, {}, 0.0),
+]
+
+
+def test_a_model_of_raw_energies_gets_pymatgens_corrections(mace):
+    """The file does not say what it was trained on; declared as raw, it is on the hull's scale."""
+    from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
+    from pymatgen.entries.computed_entries import ComputedStructureEntry
+
+    raw = load_potential(f"mace:{mace.path}@mp-raw", "cpu")
+    assert (mace.energy_scale, raw.energy_scale) == ("mace-tiny", "mp2020")
+    structures = [structure for structure, _, _ in CORRECTIONS]
+    own, shifted = (p.compute(structures, forces=True, features=True) for p in (mace, raw))
+    assert shifted.status == [""] * 5
+    np.testing.assert_allclose(shifted.energy - own.energy, [value for _, _, value in CORRECTIONS], atol=1e-6)
+    scheme = MaterialsProject2020Compatibility(check_potcar=False)
+    for structure, hubbards, value in CORRECTIONS:
+        parameters = {"run_type": "GGA+U" if hubbards else "GGA", "hubbards": hubbards}
+        entry = scheme.process_entry(ComputedStructureEntry(structure, -1.0, parameters=parameters))
+        assert entry.correction_per_atom == pytest.approx(value, abs=1e-6)
+    np.testing.assert_allclose(shifted.uncorrected, own.energy, atol=1e-6)  # what predictors see
+    np.testing.assert_array_equal(shifted.forces[0], own.forces[0])
+    np.testing.assert_allclose(shifted[[1, 3]].correction, [CORRECTIONS[1][2], CORRECTIONS[3][2]])
+    assert np.isnan(raw.compute([salt(), BROKEN["Po"]]).energy).tolist() == [False, True]
+
+
+def test_a_relaxation_is_corrected_at_its_end(mace):
+    from cfrl.relax import relax
+
+    raw = load_potential(f"mace:{mace.path}@mp-raw", "cpu")
+    own, shifted = (relax([salt(5.5)], potential, steps=3) for potential in (mace, raw))
+    assert shifted.energy[0] - own.energy[0] == pytest.approx(-0.614 / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("chgnet", "mp2020"),
+        ("chgnet:r2scan", "r2scan"),
+        ("mace:medium", "mp2020"),
+        ("mace:medium-mpa-0", "mp2020"),
+        ("mace:medium-omat-0", "mace-medium-omat-0"),
+        ("mace:medium-omat-0@mp-raw", "mp2020"),
+        ("mace:some/own.model", "mace-own"),
+        ("mace:some/own.model@mp2020", "mp2020"),
+        ("mace:a@b/own.model", "mace-own"),
+    ],
+)
+def test_energy_scales_are_known_by_name(name, scale):
+    from cfrl.hull import ReferenceHull
+    from cfrl.potentials import check_scale
+
+    hull = ReferenceHull.from_compositions(["Li"], [-2.0], scale)
+    check_scale(name, hull)
+    check_scale(name, ReferenceHull.from_compositions(["Li"], [-2.0]))  # of unknown origin
+    hull.energy_scale = "another"
+    with pytest.raises(UserError, match=scale) as caught:
+        check_scale(name, hull)
+    assert "cfrl data hull" in str(caught.value)
+    assert "@mp-raw" in str(caught.value)
+
+
+def test_names_tell_energies_with_corrections_from_those_without():
+    from cfrl.potentials import full_name
+
+    assert full_name("mace:medium") == "mace:medium@mp-raw"
+    assert full_name("mace:own.model") == "mace:own.model"
+    assert full_name("chgnet") == "chgnet"
 
 
 def test_mace_reduces_centred_cells(mace):

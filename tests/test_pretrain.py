@@ -72,6 +72,63 @@ def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
     assert a["train/loss"] == b["train/loss"]
 
 
+def rows(run: RunFolder) -> dict[str, list[float]]:
+    """What metrics.csv says, but for the clock's part."""
+    return {name: values for name, values in run.metrics().items() if name != "crystals_per_second"}
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_kill_at_the_end_of_an_epoch_loses_neither_row_nor_model(dataset, monkeypatch, epochs, older):
+    """Older versions wrote their checkpoint before the epoch's row and model; such runs go on as well."""
+    config = settings(dataset, preset="tiny", epochs=epochs, checkpoint_minutes=0.0)
+    straight = pretrain(config, root="straight")
+
+    def killed(self):
+        if older:
+            self.save()
+        raise SystemExit
+
+    training_metrics = Trainer._training_metrics
+    monkeypatch.setattr(Trainer, "_training_metrics", killed)
+    with pytest.raises(SystemExit):
+        pretrain(config, root="killed")
+    monkeypatch.setattr(Trainer, "_training_metrics", training_metrics)
+    folder = next(Path("killed").iterdir())
+    assert (folder / "checkpoint.pt").exists()
+    resumed = pretrain(resume=folder)
+    assert resumed.finished
+    assert rows(resumed) == rows(straight)
+    one, two = (load_model(run.path).state_dict() for run in (straight, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_ctrl_c_in_the_last_step_of_an_epoch_keeps_its_row(dataset, monkeypatch):
+    config = settings(dataset, preset="tiny", epochs=2)
+    straight = pretrain(config, root="straight")
+    accumulate = Trainer._accumulate
+
+    def interrupted(self, crystals, batch_size):
+        accumulate(self, crystals, batch_size)
+        if self.step == self.batches_per_epoch - 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, root="halved")
+    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
+    run = RunFolder.open(next(Path("halved").iterdir()))
+    assert run.metrics()["epoch"] == [1]
+    load_model(run.path)
+    assert rows(pretrain(resume=run.path)) == rows(straight)
+
+
+def test_weights_are_not_ruined_by_a_gradient_that_is_not_finite(dataset):
+    with pytest.raises(UserError, match=r"step \d+: the gradient is not finite; lower lr = 1e\+30"):
+        pretrain(settings(dataset, preset="tiny", lr=1e30, warmup=0))
+    assert not RunFolder.open(next(Path("runs").iterdir())).finished
+
+
 def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
     command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "small"]
     command += ["--epochs", "5000", "--batch-size", "16", "--checkpoint-minutes", "0.01"]

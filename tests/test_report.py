@@ -4,24 +4,29 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pymatgen.core import Lattice, Structure
 
-from cfrl.config import RetrieveConfig, ScreenConfig
+from cfrl import monitor
+from cfrl.config import FinetuneConfig, RetrieveConfig, ScreenConfig
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
 from cfrl.errors import UserError
-from cfrl.figures import Figure, PeriodicTable, Series, histogram, pareto_front, place
-from cfrl.page import Page, scene, space_group_symbol, subscripts
+from cfrl.figures import Figure, PeriodicTable, Series, histogram, pareto, pareto_front, place
+from cfrl.fingerprint import fingerprints
+from cfrl.page import Page, number_text, scene, space_group_symbol, subscripts
 from cfrl.report import newest_reportable, write_report
 from cfrl.retrieve import retrieve
+from cfrl.rewards import RewardContext, build_reward
 from cfrl.runs import RunFolder
 from cfrl.screen import screen
-from cfrl.storage import write_crystals
+from cfrl.storage import append_crystals, read_columns, write_crystals
 from tests.tiny import tuned_run
 
 HOSTILE = '</script><script>document.title="broken"</script>'
@@ -164,6 +169,12 @@ def test_the_filter_hides_rows(browser, reports):
 # ---- the files
 
 
+def figures_of(run: RunFolder) -> dict[str, dict]:
+    """The figures of a written report, as plotly gets them."""
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text).group(1))["figures"]
+
+
 def test_report_is_one_file_that_names_no_other(reports):
     for run in reports.values():
         text = (run.path / "report.html").read_text(encoding="utf-8")
@@ -199,12 +210,90 @@ def test_any_run_with_metrics_has_a_report(tmp_path):
         write_report(run)
     for step in range(3):
         run.log(step, {"loss/train": 3.0 - step, "loss/validation": float("nan"), "lr": 1e-3})
-    text = write_report(run).read_text(encoding="utf-8")
-    figures = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text).group(1))[
-        "figures"
-    ]
+    write_report(run)
+    figures = figures_of(run)
     assert set(figures) == {"loss", "lr"}
     assert figures["loss"]["data"][0]["y"] == [3, 2, 1]
+
+
+# ---- fine-tuning
+
+
+def scored_run(folder, reward: str, before: CrystalBatch, after: CrystalBatch) -> RunFolder:
+    """A run folder as fine-tuning leaves it, of crystals that a reward really scored, one metrics row per half."""
+    run = RunFolder.create("finetune", config=FinetuneConfig(reward=reward), root=folder)
+    score = build_reward(reward, context=RewardContext(device=torch.device("cpu")))
+    for step, (name, crystals) in enumerate((("before", before), ("after", after)), 1):
+        result = score(crystals)
+        terms = {name: torch.as_tensor(values) for name, values in result.terms.items()}
+        known = {"reward": torch.as_tensor(result.total), "valid": torch.ones(len(crystals)).double(), **terms}
+        crystals = replace(crystals, properties=known)
+        write_crystals(run.path / f"{name}.h5", crystals, columns={"status": result.status})
+        steps = torch.full((len(crystals),), float(step), dtype=torch.float64)
+        rows = replace(crystals, properties={**known, "step": steps})
+        append_crystals(run.path / "rollouts.h5", rows, columns={"status": result.status})
+        means = {f"reward/{term}": float(np.nanmean(result.terms[term])) for term in result.terms}
+        run.log(step, {"reward/mean": 1e6 * step, "valid": 0.125, "unique": 0.375, "kl": 2.0 * step, **means})
+    return run
+
+
+def test_the_first_reward_of_the_readme_has_its_pareto_plot(tmp_path):
+    """The two quantities are parts of one term, and the report says of them what progress plots do."""
+    crystals = load_dataset("prototypes")
+    oxides = crystals[((crystals.species == 8).any(1) & (crystals.num_sites <= 4)).numpy()][:24]
+    run = scored_run(tmp_path, "dielectric_bandgap", oxides[:12], oxides[12:])
+    monitor.plot(run)
+    write_report(run)
+    assert (run.path / "pareto.png").stat().st_size > 5000
+    assert (run.path / "plots" / "pareto.svg").exists()
+    drawn = figures_of(run)["pareto"]["data"]
+    for traces, name in ((drawn[:2], "before.h5"), (drawn[2:], "after.h5")):
+        columns = read_columns(run.path / name)
+        gap, eps = (columns[f"dielectric_bandgap/{part}"] for part in ("band_gap", "dielectric"))
+        assert traces[0]["x"] == pytest.approx(gap)
+        assert traces[0]["y"] == pytest.approx(eps)
+        assert traces[1]["x"] == pytest.approx(gap[pareto_front(gap, eps)])
+
+
+@pytest.mark.parametrize(
+    ("gap", "eps"),
+    [("band_gap", "dielectric(kind=electronic)"), ("dielectric_bandgap(kind=total)/band_gap", "a/dielectric")],
+)
+def test_pareto_terms_are_found_by_their_names(gap, eps):
+    columns = {"reward": np.zeros(3), "dielectric_bandgap": np.ones(3), gap: np.arange(3.0), eps: np.arange(2.0, 5)}
+    figure = pareto({"before": columns, "after": columns})
+    assert figure.series[0].x.tolist() == [0, 1, 2]
+    assert figure.series[0].y.tolist() == [2, 3, 4]
+    del columns[eps]
+    assert pareto({"before": columns, "after": columns}) is None
+
+
+def test_headline_is_of_fresh_crystals_not_of_single_batches(tmp_path):
+    crystals = load_dataset("prototypes")[:40]
+    repeated = crystals[[*range(20), *range(20)]]
+    run = scored_run(tmp_path, "density", crystals, repeated)
+    before, after = (float(c.densities().double().mean()) for c in (crystals, repeated))
+    text = write_report(run).read_text(encoding="utf-8")
+    tiles = dict((name, value) for value, name in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
+    unique = len(set(fingerprints(crystals))) / 40, len(set(fingerprints(repeated))) / 40
+    assert tiles["mean reward, fresh crystals"] == f"{number_text(before)} → {number_text(after)}"
+    assert tiles["unique, fresh crystals"] == f"{number_text(unique[0])} → {number_text(unique[1])}"
+    assert tiles["valid, fresh crystals"] == "1 → 1"
+    for name in ("before.h5", "after.h5"):
+        (run.path / name).unlink()
+    text = write_report(run).read_text(encoding="utf-8")
+    assert f"{number_text(1e6)} → {number_text(2e6)}" in text  # of the steps, where there is nothing better
+
+
+def test_the_best_crystals_are_not_one_element_eight_times(tmp_path, capsys):
+    sites = [("Im-3m", [0, 0, 0]), ("Fm-3m", [0, 0, 0]), ("Pm-3m", [0, 0, 0]), ("Fd-3m", [0, 0, 0])]
+    lithium = [Structure.from_spacegroup(g, Lattice.cubic(4 + i), ["Li"], [x]) for i, (g, x) in enumerate(sites)]
+    crystals = CrystalBatch.cat([CrystalBatch.from_structures(lithium), load_dataset("prototypes")[:30]])
+    run = scored_run(tmp_path, "0 - density", crystals, crystals)
+    monitor.summarise(run)
+    shown = capsys.readouterr().out.partition("Best crystals")[2].splitlines()
+    assert sum(line.split()[:1] == ["Li"] for line in shown) == 1
+    assert write_report(run).read_text(encoding="utf-8").count("<h3>Li</h3>") == 1
 
 
 # ---- parts

@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 import weakref
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -16,14 +18,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from cfrl.config import RetrieveConfig
+from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config, to_toml
 from cfrl.crystal import CrystalBatch
 from cfrl.data import load_dataset
+from cfrl.distributions import SamplerOptions
 from cfrl.errors import UserError
 from cfrl.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
-from cfrl.model import FACTORS, CrystalTransformer
+from cfrl.model import FACTORS, CrystalTransformer, load_model, save_model
 from cfrl.retrieve import Meetings, discovery_curve, log_ratios, meet, rank, retrieve
-from cfrl.sampler import draw
+from cfrl.sampler import draw, sample
 from cfrl.storage import read_crystals, write_crystals
 from tests.tiny import SIZES, tuned_run
 
@@ -289,6 +292,77 @@ def test_defaults_take_the_newest_run_its_base_and_the_bases_dataset(run, tmp_pa
     assert best.formulas() == [row["formula"] for row in rows]
     assert "newest fine-tuning run" in text.getvalue()
     assert rows[0]["id"] in text.getvalue()
+
+
+def tuned_with(run, folder, **settings):
+    """A copy of a run, as if it had been made with these settings."""
+    copy = Path(shutil.copytree(run.path, folder / run.path.name))
+    config = replace(read_run_config(FinetuneConfig, copy / "config.toml"), **settings)
+    (copy / "config.toml").write_text(to_toml({"finetune": config}))
+    return copy
+
+
+def test_ratios_and_draws_are_those_of_the_runs_own_sampler(run, tmp_path, prototypes, monkeypatch):
+    folder = tuned_with(
+        run, tmp_path, elements="Na,Cl,O,Ti,Mg", max_atoms=24, temperature=0.7, top_p=0.999, space_group="225,1,2"
+    )
+    options = SamplerOptions(0.7, 0.999, (8, 11, 12, 17, 22), 24)
+    drawn = []
+    monkeypatch.setattr("cfrl.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    made = retrieve(
+        RetrieveConfig(run=str(folder), dataset="prototypes", samples=300, reward_crystals=0, top=5, device="cpu"),
+        root=tmp_path / "runs",
+    )
+    tuned, base = load_model(folder), load_model(run.path.parents[1] / "base.safetensors")
+    with h5py.File(made.path / "ranking.h5") as file:
+        columns = {name: file[name][:] for name in ("log_prob", "log_prob_base", "log_ratio", "rank")}
+    fits = prototypes[prototypes.num_sites < SIZES.max_sites]
+    with torch.no_grad():
+        new = sum(x.double() for x in tuned.log_prob(fits, options).values()).numpy()
+        old = sum(x.double() for x in base.log_prob(fits, replace(options, top_p=1.0)).values()).numpy()
+    possible = (new > -1e9) & (old > -1e9)
+    allowed = torch.tensor([0, *options.elements])
+    assert all(torch.isin(fits.species, allowed).all(1).numpy()[possible])
+    assert (columns["rank"] > 0).sum() == possible.sum() > 0
+    ranked = columns["rank"] > 0
+    assert columns["log_prob"][ranked] == pytest.approx(new[possible], abs=1e-6)
+    assert columns["log_ratio"][ranked] == pytest.approx((new - old)[possible], abs=1e-6)
+    for crystals in drawn:
+        assert torch.isin(crystals.species, allowed).all()
+        assert crystals.num_atoms.max() <= 24
+        assert set(crystals.space_group.tolist()) <= {225, 1, 2}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_draws_and_joint_ratio_use_the_runs_own_shares(run, tmp_path, learned, monkeypatch):
+    """A run that began from all space groups alike; where it tuned the shares, the model file holds them."""
+    folder = tuned_with(run, tmp_path, space_group="uniform", learn_space_groups=learned)
+    tuned, base = load_model(folder), load_model(run.path.parents[1] / "base.safetensors")
+    base.space_group_log_prob.copy_(torch.full((231,), -torch.inf).index_fill(0, torch.tensor([225, 221]), 0.0))
+    base.space_group_log_prob[[225, 221]] = torch.tensor([0.99, 0.01]).log()
+    tuned.space_group_log_prob.copy_(base.space_group_log_prob)
+    if learned:
+        tuned.space_group_log_prob[[225, 221]] = torch.tensor([0.2, 0.8]).log()
+    save_model(base, tmp_path / "base.safetensors")
+    save_model(tuned, folder / "model.safetensors")
+    drawn = []
+    monkeypatch.setattr("cfrl.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    config = RetrieveConfig(run=str(folder), base=str(tmp_path / "base.safetensors"), dataset="prototypes")
+    made = retrieve(replace(config, samples=400, reward_crystals=0, device="cpu"), root=tmp_path / "runs")
+    share = [float((crystals.space_group == 221).double().mean()) for crystals in drawn]
+    assert share == pytest.approx([0.8 if learned else 0.5, 0.5], abs=0.1)
+    with h5py.File(made.path / "ranking.h5") as file:
+        gain, group = file["log_ratio_joint"][:] - file["log_ratio"][:], file["space_group"][:]
+    known = np.isfinite(gain)
+    assert set(group[known]) == {221, 225}
+    assert gain[known & (group == 221)] == pytest.approx(math.log(0.8 / 0.5) if learned else 0, abs=1e-5)
+
+
+def test_a_run_that_can_draw_none_of_the_dataset_is_told_so(run, tmp_path):
+    folder = tuned_with(run, tmp_path, elements="Og")
+    config = RetrieveConfig(run=str(folder), dataset="prototypes", samples=0, reward_crystals=0, device="cpu")
+    with pytest.raises(UserError, match="none of the dataset's 286 crystals can be drawn"):
+        retrieve(config, root=tmp_path / "runs")
 
 
 def test_labels_change_the_verdict_and_nothing_else(run, tmp_path, prototypes):

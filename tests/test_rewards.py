@@ -12,7 +12,9 @@ from pymatgen.core import Lattice, Structure
 from typer.testing import CliRunner
 
 import cfrl
+from cfrl import stages
 from cfrl.crystal import CrystalBatch
+from cfrl.data import load_dataset
 from cfrl.errors import UserError
 from cfrl.hull import ReferenceHull
 from cfrl.potentials import load_potential
@@ -101,12 +103,16 @@ def test_supply_and_price_against_pymatgen(crystals: CrystalBatch, structures: l
     np.testing.assert_allclose(terms["hhi"], [HHIModel().get_hhi(f)[1] for f in formulas])
 
 
-def test_charge_neutral() -> None:
-    cell = Lattice.cubic(4.2)
-    pairs = [("Na", "Cl"), ("Na", "Mg"), ("Cl", "O")]
-    batch = CrystalBatch.from_structures([Structure(cell, pair, [[0, 0, 0], [0.5] * 3]) for pair in pairs])
-    assert build_reward("charge_neutral")(batch).total.tolist()[:2] == [1, 0]
-    assert build_reward("charge_neutral(alloys=True)")(batch).total.tolist()[:2] == [1, 1]
+def test_charge_neutral_is_what_screening_calls_so() -> None:
+    """On real crystals: screening's neutral ones earn 1, and with alloys its alloys as well."""
+    structures = load_dataset("prototypes").to_structures()
+    batch = CrystalBatch.from_structures(structures)
+    records = stages.check(structures, stages.ANY, 0.01)
+    neutral, alloy = (np.array([record[name] for record in records]) for name in ("charge_neutral", "alloy"))
+    assert 20 < neutral.sum() < len(neutral)
+    assert 20 < alloy.sum() < len(alloy)
+    np.testing.assert_array_equal(build_reward("charge_neutral")(batch).total, neutral)
+    np.testing.assert_array_equal(build_reward("charge_neutral(alloys=True)")(batch).total, neutral | alloy)
 
 
 def test_ehull_is_energy_minus_hull(crystals, structures, context, hull, chgnet) -> None:
@@ -127,11 +133,11 @@ def test_far_below_the_hull_and_in_unknown_systems_there_is_no_prize(crystals, c
     context = RewardContext(chgnet, ReferenceHull.from_compositions(list(poor), list(poor.values()), "chgnet-0.3.0"))
     result = build_reward("ehull", context=context)(crystals[:1])
     assert -0.3 < result.terms["ehull"][0] < -0.1, "the column holds the distance itself"
-    assert result.terms["ehull/spread"][0] == pytest.approx(0.1 / 2.25)  # two compounds known
+    assert result.terms["ehull/spread"][0] == pytest.approx(0.1 / 2.36)  # two compounds known
     assert result.total[0] == pytest.approx(-BEST)
     close = build_reward("ehull", context=RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.1)))(crystals[:1])
     assert close.terms["ehull"][0] == pytest.approx(-0.1, abs=1e-4)
-    assert close.total[0] == pytest.approx(-(0.4 - 0.1), abs=1e-4), "no compound known: 0.4 eV/atom of doubt"
+    assert close.total[0] == pytest.approx(-(0.1 / 0.36 - 0.1), abs=1e-4), "no compound known: 0.28 eV/atom of doubt"
     free = RewardContext(chgnet, _shifted(crystals[:1], chgnet, 0.02), caution=0)
     assert build_reward("ehull", context=free)(crystals[:1]).total[0] == pytest.approx(0.02, abs=1e-4)
 
@@ -228,11 +234,74 @@ def test_caution_makes_every_prize_smaller(crystals: CrystalBatch, chgnet) -> No
     np.testing.assert_allclose(total("dielectric_bandgap", None), np.maximum(merit - doubt, 0))
     np.testing.assert_allclose(total("dielectric_bandgap", 0), merit)
     np.testing.assert_allclose(total("dielectric_bandgap", 2), np.maximum(merit - 2 * doubt, 0))
-    np.testing.assert_allclose(total("band_gap", None), gap)
+    np.testing.assert_allclose(total("band_gap", None), np.maximum(gap - gap_doubt, 0))
+    np.testing.assert_allclose(total("band_gap", 0), gap)
     np.testing.assert_allclose(total("band_gap", 1), np.maximum(gap - gap_doubt, 0))
     np.testing.assert_allclose(total("-band_gap", 1), -(gap + gap_doubt), err_msg="a wanted small value: add")
     window = np.maximum(np.abs(gap + gap_doubt - 2), np.abs(np.maximum(gap - gap_doubt, 0) - 2))
     np.testing.assert_allclose(total("target(band_gap, 2)", 1), -window)
+    np.testing.assert_allclose(total("-abs(band_gap - 2)", None), -window)
+    far = total("abs(band_gap - 2)", None)
+    inside = np.abs(gap - 2) < gap_doubt
+    assert (far[inside] <= gap_doubt[inside] / 8 + 1e-9).all(), "the spread reaches 2: it may be no distance from it"
+    nearer = np.minimum(np.abs(gap + gap_doubt - 2), np.abs(np.maximum(gap - gap_doubt, 0) - 2))
+    np.testing.assert_allclose(far[~inside], nearer[~inside])
+
+
+def test_caution_finds_the_worst_within_the_spread(crystals: CrystalBatch) -> None:
+    means = np.array([-2.0, 0.9, 1.1, 4.0, 1.0])
+
+    @cfrl.register_reward("unsure", spread=True, caution=1.0)
+    def unsure(crystals, structures):
+        return Scored(means, spread=np.full(5, 0.5))
+
+    @cfrl.register_reward("unsure_min", goal="min", spread=True, caution=1.0)
+    def unsure_min(crystals, structures):
+        return Scored(means, spread=np.full(5, 0.5))
+
+    def total(spec: str) -> list[float]:
+        return build_reward(spec)(crystals).total.tolist()
+
+    assert total("unsure") == pytest.approx(means - 0.5)
+    assert total("unsure_min") == pytest.approx(-means - 0.5), "a small value is wanted: caution counts upwards"
+    assert total("-unsure_min") == pytest.approx(-means - 0.5)
+    assert total("1 - 2*unsure") == pytest.approx(1 - 2 * (means + 0.5))
+    assert total("-abs(unsure - 1)") == pytest.approx(-np.abs(means - 1) - 0.5)
+    assert total("target(unsure, 1, 0.5)") == pytest.approx(-2 * np.abs(means - 1) - 1)
+    assert total("abs(unsure - 1)") == pytest.approx([2.5, 0, 0, 2.5, 0], abs=0.07), "the least lies between the ends"
+    assert total("only(1, unsure > 0.7)") == [0, 0, 0, 1, 0]
+    assert np.isnan(total("log(1.5 - unsure)")).tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("spec", ["band_gap", "dielectric", "dielectric(kind=electronic)", "dielectric_bandgap",
+                                  "dielectric_bandgap(kind=electronic)", "bulk_modulus", "property"])  # fmt: skip
+def test_every_predictor_is_cautious_by_default(spec: str, crystals: CrystalBatch, chgnet, tmp_path: Path) -> None:
+    if spec == "property":
+        load_predictor("bulk_modulus").save(tmp_path / "mine.safetensors")
+        spec = "'property:mine.safetensors'"
+    reward = build_reward(spec, context=RewardContext(chgnet))
+    result = reward(crystals[:4])
+    value, spread = (result.terms[name] for name in reward.columns[:2])
+    assert (spread > 0).all()
+    least = 1 if spec.startswith("dielectric") and "gap" not in spec else 0
+    np.testing.assert_allclose(result.total, np.maximum(value - spread, least))
+    small = build_reward(f"-{spec}", context=RewardContext(chgnet))(crystals[:4])
+    np.testing.assert_allclose(small.total, -(value + spread), err_msg="a wanted small value: add")
+
+
+def test_figure_of_merit_of_either_constant(crystals: CrystalBatch, chgnet) -> None:
+    spec = "dielectric_bandgap(kind=electronic)"
+    context = RewardContext(chgnet)
+    terms = build_reward(f"{spec} + dielectric_bandgap + dielectric(kind=electronic)", context=context)(crystals).terms
+    np.testing.assert_array_equal(terms[f"{spec}/dielectric"], terms["dielectric(kind=electronic)"])
+    np.testing.assert_allclose(terms[spec], terms[f"{spec}/band_gap"] * terms["dielectric(kind=electronic)"])
+    ionic = [0, 1]  # NaCl, MgO
+    assert (terms["dielectric_bandgap"][ionic] > 1.5 * terms[spec][ionic]).all(), "ions move: total, by default"
+    from cfrl.rewards.registry import find_reward
+
+    listed = find_reward("dielectric_bandgap").description
+    assert "kind=total" in listed
+    assert "kind=electronic" in listed
 
 
 # ---- one pass, and a memory --------------------------------------------------------------------------------------
@@ -474,7 +543,9 @@ def test_names_goals_and_needs_are_checked() -> None:
 def test_a_predictor_of_other_features(crystals: CrystalBatch) -> None:
     old = load_potential("chgnet:0.2.0", "cpu")
     result = build_reward("band_gap", context=RewardContext(old))(crystals[:1])
-    assert result.total[0] > 4, "the features that it was trained on come from the potential named in its file"
+    assert result.terms["band_gap"][0] > 4, (
+        "the features that it was trained on come from the potential named in its file"
+    )
     with pytest.raises(UserError, match="trained on other features"):
         load_predictor("band_gap").check(old)
 

@@ -1,9 +1,11 @@
 """Run folders: unique names, metrics and checkpoints that survive kills, the newest fitting run."""
 
+import os
 import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,3 +183,31 @@ def test_kill_and_resume(tmp_path):
         assert len(steps) >= max(reported, default=0)
         state = run.load_checkpoint()
         assert (state["step"] if state else 0) <= len(steps)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cfrl.runs import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_does_not_block(tmp_path):
+    run = RunFolder.create("finetune", root=tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[1])}
+    command = [sys.executable, "-c", HOLDER, str(run.path)]
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is at work"), run.locked():
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with run.locked():
+        pass
+    with run.locked():  # and it was let go
+        pass

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from collections import Counter
 
 import numpy as np
@@ -10,14 +11,16 @@ import torch
 from scipy import integrate, stats
 
 import cfrl
+from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystal import CrystalBatch
-from cfrl.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
-from cfrl.errors import UserError
+from cfrl.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
+from cfrl.errors import NotFinite, UserError
 from cfrl.export import export_crystals
-from cfrl.model import NUM_ELEMENTS, CrystalTransformer
-from cfrl.sampler import draw, sample, space_group_prior
+from cfrl.model import NUM_ELEMENTS, CrystalTransformer, save_model
+from cfrl.sampler import draw, run_sample, sample, space_group_prior
 from cfrl.storage import read_crystals
 from cfrl.symmetry import tables
+from cfrl.tuning import Tuning
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()
@@ -96,21 +99,44 @@ def test_frequencies_of_discrete_choices(options):
     assert stats.chisquare(observed[possible], n * expected[possible]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("options", [PLAIN, SamplerOptions(temperature=1.3, elements=(8, 22, 56), max_atoms=60)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        PLAIN,
+        SamplerOptions(temperature=1.3, elements=(8, 22, 56), max_atoms=60),
+        SamplerOptions(top_p=0.7, temperature=0.8, max_atoms=60),
+    ],
+    ids=["plain", "temperature, masks", "frozen nucleus"],
+)
 def test_importance_weights_average_to_one(options):
-    """E_sampler[exp(log P_new - log P_sampler)] = 1 for any other model."""
+    """E_sampler[exp(log P_new - log P_sampler)] = 1 for any other model, within the nuclei of the sampler."""
     old, new = tiny_model(seed=1), tiny_model(seed=1)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(9)
         for parameter in new.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    torch.manual_seed(2)
-    crystals = draw(old, torch.tensor([1, 14, 62, 166, 225]).repeat(1200), options)
+    groups = torch.tensor([1, 14, 62, 166, 225]).repeat(1200)
+    crystals = draw(old, groups, options, torch.Generator().manual_seed(2))
+    nuclei = old.nuclei(crystals, options)
     with torch.no_grad():
-        ratio = (sum(new.log_prob(crystals, options).values()) - crystals.properties["log_prob"]).exp()
+        same = sum(old.log_prob(crystals, options, nuclei=nuclei, chunk=700).values())
+        ratio = (sum(new.log_prob(crystals, options, nuclei=nuclei).values()) - same).exp()
+    torch.testing.assert_close(same, crystals.properties["log_prob"])
     error = ratio.std() / math.sqrt(len(ratio))
     assert ratio.std() > 0.02  # the models do differ
     assert abs(float(ratio.mean()) - 1) < 4 * float(error)
+
+
+def test_what_was_drawn_stays_possible():
+    """Crystals of another sampler lie outside the nucleus: frozen with them it gives them a finite likelihood."""
+    model, options = tiny_model(seed=1), SamplerOptions(top_p=0.3)
+    crystals = draw(model, torch.tensor([14, 225]).repeat(50), PLAIN, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outside = sum(model.log_prob(crystals, options).values())
+        inside = sum(model.log_prob(crystals, options, nuclei=model.nuclei(crystals, options)).values())
+    assert outside.min() < IMPOSSIBLE / 2
+    assert inside.min() > -1000
+    assert model.nuclei(crystals, PLAIN) == {}
 
 
 # ---- densities -------------------------------------------------------------------------------------------------------
@@ -130,6 +156,39 @@ def test_coordinate_density_integrates_to_one_and_matches_its_samples(temperatur
                               SamplerOptions(temperature)).sample()  # fmt: skip
     cumulative = integrate.cumulative_simpson(density, x=grid.numpy(), initial=0)
     assert stats.kstest(samples.numpy(), lambda x: np.interp(x, grid.numpy(), cumulative)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1e-9, 1e-4, 0.3, 1.0, 30.0, 9e5, 1.1e6, 1e12])
+def test_von_mises_draws_are_von_mises(kappa):
+    angles = von_mises(torch.full((20_000,), kappa, dtype=torch.float64), torch.Generator().manual_seed(1)).numpy()
+    assert np.abs(angles).max() <= math.pi
+    if kappa < 1e-8:
+        law = stats.uniform(-math.pi, 2 * math.pi)
+    else:
+        law = stats.norm(scale=kappa**-0.5) if kappa > 1e5 else stats.vonmises(kappa)
+    assert stats.kstest(angles, law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_cannot_be_drawn(bad):
+    with pytest.raises(NotFinite, match="weights are damaged"):
+        von_mises(torch.tensor([1.0, bad], dtype=torch.float64))
+    with pytest.raises(NotFinite, match="weights are damaged"):
+        VonMisesMixture(torch.zeros(2, 3), torch.zeros(2, 3), torch.full((2, 3), bad), PLAIN).sample()
+    with pytest.raises(NotFinite, match="weights are damaged"):
+        Categorical(torch.full((2, 3), bad), None, PLAIN).sample()
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.bias.fill_(bad)
+    with pytest.raises(NotFinite, match="weights are damaged"):
+        sample(model, 2, space_group=225, seed=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_extreme_temperatures_end(temperature):
+    crystals = sample(tiny_model(), 4, space_group=[2, 14], temperature=temperature, seed=0, keep_invalid=True)
+    assert len(crystals) == 4
+    assert crystals.properties["log_prob"].isfinite().all()
 
 
 @pytest.mark.parametrize("free", [(0,), (0, 2), (0, 1, 4)], ids=["cubic", "tetragonal", "three of six"])
@@ -203,6 +262,34 @@ def test_same_seed_same_crystals_and_no_trace_in_the_global_state():
     assert one.wyckoff.shape != other.wyckoff.shape or not torch.equal(one.wyckoff, other.wyckoff)
 
 
+def test_without_a_seed_other_crystals_come_each_time():
+    torch.manual_seed(0)
+    one = sample(tiny_model(), 30, keep_invalid=True)
+    torch.manual_seed(0)
+    two = sample(tiny_model(), 30, keep_invalid=True)
+    assert one.formulas() != two.formulas()
+
+
+def test_another_thread_may_draw_meanwhile():
+    """The scoring thread of a tuning run loads models, which draw their first weights from torch's global state."""
+    model, stop = tiny_model(), threading.Event()
+
+    def disturb() -> None:
+        while not stop.is_set():
+            torch.randn(10)
+
+    alone = sample(model, 60, seed=7, keep_invalid=True, batch_size=8)
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        beside = sample(model, 60, seed=7, keep_invalid=True, batch_size=8)
+    finally:
+        stop.set()
+        thread.join()
+    assert torch.equal(alone.frac_coords, beside.frac_coords)
+    assert torch.equal(alone.lattice, beside.lattice)
+
+
 def test_invalid_crystals_are_drawn_again_in_their_own_group():
     model = plausible_model()
     crystals = sample(model, 40, space_group=[2, 225], seed=0)
@@ -223,9 +310,30 @@ def test_space_group_prior():
     assert space_group_prior(model, [1, 2]).exp()[1] == pytest.approx(
         0.5
     )  # not seen in training, asked for all the same
-    for arguments, message in (((231,), "from 1 to 230"), ((225, 3), "fits into 3 atoms")):
+    assert torch.equal(space_group_prior(model, "14,225"), space_group_prior(model))
+    assert torch.equal(space_group_prior(model, ""), space_group_prior(model))
+    assert space_group_prior(model, "uniform").exp()[[14, 225]].tolist() == pytest.approx([0.5, 0.5])
+    faults = (((231,), "from 1 to 230"), ((225, 3), "fits into 3 atoms"), (("Fm-3m",), "'Fm-3m'.* or uniform"))
+    for arguments, message in faults:
         with pytest.raises(UserError, match=message):
             space_group_prior(model, *arguments)
+
+
+@pytest.mark.parametrize("setting", ["", "uniform", "221,225"])
+def test_a_space_group_setting_means_the_same_everywhere(tmp_path, setting):
+    """`cfrl sample` draws in the groups from which a tuning run with the same setting starts."""
+    model, path = tiny_model(), tmp_path / "model.safetensors"
+    shares = torch.zeros(231).index_fill(0, torch.tensor([1, 221, 225]), 1.0)
+    shares[1] = 98
+    model.space_group_log_prob.copy_((shares / shares.sum()).log())
+    save_model(model, path)
+    tuning = Tuning(FinetuneConfig(model=str(path), space_group=setting, device="cpu"))
+    config = SampleConfig(n=200, model=str(path), space_group=setting, keep_invalid=True)
+    drawn = read_crystals(run_sample(config, str(tmp_path / "drawn.h5")))
+    expected = tuning.prior.log_prob().exp() * 200
+    counts = torch.bincount(drawn.space_group, minlength=231)
+    assert ((counts - expected).abs() <= 5 * expected.sqrt() + 1e-9).all()
+    assert {int(g) for g in drawn.space_group.unique()} <= {int(g) for g in expected.nonzero()}
 
 
 def test_elements_must_exist():

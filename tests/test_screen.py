@@ -4,6 +4,7 @@ import csv
 import errno
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,9 @@ from cfrl import journal, stages
 from cfrl import screen as screening
 from cfrl.config import ScreenConfig
 from cfrl.errors import UserError
+from cfrl.flags import FLAGS
 from cfrl.journal import Journal
+from cfrl.report import write_report
 from cfrl.screen import screen
 from cfrl.storage import read_columns
 from cfrl.tally import rate
@@ -175,6 +178,7 @@ def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Pa
         ({"filter": "ehul < 0.1"}, "did you mean 'ehull'"),
         ({"filter": "ehull <"}, "--filter"),
         ({"rank": "__import__('os')"}, "--rank"),
+        ({"allow": "noblegas"}, "did you mean 'noble_gas'"),
         ({"dft": "lda"}, "--dft lda: use scan or pbe"),
         ({"known": ["nowhere.h5"]}, "nowhere.h5"),
         ({"stability": True, "hull": "nowhere.csv"}, "nowhere.csv"),
@@ -186,6 +190,140 @@ def test_bad_settings_are_told_before_the_work(
     with pytest.raises(UserError, match=message):
         screen(str(samples), replace(QUICK, **change))
     assert not serial.done
+
+
+# ---- candidates, flags and rates ----
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """Sound are NaCl, which has a copy, and MgO."""
+    crystals = {
+        "krypton": rock_salt("Kr", "F", 5.0),
+        "salt": rock_salt(),
+        "copy": rock_salt(),
+        "technetium": rock_salt("Tc", "O", 4.4),
+        "MgO": rock_salt("Mg", "O", 4.25),
+        "odd": Structure.from_spacegroup("Pm-3m", Lattice.cubic(3.4), ["Mg", "Cl"], [[0, 0, 0], [0.5] * 3]),
+        "Cu": Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]]),
+    }
+    return write_csv(tmp_path / "judged.csv", crystals)
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> ScreenConfig:
+    """Its hull puts KrF 0.52 eV/atom below, NaCl 0.014 below, all else up to 0.04 above; copper has one phase."""
+    phases = dict.fromkeys(("Na", "Cl", "Mg", "O", "Kr", "F", "Tc"), 0.0)
+    phases |= {"Cu": -4.10, "NaCl": -3.65, "MgO": -6.33, "MgCl": -2.80, "TcO": -8.10}
+    phases |= {f"{pair}{k}": 9.0 for pair in ("NaCl", "MgO", "MgCl", "TcO", "KrF") for k in range(2, 14)}
+    path = tmp_path / "my_hull.csv"
+    path.write_text("formula,energy_per_atom\n" + "".join(f"{f},{e}\n" for f, e in phases.items()))
+    known = write_csv(tmp_path / "known.csv", {"mp-2": perovskite("Ca", "Ti")})
+    return replace(QUICK, stability=True, hull=str(path), known=[str(known)])
+
+
+def test_what_is_flagged_never_ranks_among_candidates(
+    serial: type[SerialEngine], judged: Path, judge: ScreenConfig
+) -> None:
+    run = screen(str(judged), judge)
+    table = read_table(run)
+    assert {name: row["flags"] for name, row in table.items() if row["flags"]} == {
+        "krypton": "far_below_hull, noble_gas, not_neutral",
+        "technetium": "radioactive",
+        "odd": "not_neutral",
+        "Cu": "sparse_reference, element",
+    }
+    assert table["krypton"]["noble_gas"] == table["krypton"]["flagged"] == "1"
+    assert table["salt"]["noble_gas"] == table["salt"]["flagged"] == "0"
+    assert [name for name, row in table.items() if row["candidate"] == "1"] == list(table)[:2] == ["salt", "MgO"]
+    assert sorted(path.name for path in (run / "cifs").iterdir()) == ["1-NaCl.cif", "2-MgO.cif"]
+    with (run / "flagged.csv").open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["krypton", "Cu", "technetium", "odd"]
+    assert cfrl.read_crystals(run / "screen.h5").ids[:2] == ["salt", "MgO"]
+
+
+@pytest.mark.parametrize(
+    ("change", "candidates"),
+    [
+        ({"allow": "element,sparse_reference"}, ["salt", "MgO", "Cu"]),
+        ({"allow": "noble_gas,far_below_hull,not_neutral"}, ["krypton", "salt", "MgO", "odd"]),
+        ({"metastable": 0.0}, ["salt"]),
+        ({"allow": "not_neutral", "filter": "not_neutral == 1"}, ["odd"]),
+        ({"rank": "-ehull"}, ["MgO", "salt"]),
+    ],
+)
+def test_what_a_candidate_is_can_be_set(
+    serial: type[SerialEngine], judged: Path, judge: ScreenConfig, change: dict, candidates: list[str]
+) -> None:
+    table = read_table(screen(str(judged), replace(judge, **change)))
+    assert [name for name, row in table.items() if row["candidate"] == "1"] == candidates
+
+
+def test_known_crystals_are_no_candidates(serial: type[SerialEngine], judged: Path, judge: ScreenConfig) -> None:
+    table = read_table(screen(str(judged), replace(judge, known=[str(judged)])))
+    assert not [name for name, row in table.items() if row["candidate"] == "1" or row["held_back"] == "1"]
+
+
+def test_rates_say_by_what_they_were_judged(serial: type[SerialEngine], judged: Path, judge: ScreenConfig) -> None:
+    run = screen(str(judged), replace(judge, metastable=0.05))
+    summary = json.loads((run / "summary.json").read_text())
+    rates = {rate["name"]: rate for rate in summary["rates"]}
+    for name, threshold in (("S.U.N.", "0 eV/atom"), ("meta-S.U.N.", "0.05 eV/atom")):
+        for word in ("my_hull.csv (", "chgnet-0.3.0", f"at most {threshold}", "known.csv"):
+            assert word in rates[name]["definition"]
+    assert "Zeni" not in json.dumps(summary)
+    counts = {name: rates[name]["count"] for name in rates if "S.U.N." in name}
+    assert counts == {"S.U.N.": 2, "S.U.N., unflagged": 1, "meta-S.U.N.": 6, "meta-S.U.N., unflagged": 2}
+    assert summary["by_elements"]["1"] == {
+        **{"crystals": 1, "novel": 1, "new formula": 0, "stable": 0, "metastable": 1},
+        **{"S.U.N.": 0, "S.U.N., unflagged": 0, "meta-S.U.N.": 1, "meta-S.U.N., unflagged": 0},
+    }
+    shares = [rates[f"valid, {kind}"]["count"] for kind in ("charge neutral", "alloy", "element alone")]
+    assert shares == [4, 0, 1], "rock salt, its copy, MgO and TcO; no alloy; copper"
+    assert summary["flags"]["not_neutral"] == {"crystals": 2, "held back": 2}
+
+
+def test_the_funnel_never_rises(serial: type[SerialEngine], judged: Path, judge: ScreenConfig, tmp_path: Path) -> None:
+    """The copy is a duplicate, and novel: more crystals are novel than unique. A run of before is read as it is."""
+    run = screen(str(judged), replace(judge, report=True))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["funnel"] == {
+        **{"all": 7, "valid": 7, "unique": 6, "novel": 6, "within 0.1 eV/atom": 6},
+        **{"unflagged": 2, "candidates": 2, "stable": 1},
+    }
+    for name in ("judgement", "funnel", "flags", "by_elements"):
+        del summary[name]
+    for entry in summary["rates"]:
+        entry["count"] += entry["name"] == "novel"
+    (run / "summary.json").write_text(json.dumps(summary))
+    rows = list(read_table(run).values())
+    new = {*FLAGS, "flags", "flagged", "held_back", "alloy", "isolation", "isolation_relaxed", "new_formula"}
+    with (run / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name not in new], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    for text in ((run / "report.html").read_text(), write_report(run).read_text()):
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1])
+        counts = data["figures"]["funnel"]["data"][0]["y"]
+        assert counts == sorted(counts, reverse=True)
+        assert len(counts) >= 5
+
+
+def test_formulas_that_nobody_lists(serial: type[SerialEngine], judged: Path, judge: ScreenConfig) -> None:
+    table = read_table(screen(str(judged), judge))
+    assert {name for name, row in table.items() if row["new_formula"] == "1"} == {"krypton"}
+    listed = judged.with_name("formulas.csv")
+    listed.write_text("formula\nF4Kr4\nNaN\nNa(Cl)1\n")
+    run = screen(str(judged), replace(QUICK, known=[str(listed)]))
+    table = read_table(run)
+    assert {name for name, row in table.items() if row["new_formula"] == "0"} == {"krypton", "salt", "copy"}
+    assert not any(row["novel"] for row in table.values()), "a formula says nothing of structures"
+    rates = {rate["name"]: rate for rate in json.loads((run / "summary.json").read_text())["rates"]}
+    assert (rates["new formula"]["count"], "novel" in rates) == (4, False)
+    assert "formulas.csv" in rates["new formula"]["definition"]
+    listed.write_text("formula\nNaCl\nXyz\n")
+    with pytest.raises(UserError, match=r"formulas.csv: .*2.*Xyz"):
+        screen(str(judged), replace(QUICK, known=[str(listed)]))
 
 
 # ---- bad input ----

@@ -15,16 +15,18 @@ import torch
 from cfrl import storage
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.symmetry import tables
 
 
 def random_crystals(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> CrystalBatch:
-    """Any numbers in the right places: storage knows no crystallography."""
+    """Numbers in the right places: storage knows no crystallography beyond which letters a group has."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, 21, n)
     mask = np.arange(20) < counts[:, None]
+    groups = rng.integers(1, 231, n)
     return CrystalBatch(
-        space_group=torch.tensor(rng.integers(1, 231, n)),
-        wyckoff=torch.tensor(rng.integers(1, 28, (n, 20)) * mask),
+        space_group=torch.tensor(groups),
+        wyckoff=torch.tensor(rng.integers(1, tables().num_letters.numpy()[groups, None] + 1, (n, 20)) * mask),
         species=torch.tensor(rng.integers(1, 119, (n, 20)) * mask),
         frac_coords=torch.tensor(rng.random((n, 20, 3)) * mask[..., None], dtype=dtype),
         lattice=torch.tensor(rng.uniform(3, 120, (n, 6)), dtype=dtype),

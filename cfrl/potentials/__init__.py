@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import Evaluation, Potential
+from cfrl.potentials.scales import RAW, split_scale
 
-__all__ = ["Evaluation", "Potential", "load_potential"]
+if TYPE_CHECKING:
+    from cfrl.hull import ReferenceHull
+
+__all__ = ["Evaluation", "Potential", "check_scale", "full_name", "load_potential"]
 
 
 def load_potential(name: str = "chgnet", device: str | torch.device | None = None) -> Potential:
     """Load a potential.
 
     name: "chgnet" (0.3.0, its weights come with its package), "chgnet:0.2.0", "mace:medium-mpa-0" (a MACE
-    foundation model, downloaded on first use) or "mace:PATH.model" (a local file).
+    foundation model, downloaded on first use) or "mace:PATH.model" (a local file). What a file was trained on it does
+    not say: "mace:PATH.model@mp-raw" declares uncorrected Materials Project energies, which then get the MP2020
+    corrections, and "@mp2020" corrected ones (scales.py).
     device: "cpu", "cuda", ...; the GPU if there is one when None.
-    Raises UserError for a name, version or file that does not exist, and for a package that is missing.
+    Raises UserError for a name, version, scale or file that does not exist, and for a package that is missing.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name, scale = split_scale(name)
+    adapter, version = _adapter(name)
+    potential = adapter(version, device)
+    potential.training_scale = scale or potential.training_scale
+    return potential
+
+
+def full_name(name: str) -> str:
+    """The name with its scale where corrections are due, so that energies with and without them never mix."""
+    bare, scale = split_scale(name)
+    adapter, version = _adapter(bare)
+    return f"{bare}@{RAW}" if not scale and adapter.scale_of(version) == RAW else name
+
+
+def check_scale(potential: Potential | str, hull: ReferenceHull) -> None:
+    """Raises UserError if a potential, or the one of this name, is known to be on another energy scale than the hull.
+
+    Needs no model, so that it can be asked before anything is loaded. A reference of unknown origin is the user's word.
+    """
+    if isinstance(potential, str):
+        name, declared = split_scale(potential)
+        adapter, version = _adapter(name)
+        scale = adapter.result_scale(declared or adapter.scale_of(version), adapter.name_of(version))
+    else:
+        name, scale = potential.name, potential.energy_scale
+    problem = "" if hull.energy_scale == "unknown" else hull.mismatch(scale)
+    if problem:
+        raise UserError(
+            f"{name}: {problem}; make a reference with it (cfrl data hull DATASET... --potential {name}) and give it "
+            f"as --hull, or declare what it was trained on: {name}@mp-raw (uncorrected Materials Project energies; "
+            f"they get the MP2020 corrections) or {name}@mp2020 (corrected ones)"
+        )
+
+
+def _adapter(name: str) -> tuple[type[Potential], str]:
     family, _, version = name.partition(":")
     if family == "chgnet":
         from cfrl.potentials.chgnet import CHGNetPotential
 
-        return CHGNetPotential(version or "0.3.0", device)
+        return CHGNetPotential, version or "0.3.0"
     if family == "mace":
         from cfrl.potentials.mace import MACEPotential
 
-        return MACEPotential(version, device)
+        return MACEPotential, version
     raise UserError(f"unknown potential {name!r}: use chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model")

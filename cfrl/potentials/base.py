@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal
+from cfrl.potentials.scales import CORRECTED, RAW, mp2020_correction
 
 POOLING = ("mean", "std", "min", "max")
 MAX_ENERGY = 100.0  # eV/atom; beyond any crystal, only extrapolation gives it
@@ -31,6 +32,7 @@ class Evaluation:
     forces: n arrays (atoms, 3), eV/angstrom, or None if not asked for
     stress: (n, 3, 3), eV/angstrom^3, positive under tension (dE/dstrain / volume), or None
     features: (n, d), the potential's own description of the crystal, or None
+    correction: (n,) eV/atom, what of the energy the model did not give (scales.py), or None
     """
 
     energy: np.ndarray
@@ -38,6 +40,7 @@ class Evaluation:
     forces: list[np.ndarray] | None = None
     stress: np.ndarray | None = None
     features: np.ndarray | None = None
+    correction: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.status)
@@ -47,6 +50,11 @@ class Evaluation:
         """(n,) bool: the crystals that were evaluated."""
         return np.array([not reason for reason in self.status], dtype=bool)
 
+    @property
+    def uncorrected(self) -> np.ndarray:
+        """(n,) eV/atom: the model's own energy."""
+        return self.energy if self.correction is None else self.energy - self.correction
+
     def __getitem__(self, index: slice | np.ndarray | Sequence[int]) -> Evaluation:
         rows = np.arange(len(self))[index]
         return Evaluation(
@@ -55,6 +63,7 @@ class Evaluation:
             forces=None if self.forces is None else [self.forces[i] for i in rows],
             stress=None if self.stress is None else self.stress[rows],
             features=None if self.features is None else self.features[rows],
+            correction=None if self.correction is None else self.correction[rows],
         )
 
     @staticmethod
@@ -67,13 +76,15 @@ class Evaluation:
             forces=None if first.forces is None else [f for p in parts for f in p.forces],
             stress=None if first.stress is None else np.concatenate([p.stress for p in parts]),
             features=None if first.features is None else np.concatenate([p.features for p in parts]),
+            correction=None if first.correction is None else np.concatenate([p.correction for p in parts]),
         )
 
 
 class Potential(ABC):
     """A machine-learned interatomic potential.
 
-    name: what `load_potential` was given, e.g. "chgnet-0.3.0"; it is also the scale of the energies
+    name: e.g. "chgnet-0.3.0"
+    training_scale: what it was trained on, "mp2020", "mp-raw" or another (scales.py); "" where nobody says
     elements: atomic numbers that the potential was trained on
     cutoff: angstrom, radius of the neighbour list
     feature_version: model and layout of the feature vector; predictors store it and refuse another
@@ -81,12 +92,33 @@ class Potential(ABC):
     """
 
     name: str
+    training_scale: str
     elements: frozenset[int]
     cutoff: float
     feature_version: str
     feature_size: int
     max_atoms: int
     device: torch.device
+
+    @staticmethod
+    @abstractmethod
+    def name_of(version: str) -> str:
+        """The name of this version."""
+
+    @staticmethod
+    @abstractmethod
+    def scale_of(version: str) -> str:
+        """The training scale of this version, known without loading it."""
+
+    @staticmethod
+    def result_scale(training_scale: str, name: str) -> str:
+        """The scale of the energies that `compute` gives."""
+        return CORRECTED if training_scale == RAW else training_scale or name
+
+    @property
+    def energy_scale(self) -> str:
+        """The scale of the energies that `compute` gives; "mp2020", or one of its own."""
+        return self.result_scale(self.training_scale, self.name)
 
     @abstractmethod
     def prepare(self, cell: SymmetricCell) -> Any:
@@ -103,11 +135,13 @@ class Potential(ABC):
         stress: bool = False,
         features: bool = False,
         progress: Callable[[int], None] | None = None,
+        corrected: bool = True,
     ) -> Evaluation:
         """Evaluate pymatgen structures, SymmetricCells or a CrystalBatch, of mixed sizes.
 
         Never raises because of a crystal: what cannot be evaluated gets NaN and a status. `progress` is
-        called with the number of crystals done so far.
+        called with the number of crystals done so far. `corrected=False` leaves energies as the model gives them: a
+        relaxation must, as corrections jump where a bond O-O is counted no more.
         """
         structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
         result = self._blank(structures, forces, stress, features)
@@ -115,7 +149,23 @@ class Potential(ABC):
             self._run(batch, result)
             if progress is not None:
                 progress(done)
+        if corrected:
+            self.correct(structures, result)
         return result
+
+    def correct(self, structures: Sequence[Any], result: Evaluation) -> None:
+        """Adds the MP2020 corrections to the energies where the model was trained without them."""
+        if self.training_scale != RAW:
+            return
+        result.correction = np.full(len(result), np.nan)
+        for row in np.flatnonzero(result.ok):
+            crystal = structures[row]
+            try:
+                structure = crystal.structure() if isinstance(crystal, SymmetricCell) else crystal
+                result.correction[row] = mp2020_correction(structure)
+            except Exception as error:  # pymatgen's rules meet crystals that nobody thought of
+                result.status[row] = f"no MP2020 correction: {_describe(error)}"
+        result.energy = result.energy + result.correction
 
     def _blank(self, structures: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
         n = len(structures)

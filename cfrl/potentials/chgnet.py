@@ -19,8 +19,9 @@ from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.folded import FoldedGraph, fold
+from cfrl.potentials.scales import CORRECTED
 
-VERSIONS = ("0.3.0", "0.2.0", "r2scan")
+SCALES = {"0.3.0": CORRECTED, "0.2.0": CORRECTED, "r2scan": "r2scan"}  # of the training data of each version
 # MPtrj, the training set, holds no Po, At, Rn, Fr or Ra: their embeddings exist but were never trained.
 ELEMENTS = frozenset(range(1, 95)) - frozenset(range(84, 89))
 
@@ -39,8 +40,8 @@ class CHGNetPotential(Potential):
 
         Raises UserError if the version is unknown or chgnet is not installed.
         """
-        if version not in VERSIONS:
-            raise UserError(f"unknown CHGNet version {version!r}: there are {', '.join(VERSIONS)}")
+        if version not in SCALES:
+            raise UserError(f"unknown CHGNet version {version!r}: there are {', '.join(SCALES)}")
         try:
             from chgnet.model import CHGNet
         except ImportError as error:
@@ -48,7 +49,8 @@ class CHGNetPotential(Potential):
         with contextlib.redirect_stdout(io.StringIO()):  # CHGNet prints its number of parameters
             model = CHGNet.load(model_name=version, use_device=str(device), verbose=False)
         self.model = model.eval().requires_grad_(False)
-        self.name = f"chgnet-{version}"
+        self.name = self.name_of(version)
+        self.training_scale = self.scale_of(version)
         self.elements = ELEMENTS
         self.cutoff = float(model.graph_converter.atom_graph_cutoff)
         self.feature_version = f"{self.name}/layers-3-4/{'-'.join(POOLING)}"
@@ -56,6 +58,14 @@ class CHGNetPotential(Potential):
         self.max_atoms = 512 if device.type == "cpu" else 16384
         self.device = device
         self.symmetry = symmetry
+
+    @staticmethod
+    def name_of(version: str) -> str:
+        return f"chgnet-{version}"
+
+    @staticmethod
+    def scale_of(version: str) -> str:
+        return SCALES.get(version, "")
 
     def prepare(self, cell: SymmetricCell) -> FoldedGraph:
         cell = cell if self.symmetry else cell.without_symmetry()

@@ -24,7 +24,14 @@ import torch
 from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
 from cfrl.potentials.cells import SymmetricCell, neighbours
+from cfrl.potentials.scales import RAW
 
+# Trained on raw energies of MPtrj (and, mpa, of Alexandria's same settings). OMat24 and MatPES, which the others
+# know, took other pseudopotentials or functionals: the corrections do not fit them.
+TRAINED_ON_MPTRJ = {
+    *("small", "medium", "large", "small-0b", "medium-0b", "small-0b2", "medium-0b2", "large-0b2", "medium-0b3"),
+    "medium-mpa-0",
+}
 MODEL_PACKAGES = ("mace.modules.", "e3nn.o3.", "e3nn.nn.", "e3nn.math.", "torch.nn.modules.")
 HARMLESS = {
     "builtins.slice",
@@ -75,7 +82,8 @@ class MACEPotential(Potential):
         numbers = network.atomic_numbers.tolist()
         self._index = np.full(max(numbers) + 1, -1)
         self._index[numbers] = np.arange(len(numbers))
-        self.name = f"mace-{path.stem if Path(model).is_file() else model}"
+        self.name = self.name_of(model)
+        self.training_scale = self.scale_of(model)
         self.elements = frozenset(numbers)
         self.cutoff = float(network.r_max)
         self.max_atoms = 128 if device.type == "cpu" else 4096
@@ -88,6 +96,14 @@ class MACEPotential(Potential):
         invariant = self._layers["num_layers"] * self._layers["num_features"]
         self.feature_size = len(POOLING) * invariant
         self.feature_version = f"{self.name}/invariants-{invariant}/{'-'.join(POOLING)}"
+
+    @staticmethod
+    def name_of(version: str) -> str:
+        return f"mace-{Path(version).stem if version.endswith('.model') or Path(version).is_file() else version}"
+
+    @staticmethod
+    def scale_of(version: str) -> str:
+        return RAW if version in TRAINED_ON_MPTRJ and not Path(version).is_file() else ""
 
     def prepare(self, cell: SymmetricCell) -> _Graph:
         cell = cell.translations_only()

@@ -10,6 +10,7 @@ import numpy as np
 
 from cfrl.elements import MASSES, SYMBOLS
 from cfrl.hull import fractions
+from cfrl.oxidation import charge_balance
 from cfrl.rewards.registry import register_reward
 from cfrl.rewards.scoring import Scored
 
@@ -35,10 +36,11 @@ def cost(crystals: Any, structures: list[Any]) -> Scored:
 
 @register_reward("charge_neutral")
 def charge_neutral(crystals: Any, structures: list[Any], *, alloys: bool = False) -> np.ndarray:
-    """1 if oxidation states balance with cations less electronegative than anions (SMACT), else 0; with
-    alloys=True metals among themselves pass as well.
+    """1 if oxidation states balance with cations less electronegative than anions (SMACT), else 0, also for metals
+    among themselves and an element alone; with alloys=True metals among themselves pass as well.
     """
-    return np.array([_neutral(formula, alloys) for formula in crystals.formulas()], dtype=float)
+    passing = {"neutral", "alloy"} if alloys else {"neutral"}
+    return np.array([charge_balance(formula) in passing for formula in crystals.formulas()], dtype=float)
 
 
 @cache
@@ -59,10 +61,3 @@ def _price(symbol: str) -> float:
         return float(CostAnalyzer(CostDBElements()).get_cost_per_kg(symbol))
     except ValueError:
         return math.nan
-
-
-@cache
-def _neutral(formula: str, alloys: bool) -> bool:
-    from smact.screening import smact_validity
-
-    return bool(smact_validity(formula, include_alloys=alloys))

@@ -36,6 +36,7 @@ class RewardInfo:
     description, unit: of the returned quantity
     goal: "max" or "min": what a bare ``--reward NAME`` does with it; in an expression the user writes signs
     needs: some of `NEEDS`; the passes of the potential that they ask for are made once for all terms
+    predictors: property predictors that the function asks for, by name or file
     parts: names of further columns that the function returns
     spread: whether it returns its own uncertainty, such as the spread of an ensemble
     caution: how many spreads are subtracted if the user does not say
@@ -51,6 +52,7 @@ class RewardInfo:
     unit: str = ""
     goal: Literal["max", "min"] = "max"
     needs: tuple[str, ...] = ()
+    predictors: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     spread: bool = False
     caution: float = 0.0
@@ -95,6 +97,7 @@ def register_reward(
     unit: str = "",
     goal: Literal["max", "min"] = "max",
     needs: Sequence[str] = (),
+    predictors: Sequence[str] = (),
     parts: Sequence[str] = (),
     spread: bool = False,
     caution: float = 0.0,
@@ -122,6 +125,7 @@ def register_reward(
             unit,
             goal,
             tuple(needs),
+            tuple(predictors),
             tuple(parts),
             spread,
             caution,
@@ -174,7 +178,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 def _load_entry_point(point: EntryPoint) -> None:
     try:
         loaded = point.load()
-    except Exception as error:  # whatever a third party's module raises on import
+    except (Exception, SystemExit) as error:  # whatever a third party's module raises on import
         raise UserError(f"reward '{point.name}' of {point.value} cannot be loaded: {describe(error)}") from error
     if point.name not in _registry:
         register_reward(point.name)(loaded)
@@ -206,7 +210,7 @@ def _import(place: str) -> ModuleType:
         raise UserError(f"reward: {place} cannot be imported: {describe(error)}") from error
     except UserError:
         raise
-    except Exception as error:  # whatever a user's module raises on import
+    except (Exception, SystemExit) as error:  # whatever a user's module raises on import
         raise UserError(f"reward: {place} cannot be imported: {describe(error)}") from error
 
 

@@ -4,23 +4,24 @@ Sign. A term is a physical quantity. A reward given by a bare name is maximised 
 ``ehull`` means "as low as possible", so its total is minus the energy above the hull. In an expression the user
 writes the signs: ``dielectric_bandgap - 2*ehull``. Totals are always to be maximised.
 
-Caution. A term with a spread enters K spreads worse than its mean: on the side, above or below, that lowers the total
-of that crystal. What enters is held between the `minimum` and the `maximum` of the reward. The columns of the terms
-hold the means as they are; ``TERM/spread`` holds the spread.
+Caution. A term with a spread enters as the value, within K spreads of its mean, that makes the total of that crystal
+the least: the mean less K spreads where much is wanted, plus K spreads where little is, and what lies farthest off a
+target. What enters is held between the `minimum` and the `maximum` of the reward. The columns of the terms hold the
+means as they are; ``TERM/spread`` holds the spread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl import config
+from cfrl import config, interrupt
 from cfrl.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.rewards.expression import Expression, Term
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from cfrl.potentials import Evaluation, Potential
     from cfrl.properties import Predictor
 
+WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
 NOT_FINITE = "the expression has no finite value here"
 
 
@@ -74,6 +76,7 @@ class RewardContext:
     dataset: known crystals for `novelty`: a name, a file or a `CrystalBatch`
     device: where models run
     caution: spreads to subtract from every predicted quantity; None: each reward's own
+    timeout: seconds that one call of a reward from outside this package may take; 0: for ever
     memo: where rewards keep what they work out once
     """
 
@@ -84,23 +87,25 @@ class RewardContext:
         dataset: CrystalBatch | str | None = None,
         device: torch.device | str | None = None,
         caution: float | None = None,
+        timeout: float = 0.0,
     ) -> None:
         self._potential, self._hull, self._dataset = potential, hull, dataset
         self.device = None if device is None or str(device) == "auto" else device
-        self.caution = caution
+        self.caution, self.timeout = caution, timeout
         self.memo: dict[Any, Any] = {}
         self._predictors: dict[str, Predictor] = {}
         self._others: dict[str, Potential] = {}
 
     @classmethod
     def from_config(cls, settings: Any, device: torch.device | str | None = None) -> RewardContext:
-        """From a dataclass with `potential`, `hull`, `dataset` and `caution`, such as `FinetuneConfig`."""
+        """From a dataclass with these settings, such as `FinetuneConfig`."""
         return cls(
             settings.potential,
             settings.hull or None,
             settings.dataset or None,
             device,
             None if settings.caution < 0 else settings.caution,
+            settings.reward_timeout,
         )
 
     @cached_property
@@ -117,6 +122,12 @@ class RewardContext:
 
         return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull)
 
+    def check_scale(self) -> None:
+        """Raises UserError if the potential's energies cannot be compared with the hull's."""
+        from cfrl.potentials import check_scale
+
+        check_scale(self._potential, self.hull)
+
     @cached_property
     def dataset(self) -> CrystalBatch:
         """Raises UserError if no dataset was given."""
@@ -127,6 +138,13 @@ class RewardContext:
         from cfrl.data import load_dataset
 
         return load_dataset(self._dataset)
+
+    def load(self, needs: Iterable[str], predictors: Iterable[str] = ()) -> None:
+        """Load now what would be loaded when first used. Raises UserError for what cannot be."""
+        for need in needs:
+            getattr(self, need if need in ("hull", "dataset") else "potential")
+        for name in predictors:
+            self.feature_potential(self.predictor(name))
 
     def predictor(self, name: str) -> Predictor:
         """A property predictor, embedded (by name) or in a file."""
@@ -188,7 +206,8 @@ class Inputs:
 def build_reward(spec: str, *, context: RewardContext | None = None) -> Reward:
     """The reward of an expression, or of a name that `cfrl rewards` lists or `cfrl.toml` defines.
 
-    Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load.
+    Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load, a
+    potential and a hull on different energy scales where both are needed.
     """
     expression = Expression(spec, config.reward_definitions())
     infos = {term: find_reward(term.name) for term in expression.terms}
@@ -204,6 +223,8 @@ class Reward:
         bare = expression.single
         self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
         self._cache: dict[bytes, dict[Term, _Row]] = {}
+        if any({"energy", "hull"} <= set(info.needs) for info in infos.values()):
+            context.check_scale()
 
     def __repr__(self) -> str:
         return f"Reward({'-' if self._sign < 0 else ''}{self.expression.source})"
@@ -230,6 +251,11 @@ class Reward:
         total = np.where(np.isfinite(total), total, np.nan)
         columns = (bound.named(scores[term]) for term, bound in self._terms.items())
         return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
+
+    def load(self) -> None:
+        """Load the models and tables that the terms work with. Raises UserError for what cannot be loaded."""
+        for term in self._terms.values():
+            self.context.load(term.info.needs, term.info.predictors)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the statistics of `standardise`."""
@@ -277,10 +303,11 @@ class Reward:
             return total
         cautious = dict(means)
         for term, doubt in self._doubts(scores).items():
-            sides = [self._held(term, scores[term].values + side * doubt) for side in (-1, 1)]
-            low, high = (self._sign * self.expression(means | {term: side}) for side in sides)
-            cautious[term] = np.where(high < low, sides[1], sides[0])
-        return self._sign * self.expression(cautious)
+            # not the ends alone: abs(x - 1) is least between them
+            values = np.stack([self._held(term, scores[term].values + step * doubt) for step in WITHIN])
+            totals = np.stack([self._sign * self.expression(means | {term: value}) for value in values])
+            cautious[term] = np.take_along_axis(values, totals.argmin(0)[None], 0)[0]  # the first NaN, if any
+        return np.minimum(total, self._sign * self.expression(cautious))
 
     def _doubts(self, scores: Mapping[Term, Scored]) -> dict[Term, np.ndarray]:
         """Caution times spread of the terms that have both."""
@@ -317,6 +344,7 @@ class _BoundTerm:
         extra = [*(["spread"] if info.spread else []), *info.parts]
         self.columns = [str(term), *(f"{term}/{name}" for name in extra)]
         self._works = False
+        self._given_up: BaseException | None = None
 
     def evaluate(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> list[_Row]:
         """One row per crystal. A crystal on which the function raises gets a status, alone."""
@@ -341,7 +369,7 @@ class _BoundTerm:
 
     def _run(self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> Scored:
         arguments = (crystals, structures, inputs) if self.info.needs else (crystals, structures)
-        out = self.info.function(*arguments, **self.parameters)
+        out = self._call(arguments, inputs.context.timeout)
         scored = out if isinstance(out, Scored) else Scored(out)
         n = len(crystals)
         values = self._array(scored.values, n)
@@ -351,6 +379,33 @@ class _BoundTerm:
         values = np.where([not reason for reason in status], values, np.nan)
         spread = self._array(scored.spread, n) if self.info.spread else None
         return Scored(values, status, spread, {name: self._array(scored.parts[name], n) for name in self.info.parts})
+
+    def _call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
+        if getattr(self.info.function, "__module__", "").startswith("cfrl."):
+            return self.info.function(*arguments, **self.parameters)
+        if self._given_up is not None:
+            raise self._given_up
+        try:
+            return interrupt.call(partial(self._call_foreign, arguments), timeout)
+        except interrupt.TooLong:
+            self._given_up = UserError(
+                f"reward '{self.term}' took longer than {timeout:g} s for {len(arguments[0])} crystals and was given "
+                "up; mend it, or give it more time: --reward-timeout SECONDS (0: for ever)"
+            )
+        except interrupt.Abandoned:
+            self._given_up = interrupt.Abandoned(f"reward '{self.term}' did not end and was given up")
+        raise self._given_up
+
+    def _call_foreign(self, arguments: tuple[Any, ...]) -> Any:
+        try:
+            return self.info.function(*arguments, **self.parameters)
+        except Exception:
+            raise
+        except BaseException as error:  # sys.exit() and the like must not end the run as if all were well
+            raise UserError(
+                f"reward '{self.term}' ended the program ({describe(error)}); it should return its scores, or raise an "
+                "ordinary exception"
+            ) from error
 
     def _one_by_one(
         self, crystals: CrystalBatch, structures: list[Any], inputs: Inputs, error: Exception
@@ -370,10 +425,10 @@ class _BoundTerm:
         return rows
 
     def _array(self, values: Any, n: int) -> np.ndarray:
-        """(n,) float64. Raises UserError for anything that is not n numbers."""
+        """(n,) float64, NaN where an array is masked. Raises UserError for anything that is not n numbers."""
         values = values.detach().cpu() if hasattr(values, "detach") else values
         try:
-            array = np.asarray(values)
+            array = np.ma.asanyarray(values)
         except ValueError as error:
             raise UserError(f"reward '{self.term}' returned a ragged list instead of {n} numbers") from error
         if array.dtype.kind not in "fiub":
@@ -382,7 +437,7 @@ class _BoundTerm:
             )
         if array.shape != (n,):
             raise UserError(f"reward '{self.term}' returned shape {array.shape} instead of ({n},), one per crystal")
-        return array.astype(np.float64)
+        return array.astype(np.float64).filled(np.nan)
 
     def _split(self, scored: Scored) -> list[_Row]:
         table = np.column_stack(list(self.named(scored).values()))

@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_finetune.py gain --reward ehull --minutes 20 [--hull mp_energies.csv.gz]
     python tests/benchmarks/bench_finetune.py gain --reward dielectric_bandgap --caution 0
     python tests/benchmarks/bench_finetune.py compare runs/... [--hull mp_energies.csv.gz]    of a run that is there
+    python tests/benchmarks/bench_finetune.py scale                  the unit of rewards, and how sure it is
 
 `gain` compares fresh crystals of the model before and after as `cfrl sample` gives them, judged by what was not the
 reward too: CHGNet 0.2.0, and the hull that is named. Settings of finetune: cfrl.toml of the working folder.
@@ -15,21 +16,23 @@ import argparse
 import time
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from cfrl import config
+from cfrl import finetune as module
 from cfrl.crystal import CrystalBatch
 from cfrl.finetune import finetune
 from cfrl.fingerprint import fingerprints
 from cfrl.hull import ReferenceHull
 from cfrl.model import load_model
 from cfrl.potentials import load_potential
-from cfrl.rewards import RewardContext, build_reward
+from cfrl.rewards import RewardContext, build_reward, register_reward
 from cfrl.runs import RunFolder
 from cfrl.sampler import sample
-from cfrl.tuning import starting_shares
+from cfrl.tuning import Tuning
 
 LOW = 0.1  # eV/atom above the hull
 
@@ -50,6 +53,39 @@ def stages(settings: config.FinetuneConfig) -> None:
             took = (time.perf_counter() - start) / 5
             numbers = "".join(f"{x:{w}.2f} " for x, w in zip([*parts, took], (8, 8, 10, 8, 8), strict=True))
             print(f"{reward:20} {lots:4} {numbers} {settings.batch_size / took:.1f}", flush=True)
+
+
+@register_reward("rare")
+def rare(crystals: CrystalBatch, structures: list[Any]) -> np.ndarray:
+    """A user's sparse reward: the density of oxides with three or more other elements, 0 for everything else."""
+    many = np.array([8 in row and len(set(row) - {0}) > 3 for row in crystals.species.tolist()])
+    return np.where(many, crystals.densities().double().numpy(), 0.0)
+
+
+def scale(settings: config.FinetuneConfig) -> None:
+    """The unit that runs count a reward in: of ten seeds, of ten other pools of crystals, and of ten first steps.
+
+    The first must agree, because the crystals do; the second says how far the unit is chance, as it is once for all
+    runs of a model; the third is what one step's crystals would make of it.
+    """
+    print(
+        f"pools of {settings.scale_crystals} crystals, steps of {settings.batch_size}; each: median, max/min, farthest"
+    )
+    for name in ("dielectric_bandgap", "band_gap", "ehull", "rare"):
+        reward = build_reward(name, context=RewardContext.from_config(settings))
+        units = []
+        for seed in range(10):  # what a crystal has scored once is remembered, and not computed again
+            changed = replace(settings, reward=name, seed=seed)
+            units.append(module._scale(Tuning(changed), changed, reward))
+        tuning, n = Tuning(changed), settings.scale_crystals
+        pools = [module._fresh(tuning, changed, reward, n, seed, tuned=False).reward for seed in range(1, 11)]
+        print(f"{name} ({np.mean([float((pool == 0).double().mean()) for pool in pools]):.0%} earn 0)")
+        print(f"  ten seeds   {' '.join(f'{x:.4g}' for x in units)}")
+        steps = [pool[: settings.batch_size] for pool in pools]
+        for label, values in (("ten pools", map(module.spread, pools)), ("first steps", map(module.spread, steps))):
+            found = np.array(list(values))
+            far = np.abs(found / np.median(found) - 1).max()
+            print(f"  {label:11} {np.median(found):.4g}, {found.max() / found.min():.2f}, {far:.0%}", flush=True)
 
 
 def gain(settings: config.FinetuneConfig, n: int, hull: str) -> None:
@@ -98,10 +134,9 @@ def trade_off(samples: list[CrystalBatch], settings: config.FinetuneConfig) -> N
 def fresh(model: str, settings: config.FinetuneConfig, n: int) -> CrystalBatch:
     """As `cfrl sample` gives them, under the settings' restrictions."""
     loaded = load_model(model)
-    groups = starting_shares(loaded, "" if settings.space_group == "uniform" else settings.space_group, 0)
+    groups = "" if settings.space_group == "uniform" else settings.space_group
     elements = settings.elements.split(",") if settings.elements else None
-    wanted = groups.isfinite().nonzero().flatten().tolist()
-    return sample(loaded, n, space_group=wanted, elements=elements, max_atoms=settings.max_atoms or None, seed=123)
+    return sample(loaded, n, space_group=groups, elements=elements, max_atoms=settings.max_atoms or None, seed=123)
 
 
 def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) -> dict[str, float]:
@@ -129,7 +164,7 @@ def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("stages", "gain", "compare"))
+    parser.add_argument("what", choices=("stages", "gain", "compare", "scale"))
     parser.add_argument("run", nargs="?", default="")
     parser.add_argument("--reward", default="ehull")
     parser.add_argument("--model", default="")
@@ -145,7 +180,9 @@ def main() -> None:
         return compare(run, settings, given.n, given.hull)
     flags = {"reward": given.reward, "model": given.model, "time_limit": given.minutes, "caution": given.caution}
     settings = config.resolve(config.FinetuneConfig, flags | {"steps": given.steps})
-    return stages(settings) if given.what == "stages" else gain(settings, given.n, given.hull)
+    if given.what == "gain":
+        return gain(settings, given.n, given.hull)
+    return stages(settings) if given.what == "stages" else scale(settings)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""Which energies may be compared: the scale of a potential's training data, and the corrections that are due to it.
+
+"mp2020" is what the Materials Project publishes: GGA and GGA+U, mixed and corrected (Wang et al., Sci. Rep. 11, 15496,
+2021). "mp-raw" is the same without corrections, as in MPtrj's total energies; what is trained on it gets pymatgen's
+`MaterialsProject2020Compatibility` added, and is then on "mp2020". Anything else is a scale of its own, named after the
+potential.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache, lru_cache
+from typing import Any
+
+from cfrl.errors import UserError
+
+CORRECTED, RAW = "mp2020", "mp-raw"
+DECLARED = (CORRECTED, RAW)
+
+
+def split_scale(name: str) -> tuple[str, str]:
+    """ "mace:my.model@mp-raw" -> ("mace:my.model", "mp-raw"); the scale is "" where none is declared.
+
+    Raises UserError for a scale that there is not.
+    """
+    potential, _, scale = name.rpartition("@")
+    if not potential or "." in scale or "/" in scale:  # the @ belongs to a path
+        return name, ""
+    if scale not in DECLARED:
+        raise UserError(f"{name}: no energy scale {scale!r}; after @ stands {' or '.join(DECLARED)}")
+    return potential, scale
+
+
+def mp2020_correction(structure: Any) -> float:
+    """eV/atom to add to the GGA(+U) energy of a pymatgen structure, had MPRelaxSet been used for it.
+
+    O and S are classed by the distances in the structure (oxide, peroxide, superoxide), other anions by composition.
+    """
+    from pymatgen.entries.computed_entries import ComputedStructureEntry
+
+    hubbards = _hubbards(structure)
+    entry = ComputedStructureEntry(
+        structure,
+        0.0,
+        parameters={"run_type": "GGA+U" if hubbards else "GGA", "hubbards": hubbards},
+        data={"oxidation_states": _oxidation_states(structure.composition)},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # compositions without oxidation states, noble gases without electronegativity
+        return sum(adjustment.value for adjustment in _scheme().get_adjustments(entry)) / len(structure)
+
+
+def _hubbards(structure: Any) -> dict[str, float]:
+    """U in eV of the transition metals, which MPRelaxSet gives them in oxides and fluorides."""
+    symbols = [element.symbol for element in sorted(structure.composition.elements, key=lambda element: element.X)]
+    settings = _scheme().u_settings.get(symbols[-1], {})
+    return {symbol: settings[symbol] for symbol in symbols if settings.get(symbol)}
+
+
+@lru_cache(maxsize=16384)
+def _oxidation_states(composition: Any) -> dict[str, float]:
+    """As pymatgen guesses them, which takes longer than all the rest."""
+    try:
+        return dict(next(iter(composition.oxi_state_guesses(max_sites=-20)), {}))
+    except ValueError:  # too many atoms for a guess
+        return {}
+
+
+@cache
+def _scheme() -> Any:
+    from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
+
+    return MaterialsProject2020Compatibility(check_potcar=False)  # there are none

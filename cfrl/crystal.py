@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DALTON_PER_CUBIC_ANGSTROM = 1.66053906660  # in g/cm^3
 MIN_VOLUME_PER_ATOM = 0.1  # angstrom^3; below it a cell is degenerate, not dense
 _PAIRS_PER_CHUNK = 200_000  # bounds the memory of shortest_distances
+_CRYSTALS_AT_ONCE = 256  # bounds the memory of canonical
 _SAME_CELL = 13  # of the 27 images of an atom
 
 
@@ -271,37 +272,74 @@ class CrystalBatch:
 
         Letters, representatives, order of sites and, where axes are exchanged, the lattice change together.
         """
+        return self._transformed(choice)._with_representatives()[0]
+
+    def _transformed(self, choice: Tensor) -> "CrystalBatch":
+        """As `described_as`, but with any point of each orbit and the sites in their old places."""
         wyckoff, points, lattice = symmetry.transform_sites(
             self.space_group, self.wyckoff, self.frac_coords, self.lattice, choice
         )
-        moved = replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
-        return moved._with_representatives()[0]
+        return replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
 
     def canonical(self) -> "CrystalBatch":
         """The same crystals, each in the one of its descriptions that comes first.
 
-        By letters, then elements, then coordinates (to 1e-3), in the order of the sites. What the input's origin and
-        axes were no longer matters, so a model has one thing to learn where it would have several. Only shifts along
-        polar axes and monoclinic and triclinic cell choices stay as they are.
+        By letters, then elements, then coordinates (to 1e-3), in the order of the sites, then a, b, c; along polar axes
+        only those compete whose origin is at an anchor (see `_anchored`). So the input's origin and axes no longer
+        matter: a model has one thing to learn where it would have several, and gives a crystal one probability.
+        Triclinic and monoclinic cells are kept; those of `from_structures` are moyo's, which are reduced.
         """
+        if len(self) > _CRYSTALS_AT_ONCE:
+            parts = torch.arange(len(self), device=self.device).split(_CRYSTALS_AT_ONCE)
+            return CrystalBatch.cat([self[rows].canonical() for rows in parts])
+        if not self.wyckoff.numel():
+            return self
         count = self.num_descriptions()
         crystal = torch.repeat_interleave(count)
-        choice = torch.arange(len(crystal), device=self.device) - (count.cumsum(0) - count)[crystal]
+        choice = symmetry.places(count)
         # Letters alone decide most cases, and are had without moving an atom.
         letters = symmetry.described_letters(self.space_group[crystal], self.wyckoff[crystal], choice)
         first = _first_of_each(crystal, letters.sort(-1).values, len(self))
         crystal, choice = crystal[first], choice[first]
-        described = self[crystal].described_as(choice)
+        anchored, row = self[crystal]._transformed(choice)._anchored()
+        crystal, described = crystal[row], anchored._with_representatives()[0]
         first = _first_of_each(crystal, described._order_key(), len(self))
         # Where several are equal, any will do.
         row = torch.empty(len(self), dtype=torch.long, device=self.device)
         row[crystal[first]] = first.nonzero()[:, 0]
         return described[row]
 
+    def _anchored(self) -> tuple["CrystalBatch", Tensor]:
+        """Each crystal with each of its anchors in turn at 0 along polar axes, and which crystal each row (r,) is.
+
+        Anchors are all atoms of one element on one letter: of the kind with the fewest sites, then the first letter,
+        then the smallest atomic number. A crystal without polar axes stays as it is, once.
+        """
+        t = symmetry.tables(self.device)
+        axes = t.polar[self.space_group]
+        polar = axes.any(-1)
+        row, site = (self._anchors() & polar[:, None]).nonzero(as_tuple=True)
+        # The atoms of a site differ by few shifts along polar axes: only those matter, not the atoms.
+        count = t.polar_count[self.space_group[row]]
+        origin = (self.frac_coords[row, site] * axes[row]).repeat_interleave(count, 0)
+        row = row.repeat_interleave(count)
+        shift = t.polar_shifts[t.polar_offset[self.space_group[row]] + symmetry.places(count)]
+        moved = self.frac_coords[row] + (shift.to(origin) - origin)[:, None]
+        still = (~polar).nonzero()[:, 0]
+        row = torch.cat([still, row])
+        return replace(self[row], frac_coords=torch.cat([self.frac_coords[still], moved])), row
+
+    def _anchors(self) -> Tensor:
+        """(n, s) bool: the sites whose atoms are anchors."""
+        kind = self.wyckoff * len(SYMBOLS) + self.species  # in the order of letters, then atomic numbers
+        sites = (kind[:, :, None] == kind[:, None]).sum(-1)
+        rank = (sites * symmetry.NUM_LETTERS * len(SYMBOLS) + kind).where(self.wyckoff > 0, torch.iinfo(torch.long).max)
+        return rank == rank.amin(1, keepdim=True)
+
     def _order_key(self) -> Tensor:
-        """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s)."""
-        coords = (self.frac_coords * 1000).round().long() % 1000
-        return torch.cat([self.wyckoff, self.species, coords.flatten(1)], 1)
+        """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s + 3)."""
+        coords = symmetry.steps(self.frac_coords, 1000) % 1000
+        return torch.cat([self.wyckoff, self.species, coords.flatten(1), symmetry.steps(self.lattice[:, :3], 1000)], 1)
 
     # ---- to and from other libraries ----
 

@@ -33,6 +33,7 @@ TABLES_PATH = Path(__file__).parent / "assets" / "wyckoff.npz"
 _TRANSLATION_DENOMINATOR = 24
 ON_POSITION = 1e-4  # fractional; a point this close to its Wyckoff position lies on it
 _ROUNDING = 10_000  # coordinates that differ by less than 1e-4 count as equal where points are ordered
+_STEP_OFFSET = (3 - 5**0.5) / 2  # of a step; the golden ratio is far from all fractions
 _KEY_END = _ROUNDING**3  # larger than the order key of any point
 _ZERO_TOLERANCE = 1e-6  # a coordinate this close below 1 is 0
 
@@ -71,6 +72,8 @@ class WyckoffTables:
     lattice_source (231, 6) int64: the parameter that each one copies.
     lattice_angle (231, 6): its value where symmetry fixes it (degrees), else NaN.
     polar (231, 3) bool: the origin is arbitrary along this axis.
+    polar_shifts (p, 3), polar_count (231,), polar_offset (231,) int64: by how much operations move points along polar
+        axes, each value once: (0, 0, 0) and, where there is a screw c/2, (0, 0, 1/2).
     rotations (t, 3, 3), translations (t, 3): all triplets of all positions, acting on the representative.
     offset (231, 28) int64: where the triplets of a position begin.
     """
@@ -86,6 +89,9 @@ class WyckoffTables:
     lattice_source: Tensor
     lattice_angle: Tensor
     polar: Tensor
+    polar_shifts: Tensor
+    polar_count: Tensor
+    polar_offset: Tensor
     rotations: Tensor
     translations: Tensor
     offset: Tensor
@@ -142,7 +148,7 @@ def _arrays() -> dict[str, np.ndarray]:
         "num_letters": exists.sum(-1),
         "project_matrix": matrix,
         "project_shift": translations[first] * exists[..., None],
-        "polar": _polar_axes(multiplicity, rotations, offset),
+        **_polar_arrays(multiplicity, rotations, translations, offset),
         "rotations": rotations,
         "translations": translations,
         "offset": offset,
@@ -150,14 +156,24 @@ def _arrays() -> dict[str, np.ndarray]:
     }
 
 
-def _polar_axes(multiplicity: np.ndarray, rotations: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Axes that every operation of the group leaves alone."""
+def _polar_arrays(
+    multiplicity: np.ndarray, rotations: np.ndarray, translations: np.ndarray, offset: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Axes whose coordinates no operation of the group turns, and by how much operations shift these coordinates."""
     polar = np.zeros((NUM_SPACE_GROUPS + 1, 3), dtype=bool)
+    shifts = [np.zeros((0, 3))]
     for group in range(1, NUM_SPACE_GROUPS + 1):
         general = (multiplicity[group] > 0).sum()
-        begin = offset[group, general]
-        polar[group] = (rotations[begin : begin + multiplicity[group, general]] == np.eye(3)).all((0, 1))
-    return polar
+        operations = slice(offset[group, general], offset[group, general] + multiplicity[group, general])
+        polar[group] = (rotations[operations] == np.eye(3)).all((0, 1))
+        shifts.append(np.unique(translations[operations] * polar[group], axis=0))
+    count = np.array([len(part) for part in shifts])
+    return {
+        "polar": polar,
+        "polar_shifts": np.concatenate(shifts),
+        "polar_count": count,
+        "polar_offset": np.cumsum(count) - count,
+    }
 
 
 def _lattice_arrays() -> dict[str, np.ndarray]:
@@ -344,9 +360,22 @@ def _scatter_min(row: Tensor, values: Tensor, size: int) -> Tensor:
 
 
 def _order_key(frac_coords: Tensor) -> Tensor:
-    """An integer that orders points (..., 3) by x, then y, then z modulo 1, each rounded to 1e-4."""
-    x, y, z = (frac_coords * _ROUNDING).round().long().remainder(_ROUNDING).unbind(-1)
+    """An integer that orders points (..., 3) by x, then y, then z modulo 1, each to 1e-4."""
+    x, y, z = (steps(frac_coords, _ROUNDING) % _ROUNDING).unbind(-1)
     return (x * _ROUNDING + y) * _ROUNDING + z
+
+
+def steps(values: Tensor, per_unit: int) -> Tensor:
+    """Values as integers, so many to the unit, such that noise rarely changes one.
+
+    Steps begin neither at 0 nor at any other fraction or short decimal, where coordinates like to be.
+    """
+    return (values * per_unit + _STEP_OFFSET).floor().long()
+
+
+def places(counts: Tensor) -> Tensor:
+    """0, ..., counts[0] - 1, 0, ..., counts[1] - 1, and so on."""
+    return torch.arange(int(counts.sum()), device=counts.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
 
 
 class AsymmetricUnit(NamedTuple):

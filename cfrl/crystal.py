@@ -287,7 +287,8 @@ class CrystalBatch:
         By letters, then elements, then coordinates (to 1e-3), in the order of the sites, then a, b, c; along polar axes
         only those compete whose origin is at an anchor (see `_anchored`). So the input's origin and axes no longer
         matter: a model has one thing to learn where it would have several, and gives a crystal one probability.
-        Triclinic and monoclinic cells are kept; those of `from_structures` are moyo's, which are reduced.
+        Triclinic and monoclinic cells are kept. Those of `from_structures` are moyo's, which do not depend on the cell
+        that came in, unless their shape has more symmetry than the crystal: then they can be turned.
         """
         if len(self) > _CRYSTALS_AT_ONCE:
             parts = torch.arange(len(self), device=self.device).split(_CRYSTALS_AT_ONCE)

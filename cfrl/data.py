@@ -571,7 +571,8 @@ def _stored(name: str, config: DataConfig) -> Imported:
     fits = np.array([row not in reasons for row in range(len(crystals))], dtype=bool)
     dropped = [Dropped(str(path), row + 1, crystals.ids[row], reason) for row, reason in sorted(reasons.items())]
     columns = {k: v[fits] if v.dtype != object else v[fits].tolist() for k, v in columns.items()}
-    return Imported(crystals[fits], columns, split[fits], dropped)
+    # A file may be older than today's canonical descriptions.
+    return Imported(crystals[fits].canonical(), columns, split[fits], dropped)
 
 
 def _join(parts: list[Imported]) -> Imported:

@@ -454,7 +454,7 @@ def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
     crystals = load_dataset(config.dataset, split="validation")
     crystals = crystals if len(crystals) else load_dataset(config.dataset)
     order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
-    return crystals[order[:VALIDATION_CRYSTALS]]
+    return crystals[order[:VALIDATION_CRYSTALS]].canonical()
 
 
 @torch.no_grad()

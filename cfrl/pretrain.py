@@ -388,7 +388,7 @@ def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
     train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
     if not len(train):
         raise UserError(f"{config.dataset}: no crystals to train on")
-    return tuple(part[part.num_sites <= limit] for part in (train, validation))
+    return tuple(part[part.num_sites <= limit].canonical() for part in (train, validation))
 
 
 def _epoch_line(metrics: dict[str, float], best: bool) -> str:

@@ -109,6 +109,8 @@ def rank(
 ) -> tuple[Columns, CrystalBatch]:
     """Score a dataset that streams by. Of the crystals themselves only the best `top` so far are kept.
 
+    Scored is a crystal's canonical description, so that its rank does not depend on the origin that a file has chosen.
+
     Args:
         by: "crystal", "site" or "joint": see `RANKINGS` and `log_ratios`.
         options, shares: see `log_ratios`.
@@ -124,7 +126,7 @@ def rank(
     best, best_scores, seen = CrystalBatch.empty(), np.zeros(0), 0
     for crystals in batches:
         named = replace(crystals, ids=crystals.ids or [str(seen + i) for i in range(len(crystals))])
-        part = {**_describe(named), **log_ratios(tuned, base, named, options, shares)}
+        part = {**_describe(named), **log_ratios(tuned, base, named.canonical(), options, shares)}
         scores = np.concatenate([best_scores, part[RANKINGS[by]]])
         keep = _descending(scores)[:top]
         keep = keep[np.isfinite(scores[keep])]

@@ -446,7 +446,7 @@ def _refuse_odd_cell(lattice: np.ndarray, atoms: int, symprec: float) -> None:
     """
     lengths = np.sqrt((lattice * lattice).sum(1))
     volume, least, longest = abs(np.linalg.det(lattice)), lengths.min(), lengths.max()
-    sound = volume > 5 * atoms and volume > 0.01 * lengths.prod() and least > 1.2 and atoms <= 1000
+    sound = volume > 2 * atoms and volume > 0.01 * lengths.prod() and least > 1.2 and atoms <= 1000
     if not (sound and symprec * longest < 0.5 * least):
         raise OddCellError(
             f"symmetry not found: {atoms} atoms in {volume:.3g} cubic angstrom, axes of {least:.3g} to {longest:.3g}"

@@ -219,7 +219,7 @@ class FinetuneConfig(Settings):
     standardize: bool = option(
         True, "Count rewards in standard deviations of the starting model's, so that beta suits any reward."
     )
-    scale_crystals: int = option(
+    scale_crystals: Count = option(
         1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
     )
     beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")

@@ -264,8 +264,8 @@ class ReferenceHull:
         dense, _ = fractions(compositions)
         known = np.zeros(len(dense), dtype=bool)
         for system, rows in _group_rows(dense).items():
-            points, _ = self._phases(system)
-            own = dense[rows][:, _elements(system)]
+            elements = _elements(system)
+            points, own = self._points(self._rows(system), elements), dense[rows][:, elements]
             known[rows] = [bool((np.abs(points - point).max(1, initial=0.0) < SAME).any()) for point in own]
         return known
 

@@ -44,7 +44,7 @@ from cfrl.fingerprint import fingerprints, group_by
 from cfrl.flags import check_flags
 from cfrl.hull import ReferenceHull
 from cfrl.journal import Work, digest
-from cfrl.potentials import check_scale, full_name
+from cfrl.potentials import check_scale, full_name, model_name
 from cfrl.runs import RunFolder
 from cfrl.storage import write_crystals
 from cfrl.tally import TEXT, Judgement, Summary, Table, expression, summarise
@@ -153,7 +153,7 @@ def screen(
     if phases or known is not None:
         table.note_new_formulas(known or {}, phases)
     table.note_flags(allowed)
-    judgement = _judgement(config, hull, table.energy_scale, sets if known is not None else [], lists)
+    judgement = _judgement(config, hull, sets if known is not None else [], lists)
     order = table.order(rank, condition)
     summary = summarise(table, hull, judgement)
     _write(run.path, table, order, structures, config, summary)
@@ -270,14 +270,14 @@ def load_hull(config: ScreenConfig) -> ReferenceHull:
 
 
 def _judgement(
-    config: ScreenConfig, hull: ReferenceHull | None, judge: str, sets: Iterable[str], lists: Iterable[str]
+    config: ScreenConfig, hull: ReferenceHull | None, sets: Iterable[str], lists: Iterable[str]
 ) -> Judgement:
-    """`judge`: the potential whose energies were used; `sets` and `lists`: known crystals and formulas."""
+    """`sets` and `lists`: known crystals and formulas."""
     reference = Path(config.hull).name or "the embedded reference"
     known, listed = ([Path(name).name for name in names] for names in (sets, lists))
     return Judgement(
         reference=f"{reference} ({len(hull):,} phases)" if hull else "",
-        judge=f"{judge or config.potential}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
+        judge=f"{model_name(config.potential)}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
         threshold=config.metastable,
         known=" or ".join(known),
         formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),

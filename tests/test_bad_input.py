@@ -46,8 +46,8 @@ def hidden(crystals, structures):
 
 def hangs(crystals, structures):
     calls.append(1)
-    if len(calls) > 2:
-        if len(calls) == 3 and Path("interrupt").exists():
+    if len(calls) > 3:
+        if len(calls) == 4 and Path("interrupt").exists():
             os.kill(os.getpid(), signal.SIGINT)
         while not Path("end").exists():
             time.sleep(0.01)
@@ -70,7 +70,7 @@ def endless(crystals, structures):
 
 def late(crystals, structures):
     calls.append(1)
-    return [len(s) for s in structures] if len(calls) < 3 else "broken"
+    return [len(s) for s in structures] if len(calls) < 4 else "broken"
 """
 MENDED = """
 def late(crystals, structures):
@@ -105,6 +105,7 @@ def cfrl_command(model, tmp_path, monkeypatch, capsys):
 def finetune(run, *words: str) -> tuple[int, str, str]:
     quick = "--model tiny.safetensors --steps 4 --batch-size 8 --sample-batch 8 --min-distance 0 --space-group 221,225"
     quick += " --evaluate 0 --no-plots --max-atoms 8 --device cpu --elements Na,Cl,Mg,O --max-step-kl 0"
+    quick += " --scale-crystals 8"
     return run("finetune", *words, *quick.split())
 
 

@@ -35,7 +35,7 @@ from cfrl.runs import RunFolder
 from cfrl.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.storage import read_columns, read_crystals, write_crystals
 from cfrl.tuning import SpaceGroupPrior, Tuning
-from tests.tiny import SIZES, trained_model
+from tests.tiny import SIZES, trained_model, unchecked
 
 QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16, scale_crystals=24)
@@ -55,8 +55,9 @@ def first_is_oxygen(crystals: CrystalBatch) -> SimpleNamespace:
     return scored(crystals.species[:, 0] == 8, "oxygen")
 
 
-def tune(tiny_model, tmp_path, scorer=first_is_oxygen, resume=None, **changes) -> RunFolder:
+def tune(tiny_model, tmp_path, scorer=first_is_oxygen, resume=None, any_lr=None, **changes) -> RunFolder:
     config = FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, **changes})
+    config = unchecked(config, lr=any_lr) if any_lr else config
     return finetune(config, reward=scorer, root=tmp_path, resume=resume, quiet=True)
 
 
@@ -134,7 +135,7 @@ def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_pa
     good = tune(tiny_model, tmp_path, steps=2)
     before = (good.path / "model.safetensors").read_bytes()
     with pytest.raises(NotFinite, match=r"is (nan|-?inf) \(in step 3; .* holds 2 steps.*lower --lr than 1e\+30"):
-        tune(tiny_model, tmp_path, steps=5, resume=good.path, lr=1e30, minibatch=minibatch, epochs=1,
+        tune(tiny_model, tmp_path, steps=5, resume=good.path, any_lr=1e30, minibatch=minibatch, epochs=1,
              checkpoint_minutes=0)  # fmt: skip
     assert (good.path / "model.safetensors").read_bytes() == before
     assert good.load_checkpoint()["step"] == 2

@@ -18,13 +18,14 @@ from cfrl.runs import RunFolder
 from cfrl.sampler import sample
 from cfrl.storage import write_crystals
 from tests.test_model import TINY
+from tests.tiny import unchecked
 
 FACTORS = ("wyckoff", "species", "coords", "lattice")
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch, tmp_path):
-    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setitem(PRESETS, "alex-20", TINY)
     monkeypatch.chdir(tmp_path)
 
 
@@ -81,7 +82,7 @@ def rows(run: RunFolder) -> dict[str, list[float]]:
 @pytest.mark.parametrize("older", [False, True])
 def test_a_kill_at_the_end_of_an_epoch_loses_neither_row_nor_model(dataset, monkeypatch, epochs, older):
     """Older versions wrote their checkpoint before the epoch's row and model; such runs go on as well."""
-    config = settings(dataset, preset="tiny", epochs=epochs, checkpoint_minutes=0.0)
+    config = settings(dataset, preset="alex-20", epochs=epochs, checkpoint_minutes=0.0)
     straight = pretrain(config, root="straight")
 
     def killed(self):
@@ -104,7 +105,7 @@ def test_a_kill_at_the_end_of_an_epoch_loses_neither_row_nor_model(dataset, monk
 
 
 def test_ctrl_c_in_the_last_step_of_an_epoch_keeps_its_row(dataset, monkeypatch):
-    config = settings(dataset, preset="tiny", epochs=2)
+    config = settings(dataset, preset="alex-20", epochs=2)
     straight = pretrain(config, root="straight")
     accumulate = Trainer._accumulate
 
@@ -124,19 +125,20 @@ def test_ctrl_c_in_the_last_step_of_an_epoch_keeps_its_row(dataset, monkeypatch)
 
 
 def test_weights_that_run_away_stop_the_run_and_are_not_saved(dataset):
-    good = pretrain(settings(dataset, preset="tiny", epochs=2), root="good")
+    good = pretrain(settings(dataset, preset="alex-20", epochs=2), root="good")
     before = [(good.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt")]
     with pytest.raises(NotFinite, match=r"is (nan|-?inf) after \d+ steps.*--lr than 1e\+30"):
-        pretrain(settings(dataset, preset="tiny", epochs=4, lr=1e30, ema=0.0, warmup=0), resume=good.path)
+        pretrain(unchecked(settings(dataset, preset="alex-20", epochs=4, ema=0.0, warmup=0), lr=1e30), resume=good.path)
     assert [(good.path / name).read_bytes() for name in ("model.safetensors", "checkpoint.pt")] == before
-    with pytest.raises(NotFinite):  # a single step, which leaves weights that are huge and yet finite
-        pretrain(settings(dataset, preset="tiny", epochs=1, batch_size=1000, lr=1e30, ema=0.0), root="bad")
+    one_step = settings(dataset, preset="alex-20", epochs=1, batch_size=1000, ema=0.0)
+    with pytest.raises(NotFinite):  # its weights are huge and yet finite
+        pretrain(unchecked(one_step, lr=1e30), root="bad")
     assert not list(Path("bad").glob("*/model.safetensors"))
 
 
 def test_settings_beside_resume_win(dataset):
-    run = pretrain(settings(dataset, preset="tiny", epochs=1, weight_decay=0.05), root="runs")
-    config = settings(dataset, preset="tiny", epochs=2, weight_decay=0.3)
+    run = pretrain(settings(dataset, preset="alex-20", epochs=1, weight_decay=0.05), root="runs")
+    config = settings(dataset, preset="alex-20", epochs=2, weight_decay=0.3)
     trainer = Trainer(config, load_dataset(dataset), load_dataset(dataset), torch.device("cpu"))
     trainer.restore(run.load_checkpoint())
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
@@ -258,7 +260,7 @@ def test_learning_rate_warms_up_and_decays():
 def test_the_last_weights_can_be_kept_instead_of_the_best(dataset):
     """A learning rate that grows until it ruins the model: the best epoch is not the last."""
     runs = [
-        pretrain(settings(dataset, preset="tiny", epochs=3, lr=0.01, lr_final=100.0, ema=0.0, keep=keep))
+        pretrain(unchecked(settings(dataset, preset="alex-20", epochs=3, lr=0.01, ema=0.0, keep=keep), lr_final=100.0))
         for keep in ("best", "last")
     ]
     losses = runs[0].metrics()["validation/loss"]
@@ -270,12 +272,12 @@ def test_the_last_weights_can_be_kept_instead_of_the_best(dataset):
 
 
 def test_early_stopping(dataset):
-    run = pretrain(settings(dataset, preset="tiny", epochs=50, patience=2, lr=0.0))
+    run = pretrain(settings(dataset, preset="alex-20", epochs=50, patience=2, lr=1e-12))
     assert max(run.metrics()["epoch"]) == 3  # nothing can get better after the first
 
 
 def test_models_know_their_space_groups(dataset):
-    run = pretrain(settings(dataset, preset="tiny", epochs=1))
+    run = pretrain(settings(dataset, preset="alex-20", epochs=1))
     train = load_dataset(dataset, "train")
     shares = load_model(run.path).space_group_log_prob.exp()
     expected = torch.bincount(train.space_group, minlength=231) / len(train)
@@ -287,7 +289,7 @@ def test_models_know_their_space_groups(dataset):
     [
         ({"preset": "alex20"}, "did you mean 'alex-20'"),
         ({"dataset": "nowhere.h5"}, "nowhere"),
-        ({"precision": "float8"}, "float32 or bfloat16"),
+        ({"precision": "float8"}, "none of auto, float32, bfloat16"),
         ({"device": "cuda:77"}, "cannot be used"),
         ({"init": "no.safetensors"}, "no such model"),
     ],

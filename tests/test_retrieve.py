@@ -412,18 +412,18 @@ def test_any_structure_file_is_a_dataset(run, tmp_path, prototypes):
     ("settings", "message"),
     [
         ({"property": "band_gapp"}, "did you mean 'band_gap'"),
-        ({"rank": "best"}, "crystal, site, joint"),
+        ({"rank": "best"}, "none of crystal, site, joint"),
         ({"run": "nowhere"}, "no such model"),
         ({"dataset": "nothing.h5"}, "no such file"),
         ({"top": 0}, "at least 1"),
-        ({"split": "training"}, "one of train, validation, test"),
+        ({"split": "training"}, "none of train, validation, test"),
     ],
 )
 def test_bad_settings_are_named(run, tmp_path, prototypes, settings, message):
     dataset = labelled(tmp_path / "d.h5", prototypes, name="band_gap")
-    config = RetrieveConfig(**{"run": str(run.path), "dataset": dataset, "samples": 0, "device": "cpu", **settings})
+    settings = {"run": str(run.path), "dataset": dataset, "samples": 0, "device": "cpu", **settings}
     with pytest.raises(UserError, match=message):
-        retrieve(config, root=tmp_path / "runs")
+        retrieve(RetrieveConfig(**settings), root=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 

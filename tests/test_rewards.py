@@ -214,7 +214,9 @@ def test_predicted_properties_of_textbook_crystals(crystals: CrystalBatch, chgne
     assert gap[salt] > 4 and gap[magnesia] > 3.5 and 0.1 < gap[silicon] < 1.2  # noqa: PT018 (PBE: 5.0, 4.4, 0.6)
     assert terms["dielectric"][magnesia] == pytest.approx(10, rel=0.25)
     assert terms["dielectric(kind=electronic)"][magnesia] == pytest.approx(3.1, rel=0.15)
-    assert terms["dielectric(kind=electronic)"][silicon] == pytest.approx(13, rel=0.35)
+    doubt = terms["dielectric(kind=electronic)/spread"]
+    assert terms["dielectric(kind=electronic)"][silicon] == pytest.approx(13, abs=2 * doubt[silicon])
+    assert doubt[silicon] < 4
     assert terms["bulk_modulus"][magnesia] == pytest.approx(155, rel=0.2)
     assert terms["bulk_modulus"][salt] == pytest.approx(24, rel=0.3)
     np.testing.assert_allclose(terms["dielectric_bandgap"], gap * terms["dielectric"])

@@ -1,15 +1,18 @@
 """A very small model: untrained, shown real crystals for a few seconds, or fine-tuned for three steps."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from cfrl.config import FinetuneConfig
+from cfrl.config import FinetuneConfig, Settings
 from cfrl.data import load_dataset
 from cfrl.finetune import finetune
 from cfrl.model import CrystalTransformer, ModelConfig, save_model
 from cfrl.runs import RunFolder
 
+Config = TypeVar("Config", bound=Settings)
 SIZES = ModelConfig(
     embed_size=8,
     h0_size=16,
@@ -22,6 +25,13 @@ SIZES = ModelConfig(
     max_sites=7,
     dropout=0.5,  # so that a test fails where it is not switched off
 )
+
+
+def unchecked(config: Config, **values: float) -> Config:
+    """Settings with values that they would refuse: to see what happens when weights run away nevertheless."""
+    config = replace(config)
+    vars(config).update(values)
+    return config
 
 
 def base_model(path: Path) -> Path:

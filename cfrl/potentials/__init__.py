@@ -41,6 +41,12 @@ def full_name(name: str) -> str:
     return f"{bare}@{RAW}" if not scale and adapter.scale_of(version) == RAW else name
 
 
+def model_name(name: str) -> str:
+    """The name of the model itself, with its version, known without loading it."""
+    adapter, version = _adapter(split_scale(name)[0])
+    return adapter.name_of(version)
+
+
 def check_scale(potential: Potential | str, hull: ReferenceHull) -> None:
     """Raises UserError if a potential, or the one of this name, is known to be on another energy scale than the hull.
 

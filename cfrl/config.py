@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tomli
 
 from cfrl.errors import UserError
+from cfrl.untrusted import one_line, read_text
 
 T = TypeVar("T")
 USER_FILE = "cfrl.toml"
@@ -544,9 +545,9 @@ def read_run_config(cls: type[T], path: Path) -> T:
 
 def _section(path: Path, name: str) -> dict[str, Any]:
     try:
-        document = tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as TOML: {error}") from error
+        document = tomli.loads(read_text(path))
+    except (tomli.TOMLDecodeError, ValueError, RecursionError) as error:  # ValueError: numbers and dates
+        raise UserError(f"{path}: cannot be read as TOML: {one_line(error)}") from error
     for key in document:
         if key not in SECTIONS and key != "rewards":
             raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")

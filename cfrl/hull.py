@@ -10,12 +10,11 @@ Where the energies come from is not its business; `hull_builder` makes reference
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,10 +25,14 @@ import numpy as np
 
 from cfrl.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.errors import UserError
+from cfrl.readers import open_text
+from cfrl.untrusted import open_hdf5
 
 VERSION = 1
 DEFAULT_HULL = Path(__file__).parent / "assets" / "hull.h5"
 CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference lacks the compounds of the system
+ABSURD = 1000.0  # eV/atom; no energy of a phase in any convention
+SUM_OF_SHARES = 1e-3  # how far the fractions of a phase may add up to something else than 1
 FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
 SAME = 1e-6  # of an atomic fraction; cells of hundreds of atoms differ by more
 MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
@@ -131,27 +134,34 @@ class ReferenceHull:
             if kind not in (".csv", ".json"):
                 raise UserError(f"{path}: a hull reference is .h5, .csv or .json (.gz and .bz2 too)")
             try:
-                with _open_text(path) as file:
+                with open_text(path) as file:
                     hull = _read_csv(file, path) if kind == ".csv" else _read_entries(file, path)
-            except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (OSError, EOFError, zlib.error, csv.Error, RecursionError, ValueError) as error:
                 raise UserError(f"{path}: not a readable {kind[1:].upper()} file ({error})") from error
         if not len(hull):
             raise UserError(f"{path}: no reference phases in it")
+        absurd = np.flatnonzero(~(np.abs(hull.energies) <= ABSURD))
+        if len(absurd):
+            raise UserError(f"{path}: phase {absurd[0] + 1}: an energy of {hull.energies[absurd[0]]:g} eV/atom")
         hull.energy_scale = energy_scale or hull.energy_scale
         return hull
 
     @classmethod
     def _load_hdf5(cls, path: Path) -> ReferenceHull:
-        import h5py
-
-        try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("format") != "cfrl-hull":
-                    raise UserError(f"{path}: not a reference hull (`cfrl data hull` makes one)")
-                data = (file["numbers"][:], file["fractions"][:], file["energies"][:])
-                return cls(*data, energy_scale=str(file.attrs["energy_scale"]))
-        except (OSError, KeyError) as error:
-            raise UserError(f"{path}: not a readable reference hull ({error})") from error
+        with open_hdf5(path) as file:
+            if file.attrs.get("format") != "cfrl-hull":
+                raise UserError(f"{path}: not a reference hull (`cfrl data hull` makes one)")
+            numbers, fractions, energies = (file[name][:] for name in ("numbers", "fractions", "energies"))
+            scale = str(file.attrs["energy_scale"])
+        shapes = numbers.shape == fractions.shape == (len(energies), *numbers.shape[1:2])
+        kinds = numbers.dtype.kind in "iu" and fractions.dtype.kind == energies.dtype.kind == "f"
+        if not (shapes and kinds and energies.ndim == 1):
+            raise UserError(f"{path}: is damaged: its datasets are not those of a reference hull")
+        elements = ((numbers >= 0) & (numbers < len(SYMBOLS)) & ((numbers > 0) == (fractions > 0))).all(1)
+        wrong = np.flatnonzero(~(elements & (np.abs(fractions.sum(1) - 1) < SUM_OF_SHARES)))
+        if len(wrong):
+            raise UserError(f"{path}: phase {wrong[0] + 1}: its elements and fractions are no composition")
+        return cls(numbers, fractions, energies, energy_scale=scale)
 
     def save(self, path: str | Path, attrs: Mapping[str, Any] | None = None) -> None:
         """Write HDF5: datasets numbers (m, w), fractions (m, w), energies (m,) in eV/atom, and attributes.
@@ -469,11 +479,6 @@ def _elements(system: int) -> list[int]:
     return [z for z in range(1, len(SYMBOLS)) if system >> z & 1]
 
 
-def _open_text(path: Path) -> Any:
-    opener = {".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8", newline="")
-
-
 def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
     reader = csv.DictReader(file)
     missing = {"formula", "energy_per_atom"} - set(reader.fieldnames or ())
@@ -505,7 +510,7 @@ def _read_entries(file: Any, path: Path) -> ReferenceHull:
             composition = entry.get("composition") or _structure_composition(entry["structure"])
             energy = float(entry["energy"]) + float(entry.get("correction") or 0.0)
             energies.append(energy / sum(composition.values()))
-        except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"{path}, entry {row + 1}: no composition and energy in it ({error!r})") from error
         compositions.append(composition)
     return _named(path, compositions, energies)

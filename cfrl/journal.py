@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from cfrl.engine import LOST, Engine
 from cfrl.errors import UserError
 from cfrl.progress import progress_bar
 from cfrl.stages import Record
+from cfrl.untrusted import read_bytes
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -79,10 +81,12 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
-        data = path.read_bytes() if path.exists() else b""
+        data = read_bytes(path) if path.exists() else b""
         self._end = data.rfind(b"\n") + 1
         for line in data[: self._end].splitlines():
-            self.records.update(json.loads(line))
+            with suppress(ValueError, RecursionError, AttributeError):  # a damaged line is computed again
+                records = json.loads(line).items()
+                self.records.update({key: record for key, record in records if isinstance(record, dict)})
 
     def __enter__(self) -> Journal:
         self._file = self.path.open("ab")

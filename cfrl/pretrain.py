@@ -32,6 +32,7 @@ from cfrl.files import atomic_file, provenance
 from cfrl.interrupt import stop_on_signal
 from cfrl.model import FACTORS, PRESETS, CrystalTransformer, chunk_size, load_model, save_model, space_group_shares
 from cfrl.runs import RunFolder
+from cfrl.untrusted import fitting
 
 BUCKET = 50  # batches among which crystals are sorted by length
 
@@ -60,7 +61,8 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
             # Every process reads the checkpoint; only the first one writes.
             trainer = Trainer(config, train, validation, device, rank, world, run if rank == 0 else None)
             if resume is not None:
-                trainer.restore(run.load_checkpoint())
+                with fitting(run.path / "checkpoint.pt"):
+                    trainer.restore(run.load_checkpoint())
             trainer.fit()
     return run
 

@@ -191,6 +191,16 @@ def _unfolded(raw: BinaryIO, name: str, limits: Limits, packed: int) -> BinaryIO
     return io.BufferedReader(_Limited(stream, limit, advice), 1 << 16)
 
 
+def open_text(path: Path) -> TextIO:
+    """A text file, compressed or not, that unfolds into no more than the usual limits.
+
+    Raises:
+        UserError: it cannot be opened; when read on, that it unfolds into too much.
+    """
+    raw = _open(check_file(path, most=1 << 60))
+    return io.TextIOWrapper(_unfolded(raw, str(path), Limits(), path.stat().st_size), encoding="utf-8-sig", newline="")
+
+
 def _read(raw: BinaryIO, name: str, strict: bool, limits: Limits, packed: int) -> Iterator[Entry]:
     path = PurePath(name)
     kind = _kind(path)

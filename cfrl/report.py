@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +37,7 @@ from cfrl.flags import FLAGS
 from cfrl.page import Page, label, number_text
 from cfrl.runs import RunFolder, newest_run
 from cfrl.storage import read_crystals
+from cfrl.untrusted import fitting, open_hdf5, read_json, read_text
 
 REPORT = "report.html"
 SHOWN_CRYSTALS = 12
@@ -56,10 +56,11 @@ def write_report(run: RunFolder | str | Path, console: Any = None) -> Path:
         console: a rich console that is told what was written.
 
     Raises:
-        UserError: no run folder, or nothing in it to report.
+        UserError: no run folder, nothing in it to report, or files that were damaged since.
     """
     run = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    page = _PAGES.get(_command(run), _metrics_page)(run)
+    with fitting(run.path):
+        page = _PAGES.get(_command(run), _metrics_page)(run)
     plots = run.path / "plots"
     plots.mkdir(exist_ok=True)
     for figure in page.figures:
@@ -86,11 +87,11 @@ def newest_reportable(root: str | Path = "runs") -> RunFolder:
 
 def _page(run: RunFolder, title: str, subtitle: str) -> Page:
     provenance = run.path / "run.json"
-    return Page(title, subtitle, json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {})
+    return Page(title, subtitle, read_json(provenance) if provenance.is_file() else {})
 
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
-    return tomli.loads((run.path / "config.toml").read_text(encoding="utf-8"))
+    return tomli.loads(read_text(run.path / "config.toml"))
 
 
 def _command(run: RunFolder) -> str:
@@ -99,10 +100,9 @@ def _command(run: RunFolder) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; did the run come to its end?") from None
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; did the run come to its end?")
+    return read_json(path)
 
 
 def _read_csv(path: Path) -> dict[str, list[Any]]:
@@ -456,10 +456,8 @@ def _enrichment(verdicts: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 
 def _ranking_figures(run: RunFolder, result: Mapping[str, Any], table: Mapping[str, list]) -> list[Figure | None]:
     """The ratio and the property over the whole dataset."""
-    import h5py
-
     key, wanted = result["ranked_by"], result["property"].lstrip("-")
-    with h5py.File(run.path / "ranking.h5", "r") as file:
+    with open_hdf5(run.path / "ranking.h5") as file:
         ratio = file[key][:]
         values = file[wanted.replace("/", ".")][:] if wanted else None
         factors = {name: file[f"log_ratio.{name}"][:] for name in ("wyckoff", "species", "coords", "lattice")}

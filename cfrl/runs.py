@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from cfrl.config import to_toml
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance, write_problem
+from cfrl.untrusted import check_weights, fitting, read_checkpoint, read_text
 
 __all__ = ["RunFolder", "newest_run", "provenance"]
 
@@ -131,13 +132,16 @@ class RunFolder:
 
     def metrics(self) -> dict[str, list[float]]:
         """Columns of `metrics.csv`; NaN where a row does not have a value. Empty before the first row."""
-        columns, rows = self._read_rows()
-        return {name: [_number(row[i]) for row in rows] for i, name in enumerate(columns)}
+        with fitting(self.path / "metrics.csv"):
+            columns, rows = self._read_rows()
+            return {name: [_number(row[i]) for row in rows] for i, name in enumerate(columns)}
 
     def truncate(self, step: int) -> None:
         """Forget the rows after `step`: a resumed run writes them again."""
-        columns, rows = self._read_rows()
-        self._open_metrics((columns, [row for row in rows if _number(row[0]) <= step]))
+        with fitting(self.path / "metrics.csv"):
+            columns, rows = self._read_rows()
+            rows = [row for row in rows if _number(row[0]) <= step]
+        self._open_metrics((columns, rows))
         self._close_tensorboard()
         self._board = self._tensorboard(purge_step=step + 1)
 
@@ -153,7 +157,7 @@ class RunFolder:
         path = self.path / "metrics.csv"
         if not path.exists():
             return ["step"], []
-        whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0]
+        whole_lines = read_text(path).rpartition("\n")[0]
         header, *rows = list(csv.reader(io.StringIO(whole_lines))) or [["step"]]
         return header, [row for row in rows if len(row) == len(header)]
 
@@ -202,20 +206,14 @@ class RunFolder:
         """The state that was saved last, on the CPU; None where there is none.
 
         Raises:
-            UserError: the file is damaged, or holds more than tensors and plain values.
+            UserError: the file is damaged, holds more than tensors and plain values, or NaN among its weights.
         """
-        import pickle
-
-        import torch
-
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{path}: is not a checkpoint that can be read: {reason}") from error
+        state = read_checkpoint(path)
+        check_weights({name: state.get(name) for name in ("model", "average", "optimizer", "optimiser")}, path)
+        return state
 
 
 def newest_run(command: str | Sequence[str], root: str | Path = "runs", holding: str = "") -> RunFolder | None:

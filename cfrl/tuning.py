@@ -20,6 +20,7 @@ from cfrl.rollouts import Memory
 from cfrl.runs import RunFolder
 from cfrl.sampler import sampler_options, space_group_prior
 from cfrl.storage import append_crystals, read_columns
+from cfrl.untrusted import fitting
 
 STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
@@ -193,9 +194,10 @@ class RunLog:
         """Go on from the run's checkpoint, if there is one."""
         state = self.run.load_checkpoint()
         if state is not None:
-            self.tuning.load_state_dict(state)
-            if self.reward is not None and "reward" not in self.tuning.changed(state):
-                self.reward.load_state_dict(state["reward"])
+            with fitting(self.run.path / "checkpoint.pt"):
+                self.tuning.load_state_dict(state)
+                if self.reward is not None and "reward" not in self.tuning.changed(state):
+                    self.reward.load_state_dict(state["reward"])
         self.saved = self.tuning.step
         self.run.truncate(self.tuning.step)
         if self.path.exists():

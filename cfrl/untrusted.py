@@ -7,6 +7,7 @@ numbers that are none among weights. Structure files, which come in many forms, 
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -155,7 +156,16 @@ def fitting(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+        csv.Error,
+    ) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{path}: what it holds does not fit together ({reason})") from error
 

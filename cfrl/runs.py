@@ -3,6 +3,7 @@
     runs/20260131-142507-finetune-ehull/
         config.toml      the resolved settings: defaults, cfrl.toml and flags together, also those of --resume
         run.json         command line, version, git revision, date
+        input.txt        what the command works on, where that is not among its settings
         metrics.csv      one row per logged step; grows line by line, so a kill loses nothing that was logged
         checkpoint.pt    everything that is needed to go on; replaced atomically
         finished         exists once the command has come to its end
@@ -33,6 +34,7 @@ from cfrl.untrusted import check_weights, fitting, read_checkpoint, read_text
 
 __all__ = ["RunFolder", "newest_run", "provenance"]
 
+_INPUT = "input.txt"
 _NAME = re.compile(r"(?P<stamp>\d{8}-\d{6})-(?P<command>[a-z]+)(-(?P<tag>.+))?$")
 
 
@@ -47,11 +49,18 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, command: str, tag: str = "", config: Any = None, root: str | Path = "runs", path: str | Path = ""
+        cls,
+        command: str,
+        tag: str = "",
+        config: Any = None,
+        root: str | Path = "runs",
+        path: str | Path = "",
+        source: str = "",
     ) -> RunFolder:
         """A new folder `root/<date>-<time>-<command>[-<tag>]`, with the settings (a dataclass) in `config.toml`.
 
-        `path` names the folder instead.
+        `path` names the folder instead; `source` is what `RunFolder.source` will say. The settings are written last:
+        without them a folder is no run, so that a kill on the way leaves nothing to go on with, or all of it.
 
         Raises:
             UserError: it cannot be made, or `path` holds something already.
@@ -59,9 +68,12 @@ class RunFolder:
         tag = re.sub(r"[^\w.+]+", "_", tag).strip("_")[:80]
         path = _named_folder(Path(path)) if path else _new_folder(Path(root), f"{command}-{tag}" if tag else command)
         run = cls(path)
-        run.write_config(command, config)
         with atomic_file(path / "run.json") as temp:
             temp.write_text(json.dumps(provenance(), indent=2) + "\n", encoding="utf-8")
+        if source:
+            with atomic_file(path / _INPUT) as temp:
+                temp.write_text(source + "\n", encoding="utf-8")
+        run.write_config(command, config)
         return run
 
     @classmethod
@@ -99,6 +111,12 @@ class RunFolder:
         """The command that made the run, from the folder's name ("" for a renamed folder)."""
         match = _NAME.match(self.path.name)
         return match["command"] if match else ""
+
+    @property
+    def source(self) -> str:
+        """What the command works on; "" where nothing was noted."""
+        path = self.path / _INPUT
+        return read_text(path).strip() if path.exists() else ""
 
     @property
     def finished(self) -> bool:
@@ -250,7 +268,8 @@ def _new_folder(root: Path, name: str) -> Path:
 def _named_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        begun = {"run.json", _INPUT}  # and hidden temporary files: what a kill in `create` leaves
+        if {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - begun:
             raise UserError(f"{path}: is not empty; name another folder, or go on with --resume")
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}") from error

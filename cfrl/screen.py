@@ -59,7 +59,6 @@ K = TypeVar("K", bound=Hashable)
 DFT_SETS = {"scan": "MPScanRelaxSet", "pbe": "MPRelaxSet"}
 _CHECK_CHUNK, _MATCH_CHUNK = 64, 8
 _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
-_SOURCE = "input.txt"  # in the run folder: what is screened
 _SHOWN = 10  # candidates on the terminal
 _COLUMNS_SHOWN = {
     "id": "id",
@@ -116,7 +115,7 @@ def screen(
     """
     run = RunFolder.open(resume) if resume else None
     if run and not source:
-        source = (run.path / _SOURCE).read_text(encoding="utf-8").strip()
+        source = run.source
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
     copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
@@ -137,7 +136,7 @@ def screen(
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
-    run = run or _run_folder(source, config, "" if copy else output)
+    run = run or RunFolder.create("screen", Path(source).stem, config, path="" if copy else output, source=source)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
         with run.locked(), make_engine(config.engine, workers, config.address) as engine:
@@ -158,7 +157,8 @@ def screen(
     summary = summarise(table, hull, judgement)
     _write(run.path, table, order, structures, config, summary)
     if copy:
-        shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), copy)
+        with atomic_file(copy) as temp:
+            shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), temp)
     if config.report:
         from cfrl.report import write_report
 
@@ -389,12 +389,6 @@ def _predictors(names: str) -> dict[str, str]:
 
     chosen = BUILT_IN if names == "all" else [name.strip() for name in names.split(",")]
     return {name: load_predictor(name).target for name in chosen}
-
-
-def _run_folder(source: str, config: ScreenConfig, folder: str) -> RunFolder:
-    run = RunFolder.create("screen", Path(source).stem, config, path=folder)
-    (run.path / _SOURCE).write_text(source + "\n", encoding="utf-8")
-    return run
 
 
 # ---- results ----

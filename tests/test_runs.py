@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,32 @@ def test_names_are_unique_and_the_newest_is_found(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "20990101-000000-sample").mkdir()  # a folder that no run made has no config.toml
     assert newest_run("sample", tmp_path).path == made[-1].path
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_folder_is_a_run_only_once_all_is_there(tmp_path, monkeypatch, written):
+    """Killed before the first, second and third file: nothing to go on with, and the same command can start again."""
+    replace, moves = os.replace, []
+
+    def killed(temp, path):
+        moves.append(path)
+        if len(moves) > written:
+            Path(temp).with_name(".config.toml.elsewhere-1.tmp").touch()  # a kill does not tidy up
+            raise KeyboardInterrupt
+        replace(temp, path)
+
+    path = tmp_path / "named"
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt) if written < 3 else nullcontext():
+        context.setattr(files.os, "replace", killed)
+        RunFolder.create("screen", path=path, source="in.cif")
+    if written == 3:
+        assert RunFolder.open(path).source == "in.cif"
+        with pytest.raises(UserError, match="is not empty"):
+            RunFolder.create("screen", path=path, source="in.cif")
+    else:
+        with pytest.raises(UserError, match="is not a run folder"):
+            RunFolder.open(path)
+        assert RunFolder.create("screen", path=path, source="in.cif").source == "in.cif"
 
 
 def test_root_that_cannot_be(tmp_path):

@@ -415,6 +415,21 @@ def test_a_full_disk_is_told_and_what_was_done_is_kept(
     assert len(table) == 8
 
 
+def test_a_kill_amid_the_copy_of_the_table_leaves_the_old_one(
+    serial: type[SerialEngine], samples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(_source: Path, target: Path) -> None:
+        Path(target).write_text("half a tab")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(screening.shutil, "copyfile", killed)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.csv").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        screen(str(samples), QUICK, output="out.csv")
+    assert (tmp_path / "out.csv").read_text() == "old"
+
+
 # ---- resuming ----
 
 

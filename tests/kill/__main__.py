@@ -19,7 +19,6 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +29,10 @@ from tests.kill import jobs
 from tests.kill.children import Aim, Ended, run
 from tests.kill.jobs import JOBS, Job, Result
 
-PRELOADED = ("pretrain", "finetune", "screen", "retrieve", "cli", "hull", "judge")  # so that no child imports them
+PRELOADED = (  # so that no child has to
+    *("cfrl.pretrain", "cfrl.finetune", "cfrl.screen", "cfrl.retrieve", "cfrl.cli", "cfrl.hull", "cfrl.judge"),
+    *("matplotlib.pyplot", "torch.utils.tensorboard", "torch._dynamo"),
+)
 OUTCOMES = ("recovered", "lost rows", "wrong result", "cannot resume", "hang", "fault")
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM] * 2 + [signal.SIGINT] * 2
 
@@ -204,9 +206,8 @@ def main() -> int:
     (root / "inputs").mkdir(parents=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name in [*(f"cfrl.{name}" for name in PRELOADED), "matplotlib.pyplot", "torch.utils.tensorboard"]:
-        with suppress(ImportError):
-            importlib.import_module(name)
+    for name in PRELOADED:
+        importlib.import_module(name)
     provenance()  # asks git once instead of in every child
     start = time.monotonic()
     names = options.jobs.split(",")

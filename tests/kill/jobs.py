@@ -63,7 +63,7 @@ def prepare(folder: Path) -> None:
     small = crystals[crystals.num_sites < SIZES.max_sites]
     write_crystals(folder / "dataset.h5", small[:108], split=[int(i % 9 == 0) for i in range(108)])
     write_crystals(folder / "known.h5", crystals[100:200], columns={"density": crystals[100:200].densities().numpy()})
-    write_crystals(folder / "input.h5", crystals[[*range(150), *range(20)]])
+    write_crystals(folder / "input.h5", crystals[[*range(70), *range(12)]])
     write_crystals(folder / "few.h5", small[small.num_atoms <= 4][:8])
     texts = [structure.to(fmt="cif") for structure in crystals[:60].to_structures()]
     rows = [{"material_id": f"m-{i}", "cif": text, "band_gap": i / 10} for i, text in enumerate(texts)]
@@ -100,7 +100,7 @@ def _finetune(*more: str) -> Callable[[Path], list[str]]:
 
 
 def _screen(name: str, *more: str) -> Callable[[Path], list[str]]:
-    settings = "--no-stability --rank density --no-report --workers 1 --device cpu -o screened"
+    settings = "--no-stability --rank density --top 20 --no-report --workers 1 --device cpu -o screened"
     return lambda inputs: ["screen", str(inputs / name), "--known", str(inputs / "known.h5"), *settings.split(), *more]
 
 

@@ -418,7 +418,7 @@ def write_all(predictor: Predictor, validation: CrossValidation, path: Path) -> 
 def card(predictor: Predictor) -> str:
     """What a user should know about a predictor, in Markdown."""
     h, o = predictor.header, predictor.header["options"]
-    scale = f"log10({h['target']})" if h["log"] else h["target"]
+    scale = f" MAE, RMSE and R2 are of log10({h['target']}), all else of {h['target']}." if h["log"] else ""
     unit = "" if h["log"] or not h["unit"] else f" {h['unit']}"
     splits = {"formula": h["cross_validation"], **h["harder_splits"]}
     top = f"{TOP:.0%} highest predictions"
@@ -456,8 +456,7 @@ def card(predictor: Predictor) -> str:
             "and volume.",
             "",
             f"{o['folds']}-fold cross-validation: no formula is on both sides, no prototype (space group and Wyckoff "
-            f"sequence), no cluster of the descriptors (k-means, {CLUSTERS_PER_FOLD * o['folds']} clusters). MAE, RMSE "
-            f"and R2 are of {scale}, all else of {h['target']}:",
+            f"sequence), no cluster of the descriptors (k-means, {CLUSTERS_PER_FOLD * o['folds']} clusters).{scale}",
             "",
             f"| unseen | {' | '.join(splits)} |",
             "| --- |" + " --- |" * len(splits),

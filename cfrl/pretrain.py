@@ -63,6 +63,8 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
             if resume is not None:
                 with fitting(run.path / "checkpoint.pt"):
                     trainer.restore(run.load_checkpoint())
+                if rank == 0:
+                    run.write_config("pretrain", config)
             trainer.fit()
     return run
 

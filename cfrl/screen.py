@@ -140,6 +140,8 @@ def screen(
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
         with run.locked(), make_engine(config.engine, workers, config.address) as engine:
+            if resume:
+                run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = _stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:

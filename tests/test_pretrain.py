@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfrl.config import PretrainConfig
+from cfrl.config import PretrainConfig, read_run_config
 from cfrl.data import load_dataset
 from cfrl.errors import NotFinite, UserError
 from cfrl.model import PRESETS, load_model
@@ -142,6 +142,8 @@ def test_settings_beside_resume_win(dataset):
     trainer = Trainer(config, load_dataset(dataset), load_dataset(dataset), torch.device("cpu"))
     trainer.restore(run.load_checkpoint())
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0]
+    pretrain(config, resume=run.path)
+    assert read_run_config(PretrainConfig, run.path / "config.toml") == config, "they count from now on"
     with run.locked(), pytest.raises(UserError, match="another process is at work"):
         pretrain(config, resume=run.path)
 

@@ -16,7 +16,15 @@ from typer.testing import CliRunner
 import cfrl
 from cfrl.errors import UserError
 from cfrl.potentials import load_potential
-from cfrl.predictor_training import PredictorOptions, assign_folds, make_splits, prototypes_of, read_targets, run_train
+from cfrl.predictor_training import (
+    PredictorOptions,
+    assign_folds,
+    card,
+    make_splits,
+    prototypes_of,
+    read_targets,
+    run_train,
+)
 from cfrl.predictor_training import train as train_on
 from cfrl.properties import ASSETS, BUILT_IN, composition, load_predictor
 
@@ -216,7 +224,7 @@ def test_shipped_predictors(name: str, chgnet) -> None:
     predictor.check(chgnet)
     path = ASSETS / f"{name}.safetensors"
     assert path.stat().st_size < 1.5e6
-    assert path.with_suffix(".md").read_text().startswith("# Predictor")
+    assert path.with_suffix(".md").read_text() == card(predictor), "the card beside the file is that of the file"
     with safe_open(path, "np") as file:
         assert file.get_tensor("weight_0").shape[0] >= 5, "an ensemble"
     figures = predictor.header["cross_validation"]
@@ -226,6 +234,7 @@ def test_shipped_predictors(name: str, chgnet) -> None:
     harder = predictor.header["harder_splits"]
     assert list(harder) == ["prototype", "cluster"]
     covered = "within_1_sigma" if predictor.header["zero"] is None else "within_1_sigma_nonzero"
+    assert "| unseen | formula | prototype | cluster |" in card(predictor)
     for split in (figures, *harder.values()):
         assert min(split[covered], split["within_1_sigma_top"]) > 0.65
         assert split["top_cautious_ratio"] <= 1

@@ -20,7 +20,7 @@ from pymatgen.io.vasp import Incar, Poscar
 import cfrl
 from cfrl import journal, stages
 from cfrl import screen as screening
-from cfrl.config import ScreenConfig
+from cfrl.config import ScreenConfig, read_run_config
 from cfrl.errors import UserError
 from cfrl.flags import FLAGS
 from cfrl.journal import Journal
@@ -482,8 +482,10 @@ def test_resume_computes_only_what_a_new_setting_asks_for(
     serial.done = []
     screen("", replace(QUICK, filter="num_atoms < 3", rank="density"), resume=run)
     assert not serial.done
-    screen("", replace(QUICK, stability=True, hull=str(hull_file)), resume=run)
+    config = replace(QUICK, stability=True, hull=str(hull_file))
+    screen("", config, resume=run)
     assert serial.done == [5], "only the energies of the five crystals that are left"
+    assert read_run_config(ScreenConfig, run / "config.toml") == config, "settings beside --resume count from now on"
 
 
 def test_one_and_two_workers_agree(samples: Path, hull_file: Path, tmp_path: Path) -> None:

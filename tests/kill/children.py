@@ -64,7 +64,8 @@ def run(arguments: list[str], folder: Path, aim: Aim | None = None, trace: Path 
     code = _wait(child, start, aim if aim and not aim.event else None)
     seconds = time.monotonic() - start
     lingering = _end_workers(child)
-    return Ended(code, output.read_text(errors="replace"), seconds, lingering)
+    text = output.read_text(errors="replace") if output.exists() else ""
+    return Ended(code, text, seconds, lingering)
 
 
 def _wait(child: int, start: float, aim: Aim | None) -> int | None:

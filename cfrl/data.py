@@ -37,6 +37,7 @@ from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.guard import Guard, Lost
+from cfrl.interrupt import deaf_children
 from cfrl.readers import Entry, Limits, Unusable
 from cfrl.symmetry import OddCellError, SymmetryError, analyse
 
@@ -449,7 +450,8 @@ def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterat
 
 def _submit(pool: ProcessPoolExecutor, work: Callable, job: list[Entry]) -> Future:
     try:
-        return pool.submit(work, _payloads(job))
+        with deaf_children():  # it starts workers as it needs them
+            return pool.submit(work, _payloads(job))
     except BrokenProcessPool as error:
         failed: Future = Future()
         failed.set_exception(error)

@@ -277,10 +277,11 @@ def test_a_user_at_a_terminal_is_asked(cfrl_command, monkeypatch, answer, truste
         monkeypatch.setattr(sys, "stderr", stderr)
         with nullcontext() if trusted else pytest.raises(UserError, match="the code was not run"):
             confirm_code("density - 'mine:late'", "runs/x/config.toml", trust=False)
-    asked = os.read(keyboard, 4096).decode()
+    asked = ""
+    while "[y/N]" not in asked:  # the answer's echo comes in a part of its own
+        asked += os.read(keyboard, 4096).decode()
     os.close(keyboard)
     assert f"mine:late ({Path('mine.py').resolve()})" in asked
-    assert "Run it? [y/N]" in asked
     assert not Path("imported").exists()
 
 

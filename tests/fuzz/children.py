@@ -131,6 +131,7 @@ class _Child:
 
 def _live(areas: dict[str, Area], batch: list[int], seed: int, folder: Path, limits: Limits, pipe: Connection) -> None:
     """The whole life of a child; does not return."""
+    code = 70
     try:
         os.setpgid(0, 0)
         guard.Guard._start = _start_forked
@@ -145,14 +146,16 @@ def _live(areas: dict[str, Area], batch: list[int], seed: int, folder: Path, lim
             pipe.send(Result(number, name, outcome, line, time.monotonic() - start))
             os.chdir(folder)
             shutil.rmtree(work, ignore_errors=True)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(70)
-    os._exit(0)
+        code = 0
+    finally:
+        os._exit(code)
 
 
 def _attempt(area: Area, rng: random.Random, output: Path, limits: Limits) -> tuple[str, str]:
-    case = area(rng)
+    try:
+        case = area(rng)
+    except Exception:
+        return "fault", f"the harness: {traceback.format_exc()}"
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -223,14 +226,14 @@ class _Forked:
         (read, self_out), (self_in, write) = os.pipe(), os.pipe()
         self.process = os.fork()
         if not self.process:
-            os.dup2(read, 0)
-            os.dup2(write, 1)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            os.closerange(3, 1024)
-            sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), None, None
-            with suppress(BaseException):
+            try:
+                for number, file in enumerate((read, write, os.open(os.devnull, os.O_WRONLY))):
+                    os.dup2(file, number)
+                os.closerange(3, 1024)
+                sys.stdin, sys.stdout, sys.stderr = io.TextIOWrapper(io.FileIO(0)), None, None
                 guard.serve()
-            os._exit(1)
+            finally:
+                os._exit(1)
         os.close(read)
         os.close(write)
         self.stdin, self.stdout = os.fdopen(self_out, "wb"), os.fdopen(self_in, "rb")

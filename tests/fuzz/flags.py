@@ -50,14 +50,14 @@ def case(rng: random.Random) -> Case:
         return Case(words, [*words, *_shown(value), "argument", "option", "Usage", "model", "--known"])
     section = rng.choice(list(QUICK))
     kinds = get_type_hints(config.SECTIONS[section], include_extras=True)
-    words, wrong = list(QUICK[section]), ""
+    words, wrong = list(QUICK[section]), []
     flags = [f.name for f in fields(config.SECTIONS[section]) if get_origin(kinds[f.name]) is not dict]
     values = []
     for name in rng.sample(flags, rng.choice((1, 1, 1, 2, 3))):
         kind, flag = kinds[name], f"--{name.replace('_', '-')}"
         if kind is bool:
             words.append(rng.choice((flag, flag.replace("--", "--no-"), f"{flag}=3")))
-            wrong = wrong or (flag if words[-1].endswith("=3") else "")
+            wrong += [flag] if words[-1].endswith("=3") else []
             continue
         value = (
             rng.choice((*PLAIN, *PATHS))
@@ -67,9 +67,9 @@ def case(rng: random.Random) -> Case:
         words.append(f"{flag}={value}")
         values.append(value)
         if not _possible(value, kind):
-            wrong = wrong or flag
+            wrong += [flag, name]
     if wrong:
-        return Case(words, [wrong, wrong[2:].replace("-", "_")], wrong=f"{wrong} cannot be so")
+        return Case(words, wrong, wrong=f"{' and '.join(wrong)} cannot be so")
     names = [
         n
         for word in words

@@ -48,7 +48,7 @@ def _model(rng: random.Random, seeds: Seeds) -> Case:
         [*words, "--device", "cpu"],
         ["x.safetensors", "weights", "--max-atoms"],
         wrong,
-        check=lambda: stored_problem(Path("out.h5")),
+        check=lambda: stored_problem(Path("out.h5"), drawn=True),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from pymatgen.core import Structure
+from pymatgen.core import Lattice, Structure
 
 from cfrl import readers
 from cfrl.screen import read_samples
@@ -186,7 +186,9 @@ def _others(kind: str, payload: Any) -> list[Structure]:
             from ase.io import read
 
             return [AseAtomsAdaptor.get_structure(read(io.StringIO(payload), format="extxyz"))]
-        return [Structure.from_dict(json.loads(payload) if isinstance(payload, str) else payload)]
+        read = json.loads(payload) if isinstance(payload, str) else payload
+        symbols = [site["species"][0]["element"] for site in read["sites"]]
+        return [Structure(Lattice(read["lattice"]["matrix"]), symbols, [site["abc"] for site in read["sites"]])]
 
 
 def _same(ours: Structure, theirs: Structure) -> bool:
@@ -200,8 +202,8 @@ def _told(structure: Structure) -> str:
     return f"{structure.formula} in {np.round(structure.lattice.parameters, 3).tolist()}"
 
 
-def stored_problem(path: Path) -> str:
-    """Numbers that no crystal has, in a dataset; read with h5py alone."""
+def stored_problem(path: Path, drawn: bool = False) -> str:
+    """Numbers that no crystal has, in a dataset; read with h5py alone. What was `drawn` may have impossible cells."""
     with h5py.File(path) as file:
         data = {
             name: file[name][:] for name in ("space_group", "species", "wyckoff", "lattice", "frac_coords", "split")
@@ -213,10 +215,12 @@ def stored_problem(path: Path) -> str:
     for name, (low, high) in ranges.items():
         if ((data[name] < low) | (data[name] > high)).any():
             return f"stored {name} from {data[name].min()} to {data[name].max()}"
-    if not np.isfinite(data["frac_coords"]).all() or not (data["lattice"] > 0).all() or (data["lattice"] > 1e4).any():
-        return "stored a cell or coordinates out of range"
-    if (data["lattice"][:, 3:] >= 180).any() or len(counts) != n or (counts < 1).any():
-        return "stored angles or sites that no crystal has"
+    if not (np.isfinite(data["frac_coords"]).all() and np.isfinite(data["lattice"]).all()):
+        return "stored a cell or coordinates that are not finite"
+    if not drawn and not ((data["lattice"] > 0) & (data["lattice"] < [[1e4] * 3 + [180] * 3])).all():
+        return "stored a cell that no crystal has"
+    if len(counts) != n or (counts < 1).any():
+        return "stored a crystal without sites"
     return f"stored infinite {infinite[0]}" if infinite else ""
 
 

@@ -1,4 +1,4 @@
-"""Weights: safetensors of ours, published pickles, predictors, checkpoints. The oracle reads results with safetensors."""
+"""Weights: safetensors of ours, published pickles, predictors, checkpoints. The oracle reads with safetensors."""
 
 from __future__ import annotations
 

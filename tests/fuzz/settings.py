@@ -1,4 +1,4 @@
-"""cfrl.toml: files that are no TOML, and settings of wrong types or out of their ranges. Python's tomllib is the oracle."""
+"""cfrl.toml: files that are no TOML, and settings of wrong types or out of their ranges. tomllib is the oracle."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def _faults(document: dict[str, Any], section: str) -> list[str]:
     unknown = [name for name in document if name not in (*config.SECTIONS, "rewards")]
     kinds = get_type_hints(config.SECTIONS[section], include_extras=True)
     known = {name for name in kinds if f"--{name}" not in QUICK[section]}  # a flag wins over the file
-    return unknown + [name for name in values if name not in kinds or (name in known and not fits(values[name], kinds[name]))]
+    return unknown + [
+        name for name in values if name not in kinds or (name in known and not fits(values[name], kinds[name]))
+    ]
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -227,8 +229,6 @@ _WORK = [
             "baseline_decay",
             "beta",
             "max_kl",
-        ]
-        + [
             "target_kl",
             "max_step_kl",
             "entropy_wyckoff",

@@ -227,7 +227,8 @@ def _gone(rng: random.Random, file: h5py.File, name: str) -> None:
 
 def _circle(rng: random.Random, file: h5py.File, name: str) -> None:
     group = file.require_group("circle")
-    group[rng.choice(("again", "properties", f"again{len(group)}"))] = file[rng.choice(("/", "circle"))] if rng.random() < 0.7 else file[name]
+    target = rng.choice(("/", "circle")) if rng.random() < 0.7 else name
+    group[rng.choice(("again", "properties", f"again{len(group)}"))] = file[target]
 
 
 def _new(rng: random.Random, file: h5py.File, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -16,6 +17,11 @@ from pathlib import Path
 from tests.fuzz import children, flags, formulas, models, seeds, settings, stored, structures
 from tests.fuzz.cases import Area
 from tests.fuzz.children import BAD, GOOD, Limits, Result
+
+_LAZY = (
+    *("cfrl.pretrain", "cfrl.predictor_training", "cfrl.retrieve", "cfrl.hull_builder", "cfrl.judge"),
+    "matplotlib.pyplot",
+)
 
 
 def areas(made: seeds.Seeds) -> dict[str, Area]:
@@ -53,6 +59,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="cfrl-fuzz-") as folder:
         os.environ["CFRL_CACHE"] = str(Path(folder) / "cache")
         os.chdir(folder)
+        for name in _LAZY:
+            importlib.import_module(name)  # once, not in every child
         made = areas(seeds.make(Path(folder) / "seeds"))
         names = list(made)
         numbers = given.only if given.only is not None else range(given.cases)

@@ -68,14 +68,14 @@ def case(rng: random.Random) -> Case:
         values.append(value)
         if not _possible(value, kind):
             wrong += [flag, name]
-    if wrong:
-        return Case(words, wrong, wrong=f"{' and '.join(wrong)} cannot be so")
     names = [
         n
         for word in words
         if word.startswith("--")
         for n in (word.split("=")[0], word.split("=")[0][2:].replace("-", "_"))
     ]
+    if wrong:
+        return Case(words, [*wrong, *names], wrong=f"{' and '.join(wrong)} cannot be so")
     return Case(words, ["missing", "out", *names, *(shown for value in values for shown in _shown(value))])
 
 

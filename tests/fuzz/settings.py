@@ -237,8 +237,8 @@ _WORK = [
             "replay",
             "replay_size",
             "seed",
-        ]
-        + ["replay_clip", "temperature", "top_p", "minibatch", "micro_batch", "sample_batch", "diversity_window"],
+            *("replay_clip", "temperature", "top_p", "minibatch", "micro_batch", "sample_batch", "diversity_window"),
+        ],
         _finite_models,
     ),
 ]

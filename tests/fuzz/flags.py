@@ -75,7 +75,7 @@ def case(rng: random.Random) -> Case:
         for n in (word.split("=")[0], word.split("=")[0][2:].replace("-", "_"))
     ]
     if wrong:
-        return Case(words, [*wrong, *names], wrong=f"{' and '.join(wrong)} cannot be so")
+        return Case(words, ["missing", *wrong, *names], wrong=f"{' and '.join(wrong)} cannot be so")
     return Case(words, ["missing", "out", *names, *(shown for value in values for shown in _shown(value))])
 
 

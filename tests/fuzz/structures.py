@@ -217,7 +217,7 @@ def stored_problem(path: Path, drawn: bool = False) -> str:
             return f"stored {name} from {data[name].min()} to {data[name].max()}"
     if not (np.isfinite(data["frac_coords"]).all() and np.isfinite(data["lattice"]).all()):
         return "stored a cell or coordinates that are not finite"
-    if not drawn and not ((data["lattice"] > 0) & (data["lattice"] < [[1e4] * 3 + [180] * 3])).all():
+    if not drawn and not ((data["lattice"] > 0) & (data["lattice"] <= [[1e4] * 3 + [180] * 3])).all():
         return "stored a cell that no crystal has"
     if len(counts) != n or (counts < 1).any():
         return "stored a crystal without sites"

@@ -30,6 +30,7 @@ runs/; Ctrl-C stops a run, `--resume last` goes on with it.
 Example: cfrl finetune --reward dielectric_bandgap && cfrl sample -n 1000 --model last && cfrl retrieve
 """
 
+_LONGEST = 1000  # characters of an error's line
 app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 # The five commands stand first in the help, in the order of the work; the others follow.
 COMMANDS = "Commands, in the order of the work"
@@ -160,9 +161,14 @@ def _complain(error: Exception) -> int:
         message, status = str(error), 2
     elif cause is not None and cause.errno in files.DISK_FULL:
         message, status = files.write_problem(cause.filename or "output", cause), 2
+    elif isinstance(error, OSError) and error.filename:
+        message, status = f"{str(error.filename)[:200]}: cannot be used: {error.strerror}", 2
     else:
         message, status = f"{type(error).__name__}: {error} (this is a fault of cfrl; --debug shows where)", 1
-    print(f"cfrl: error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if len(message) > _LONGEST:  # somebody's value is
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    print(f"cfrl: error: {message}", file=sys.stderr)
     return status
 
 

@@ -37,6 +37,7 @@ from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.guard import Guard, Lost
+from cfrl.interrupt import deaf_children
 from cfrl.readers import Entry, Limits, Unusable
 from cfrl.symmetry import OddCellError, SymmetryError, analyse
 
@@ -449,7 +450,8 @@ def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterat
 
 def _submit(pool: ProcessPoolExecutor, work: Callable, job: list[Entry]) -> Future:
     try:
-        return pool.submit(work, _payloads(job))
+        with deaf_children():  # it starts workers as it needs them
+            return pool.submit(work, _payloads(job))
     except BrokenProcessPool as error:
         failed: Future = Future()
         failed.set_exception(error)
@@ -540,10 +542,15 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
         values = [row.get(name, "") for row in rows]
         name = f"{name}_" if name in _RESERVED else name
         try:
-            columns[name] = np.array([math.nan if v in _UNKNOWN else float(v) for v in values])
+            columns[name] = _measured(np.array([math.nan if v in _UNKNOWN else float(v) for v in values]))
         except ValueError:
             columns[name] = [str(v) for v in values]
     return columns
+
+
+def _measured(values: np.ndarray) -> np.ndarray:
+    """Nobody has measured infinity: it is unknown."""
+    return np.where(np.isinf(values), math.nan, values)
 
 
 def _stored(name: str, config: DataConfig) -> Imported:
@@ -570,7 +577,7 @@ def _stored(name: str, config: DataConfig) -> Imported:
             reasons.setdefault(row, "not possible: its cell has no volume, or its atoms are too close")
     fits = np.array([row not in reasons for row in range(len(crystals))], dtype=bool)
     dropped = [Dropped(str(path), row + 1, crystals.ids[row], reason) for row, reason in sorted(reasons.items())]
-    columns = {k: v[fits] if v.dtype != object else v[fits].tolist() for k, v in columns.items()}
+    columns = {k: v[fits].tolist() if v.dtype == object else _measured(v[fits]) for k, v in columns.items()}
     # A file may be older than today's canonical descriptions.
     return Imported(crystals[fits].canonical(), columns, split[fits], dropped)
 

@@ -208,4 +208,5 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """(..., k) bool: the smallest set of likeliest values whose probability reaches `top_p`."""
     ordered, order = probs.sort(-1, descending=True)
     keep = ordered.cumsum(-1) - ordered < top_p
+    keep[..., 0] = True  # though float32 may take a small top_p for 0
     return torch.zeros_like(keep).scatter(-1, order, keep)

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from cfrl.errors import UserError
+from cfrl.interrupt import deaf_children
 
 LOST = "the worker process died on it (out of memory?)"
 _ATTEMPTS = 2  # of a chunk, before its items are tried one by one
@@ -193,7 +194,8 @@ class _Worker:
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # torch and numpy read it when the child imports them
         try:
-            self.process.start()
+            with deaf_children():
+                self.process.start()
         finally:
             del os.environ["OMP_NUM_THREADS"]
             if threads is not None:

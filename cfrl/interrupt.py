@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -66,6 +67,31 @@ def stop_on_signal() -> Iterator[StopWish]:
     finally:
         _wish = outer
         restore()
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Around the start of processes: Ctrl-C, which reaches all of a terminal, is for this process, and not yet.
+
+    A mask, which children inherit, keeps it from them from their first moment on. Here it would not do: the kernel
+    gives the signal to a thread that has no mask, and a process started by halves would outlive this one.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # if it were started within the block, it would lift the mask
+    heard: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # the only one whose work Ctrl-C interrupts
+    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(1)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def call(function: Callable[[], T], limit: float = 0.0) -> T:

@@ -707,4 +707,7 @@ def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None
     told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
     info = {name: header[name] for name in told if name in header}
     info["dataset"] = dataset or Path(header.get("dataset", "")).name
-    save_model(load_model(model), output, info, dtype=torch.float16)
+    network, most = load_model(model), torch.finfo(torch.float16).max
+    if any((parameter.abs() > most).any() for parameter in network.parameters()):
+        raise UserError(f"{model}: holds weights above {most:,.0f}, the most that float16 can; share the file as it is")
+    save_model(network, output, info, dtype=torch.float16)

@@ -137,6 +137,8 @@ def load_predictor(name: str) -> Predictor:
             raise ValueError("weights of other sizes")
         if not tensors["mean"].shape == tensors["std"].shape == (inputs,) or not (tensors["std"] > 0).all():
             raise ValueError("a feature without mean or spread")
+        if outputs != (2 if header["zero"] is None else 3):
+            raise ValueError(f"{outputs} outputs")
         ensemble = Ensemble(members, inputs, hidden, outputs)
         names = [("weights", "weight"), ("biases", "bias")]
         ensemble.load_state_dict({f"{ours}.{i}": tensors[f"{stored}_{i}"] for ours, stored in names for i in range(3)})

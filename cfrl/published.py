@@ -214,7 +214,11 @@ def run_import(
         UserError: a file that is no such checkpoint, or a dataset that cannot be read.
     """
     check_writable(output, (".safetensors",))
-    model = import_published(read_checkpoint(checkpoint), num_heads, coord_components)
+    parameters = read_checkpoint(checkpoint)
+    try:
+        model = import_published(parameters, num_heads, coord_components)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
     if dataset:
         model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))
     save_model(model, output, {"source": Path(checkpoint).name, "dataset": dataset})

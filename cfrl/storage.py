@@ -38,7 +38,7 @@ from cfrl.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.symmetry import NUM_SPACE_GROUPS, tables
-from cfrl.untrusted import open_hdf5
+from cfrl.untrusted import fitting, open_hdf5
 
 FORMAT = "cfrl-crystals"
 SCHEMA_VERSION = 1
@@ -109,8 +109,9 @@ def append_crystals(
         return write_crystals(path, crystals, columns=columns, split=split)
     with open_crystals(path):
         pass
-    with atomic_file(path) as temp, _in_memory(path, "r+") as file:
-        _append(file, _flatten(crystals, columns or {}, split))
+    datasets = _flatten(crystals, columns or {}, split)
+    with fitting(path), atomic_file(path) as temp, _in_memory(path, "r+") as file:
+        _append(file, datasets)
         _save(file, temp)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cfrl.engine import Engine, LocalEngine, RayEngine
+from cfrl.engine import Engine, LocalEngine, RayEngine, Task, _Worker
 from cfrl.errors import UserError
 
 
@@ -64,6 +64,17 @@ def test_a_killed_worker_is_replaced_and_its_chunk_computed_again(engine: Engine
 
 def test_only_the_item_that_kills_is_lost(engine: Engine) -> None:
     assert dict(engine.map(partial(die_on, bad=7), CHUNKS)) == EXPECTED | {3: [36, None, 64]}
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
+def test_ctrl_c_does_not_reach_a_worker_that_still_imports() -> None:
+    """Its traceback would be the last that the user sees."""
+    worker = _Worker()
+    os.kill(worker.process.pid, signal.SIGINT)
+    worker.start(squares, Task(0, [1, 2], [0, 1]))
+    assert worker.result() == [1, 4]
+    worker.stop()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "this process hears Ctrl-C again"
 
 
 def test_errors_come_back(engine: Engine) -> None:

@@ -12,6 +12,7 @@ import argparse
 import importlib
 import multiprocessing
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from tests.kill.jobs import JOBS, Job, Result
 
 PRELOADED = (  # so that no child has to
     *("cfrl.pretrain", "cfrl.finetune", "cfrl.screen", "cfrl.retrieve", "cfrl.cli", "cfrl.hull", "cfrl.judge"),
-    *("matplotlib.pyplot", "torch.utils.tensorboard", "torch._dynamo"),
+    *("matplotlib.pyplot", "torch.utils.tensorboard", "torch._dynamo", "scipy.stats", "pymatgen.io.cif"),
 )
 OUTCOMES = ("recovered", "lost rows", "wrong result", "cannot resume", "hang", "fault")
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM] * 2 + [signal.SIGINT] * 2
@@ -137,7 +138,7 @@ def _verdict(job: Job, ended: Ended, folder: Path, reference: Reference, done: d
 # ---- all of them -------------------------------------------------------------------------------------------------
 
 
-def plan(kills: int, references: dict[str, Reference], random_: random.Random, before: int) -> list[Case]:
+def plan(kills: int, references: dict[str, Reference], random_: random.Random, before: int, pattern: str) -> list[Case]:
     """Cases with `kills` kills in all, shared out among the jobs; `before`: how many cases there were already."""
     parts = sum(JOBS[name].share for name in references)
     cases = []
@@ -146,15 +147,15 @@ def plan(kills: int, references: dict[str, Reference], random_: random.Random, b
         bounds.append(bounds[-1] + kills * JOBS[name].share / parts)
     for (name, reference), low, high in zip(references.items(), bounds, bounds[1:], strict=False):
         left = round(high) - round(low)
-        aims = _aims(reference, left, random_)
+        aims = _aims(reference, left, random_, pattern)
         while aims:
             count = min(len(aims), 1 + (random_.random() < 0.25) + (random_.random() < 0.1))
             cases.append(Case(name, before + len(cases) + 1, [aims.pop() for _ in range(count)]))
     return cases
 
 
-def _aims(reference: Reference, count: int, random_: random.Random) -> list[Aim]:
-    aimed = _spread(reference.events, (count + 1) // 2, random_)
+def _aims(reference: Reference, count: int, random_: random.Random, pattern: str) -> list[Aim]:
+    aimed = _spread(reference.events, count if pattern else (count + 1) // 2, random_, pattern)
     moments = [random_.uniform(0, reference.seconds) for _ in range(count - len(aimed))]
     aims = [Aim(random_.choice(SIGNALS), event=event) for event in aimed]
     aims += [Aim(random_.choice(SIGNALS), seconds=moment) for moment in moments]
@@ -162,9 +163,9 @@ def _aims(reference: Reference, count: int, random_: random.Random) -> list[Aim]
     return aims
 
 
-def _spread(events: list[str], count: int, random_: random.Random) -> list[int]:
-    """Numbers of `count` events: one of each kind, then a second one of each, and so on, in random order."""
-    numbers = list(range(1, len(events) + 1))
+def _spread(events: list[str], count: int, random_: random.Random, pattern: str) -> list[int]:
+    """Numbers of `count` matching events: one of each kind, then a second one of each, and so on, in random order."""
+    numbers = [number for number, event in enumerate(events, 1) if re.search(pattern, event)]
     random_.shuffle(numbers)
     earlier: Counter[str] = Counter()
     turn = {}
@@ -194,14 +195,15 @@ def show(outcomes: list[Outcome], seconds: float) -> None:
             print(f"\n{outcome.outcome}: {outcome.case.job}, case {outcome.case.number}, {aims}: {outcome.detail}")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kill", description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", default=",".join(JOBS), help="which ones")
+    parser.add_argument("--aim", default="", help="kill only before events that match, e.g. 'rename checkpoint'")
     parser.add_argument("--workers", type=int, default=2, help="cases at a time")
     parser.add_argument("--folder", help="an empty folder where everything stays; else a temporary one")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     root = Path(options.folder or tempfile.mkdtemp(prefix="kill-")).resolve()
     (root / "inputs").mkdir(parents=True)
     warnings.simplefilter("ignore")
@@ -218,7 +220,7 @@ def main() -> int:
         outcomes: list[Outcome] = []
         random_ = random.Random(options.seed)
         while (left := options.kills - sum(outcome.kills for outcome in outcomes)) > 0:  # some come after the end
-            cases = plan(left, references, random_, len(outcomes))
+            cases = plan(left, references, random_, len(outcomes), options.aim)
             running = [lanes.submit(run_case, case, references[case.job], root) for case in cases]
             outcomes += [future.result() for future in running]
     show(outcomes, time.monotonic() - start)

@@ -95,7 +95,7 @@ def _pretrain(inputs: Path) -> list[str]:
 
 def _finetune(*more: str) -> Callable[[Path], list[str]]:
     settings = "--reward density --steps 4 -n 12 --minibatch 6 --replay 4 --evaluate 8 --min-distance 0 --lr 0.01"
-    settings += f" --space-group {GROUPS} --checkpoint-minutes 0 --device cpu"
+    settings += f" --scale-crystals 64 --space-group {GROUPS} --checkpoint-minutes 0 --device cpu"
     return lambda inputs: ["finetune", "--model", str(inputs / "base.safetensors"), *settings.split(), *more]
 
 

@@ -55,11 +55,12 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
     config = config or PretrainConfig()
     with processes(config.device) as (rank, world, device):
         train, validation = _datasets(config)
+        trainer = Trainer(config, train, validation, device, rank, world)
         if resume is None:
             run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root) if rank == 0 else None
         with run.locked() if rank == 0 else nullcontext():
             # Every process reads the checkpoint; only the first one writes.
-            trainer = Trainer(config, train, validation, device, rank, world, run if rank == 0 else None)
+            trainer.run = run if rank == 0 else None
             if resume is not None:
                 with fitting(run.path / "checkpoint.pt"):
                     trainer.restore(run.load_checkpoint())
@@ -80,9 +81,9 @@ class Trainer:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
-        run: RunFolder | None = None,
     ) -> None:
-        self.config, self.device, self.rank, self.world, self.run = config, device, rank, world, run
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.run: RunFolder | None = None  # where to write; the first process sets it
         self.train, self.validation = train, validation
         torch.manual_seed(config.seed)
         self.model = initial_model(config, train).to(device)

@@ -299,3 +299,4 @@ def test_models_know_their_space_groups(dataset):
 def test_bad_settings(dataset, changes, message):
     with pytest.raises(UserError, match=message):
         pretrain(settings(dataset, **{"epochs": 1, **changes}))
+    assert not Path("runs").exists()

@@ -245,6 +245,14 @@ def test_what_is_flagged_never_ranks_among_candidates(
     assert cfrl.read_crystals(run / "screen.h5").ids[:2] == ["salt", "MgO"]
 
 
+def test_atoms_on_their_own_are_flagged(serial: type[SerialEngine], tmp_path: Path) -> None:
+    crystals = {"apart": rock_salt(length=9.0), "salt": rock_salt()}  # 1.7 and 1.04 sums of covalent radii
+    table = read_table(screen(str(write_csv(tmp_path / "few.csv", crystals)), replace(QUICK, unique=False)))
+    assert {name: (row["flags"], row["candidate"]) for name, row in table.items()} == {
+        **{"salt": ("", "1"), "apart": ("exploded", "0")},
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "candidates"),
     [

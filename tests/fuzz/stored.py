@@ -36,12 +36,14 @@ def _dataset(rng: random.Random, seeds: Seeds) -> Case:
         words = ["data", "import", "known.h5", "-o", "out.h5", "--max-sites", "100"]
         return Case(words, names, check=lambda: stored_problem(Path("out.h5")) or _leaks("out.h5"))
     if command == "info":
-        return Case(["data", "info", "known.h5"], names, check=lambda: stored_problem(Path("known.h5")) or _leaks())
+        return Case(
+            ["data", "info", "known.h5"], names, check=lambda: stored_problem(Path("known.h5"), True) or _leaks()
+        )
     if command == "read":
         return Case(
             lambda: (read_crystals("known.h5"), read_columns("known.h5")),
             names,
-            check=lambda: stored_problem(Path("known.h5")),
+            check=lambda: stored_problem(Path("known.h5"), drawn=True),
         )
     words = ["pretrain", "--dataset", "known.h5", "--init", str(seeds.model), "--epochs", "1", "--device", "cpu"]
     return Case(words, names, check=lambda: stored_problem(Path("known.h5")))

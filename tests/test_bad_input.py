@@ -223,8 +223,9 @@ def test_one_ctrl_c_ends_a_run_whose_reward_hangs(cfrl_command, monkeypatch):
 def test_a_process_ends_though_its_reward_does_not(model, tmp_path):
     (tmp_path / "mine.py").write_text("def hangs(crystals, structures):\n    while True: pass\n")
     command = f"-m cfrl finetune --reward mine.py:hangs --reward-timeout 1 --model {model} -n 4 --min-distance 0"
+    command += " --scale-crystals 4"
     done = subprocess.run(
-        [sys.executable, *command.split(), "--no-plots"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, *command.split(), "--no-plots"], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert "took longer than 1 s" in done.stderr

@@ -67,6 +67,10 @@ def scale(settings: config.FinetuneConfig) -> None:
 
     The first must agree, because the crystals do; the second says how far the unit is chance, as it is once for all
     runs of a model; the third is what one step's crystals would make of it.
+
+    With the default settings and the embedded model: dielectric_bandgap (92% earn 0) 2.637 for each of the ten seeds,
+    other pools max/min 1.86 and at most 30% from their median of 3.49, first steps 7.7 and 81%; band_gap (91%) 0.2264,
+    1.72 and 38% of 0.359, 5.3 and 74%; ehull 0.4115, 1.03 and 2% of 0.411, 1.07 and 5%.
     """
     print(
         f"pools of {settings.scale_crystals} crystals, steps of {settings.batch_size}; each: median, max/min, farthest"

@@ -137,8 +137,7 @@ def _damage(rng: random.Random, path: Path) -> None:
     with h5py.File(path, "r+") as file:
         names: list[str] = []
         file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        for _ in range(rng.choice((1, 1, 2))):
-            name = rng.choice(names)
+        for name in rng.sample(names, rng.choice((1, 1, 2))):
             if name in file:
                 rng.choice(_EDITS)(rng, file, name)
 
@@ -189,7 +188,7 @@ def _shape(rng: random.Random, values: np.ndarray) -> Any:
 
 
 def _link(rng: random.Random, file: h5py.File, name: str) -> None:
-    data, place = file[name], "elsewhere" if rng.random() < 0.2 else name
+    data, place = file[name], f"{name}_elsewhere" if rng.random() < 0.2 else name
     shape, dtype = data.shape, data.dtype
     del file[name]
     match rng.randrange(7):

@@ -512,7 +512,7 @@ def build(cls: type[T], values: Mapping[str, Any], source: str = "") -> T:
     known = [f.name for f in fields(cls)]
     for key in values:
         if key not in known:
-            raise UserError(f"{source}unknown setting '{key}' for {cls.__name__}{nearest(key, known)}")
+            raise UserError(f"{source}unknown setting '{key:.60}' for {cls.__name__}{nearest(key, known)}")
     try:
         return cls(**values)
     except UserError as error:

@@ -238,23 +238,26 @@ class CrystalBatch:
         others = (first_atom[crystal] - first_pair)[site] + torch.arange(len(site), device=self.device)
         return representative[site], others
 
-    def valid(self, min_distance: float = 0.5) -> Tensor:
-        """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
-
-        min_distance in angstrom. Says nothing of stability, nor of chemistry.
-        """
+    def possible_cells(self) -> Tensor:
+        """Cells that exist in three dimensions and have room for their atoms, (n,) bool."""
         lengths, angles = self.lattice[:, :3], self.lattice[:, 3:]
         half_sum = angles.sum(-1, keepdim=True) / 2
-        cell = (
+        return (
             self.lattice.isfinite().all(-1)
             & (lengths > 0).all(-1)
             & ((angles > 0) & (angles < 180) & (angles < half_sum)).all(-1)
             & (angles.sum(-1) < 360)
             & (self.volumes() > MIN_VOLUME_PER_ATOM * self.num_atoms)
         )
+
+    def valid(self, min_distance: float = 0.5) -> Tensor:
+        """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
+
+        min_distance in angstrom. Says nothing of stability, nor of chemistry.
+        """
         occupied = self.wyckoff > 0
         sites = (occupied == (self.multiplicity > 0)).all(-1) & (occupied == (self.species > 0)).all(-1)
-        good = cell & sites & (self.num_sites > 0) & self.frac_coords.isfinite().all(-1).all(-1)
+        good = self.possible_cells() & sites & (self.num_sites > 0) & self.frac_coords.isfinite().all(-1).all(-1)
         index = good.nonzero()[:, 0]
         good[index] = self[index].shortest_distances() >= min_distance
         return good

@@ -126,7 +126,7 @@ class ReferenceHull:
         """
         path = Path(path or DEFAULT_HULL)
         if not path.is_file():
-            raise UserError(f"no such hull reference: {path}")
+            raise UserError(f"{path}: no such hull reference (settings hull and fill)")
         if path.suffix in (".h5", ".hdf5"):
             hull = cls._load_hdf5(path)
         else:

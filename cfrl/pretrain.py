@@ -393,7 +393,20 @@ def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
     train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
     if not len(train):
         raise UserError(f"{config.dataset}: no crystals to train on")
+    for part in (train, validation):
+        _refuse_impossible_cells(config.dataset, part)
     return tuple(part[part.num_sites <= limit].canonical() for part in (train, validation))
+
+
+def _refuse_impossible_cells(name: str, crystals: CrystalBatch) -> None:
+    """No sampler drew these, and nothing is to be learned from them."""
+    bad = (~crystals.possible_cells()).nonzero()[:, 0].tolist()
+    if bad:
+        which = f"crystal {crystals.ids[bad[0]]}" if crystals.ids else "a crystal"
+        cell = ", ".join(f"{v:.4g}" for v in crystals.lattice[bad[0]].tolist())
+        raise UserError(
+            f"{name}: {which} has an impossible cell ({cell}; {len(bad):,} such); import it anew: cfrl data import"
+        )
 
 
 def _epoch_line(metrics: dict[str, float], best: bool) -> str:

@@ -37,7 +37,7 @@ BUILT_IN = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
 FORMAT = "cfrl-predictor"
 NUMBER = int | float
 HEADER = dict.fromkeys(("target", "unit", "potential", "feature_version", "composition"), str)
-HEADER |= {"log": bool, "zero": NUMBER | None} | dict.fromkeys(("scale", "shift", "low", "high"), NUMBER)
+HEADER |= {"log": bool, "zero": NUMBER | None} | dict.fromkeys(("scale", "shift", "low", "high", "calibration"), NUMBER)
 CLIP = 6.0  # standard deviations; features beyond are of crystals unlike any in training
 
 
@@ -153,7 +153,7 @@ def _check_header(header: dict[str, Any]) -> None:
     for name, value in header.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} = {value} in its header")
-    if header["scale"] <= 0 or header["low"] > header["high"]:
+    if min(header["scale"], header["calibration"]) <= 0 or header["low"] > header["high"]:
         raise ValueError("its header has a scale or a range that is none")
 
 

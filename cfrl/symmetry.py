@@ -416,6 +416,9 @@ def analyse(
     expected, present = _arrays()["multiplicity"][found.number, wyckoff].sum(), len(found.std_cell.numbers)
     if expected != present:
         raise SymmetryError(f"symmetry not consistent: {present} atoms for positions of {expected}")
+    standing = len(numbers) * abs(np.linalg.det(found.std_linear))
+    if abs(standing - present) > 0.5:  # moyo takes atoms closer than symprec for one
+        raise SymmetryError(f"atoms at the same place: {standing:.0f} atoms in a cell for {present}")
     basis, primitive = np.array(found.std_cell.basis), found.prim_std_cell
     points = np.array(primitive.positions)[[mapping[i] for i in orbit_atoms]]
     points = points @ np.array(primitive.basis) @ np.linalg.inv(basis)

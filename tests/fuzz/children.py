@@ -181,7 +181,7 @@ def judge(case: Case, code: int, text: str) -> tuple[str, str]:
     line = complaints[0] if len(complaints) == 1 and text.rstrip().endswith(complaints[0]) else usage
     if case.sound:
         return "mistaken", line or text
-    if not line or len(line) > 1500 or not any(name in line for name in case.names):
+    if not line or len(line) > 1500 or not any(name[:60] in line for name in case.names):
         return "unclear", f"{' '.join(case.names)}: {line or text}"
     return "refused", line
 

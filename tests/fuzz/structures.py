@@ -171,15 +171,26 @@ def problem(path: Path) -> str:
     return ""
 
 
+def _cif(text: str) -> list[Structure]:
+    """By pymatgen, or where that stumbles over a sound file, by ase."""
+    from ase.io.cif import read_cif
+    from pymatgen.io.ase import AseAtomsAdaptor
+    from pymatgen.io.cif import CifParser
+
+    try:
+        return CifParser.from_str(text).parse_structures(primitive=False)
+    except Exception:
+        return [AseAtomsAdaptor.get_structure(read_cif(io.BytesIO(text.encode()), index=0))]
+
+
 def _others(kind: str, payload: Any) -> list[Structure]:
     """The structures in a text, as pymatgen or ase read it."""
     from pymatgen.io.ase import AseAtomsAdaptor
-    from pymatgen.io.cif import CifParser
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if kind == "cif":
-            return CifParser.from_str(payload).parse_structures(primitive=False)
+            return _cif(payload)
         if kind == "poscar":
             return [Structure.from_str(payload, fmt="poscar")]
         if kind == "extxyz":

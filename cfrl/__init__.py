@@ -11,20 +11,25 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "CrystalBatch": "cfrl.crystal",
-    "CrystalTransformer": "cfrl.model",
-    "load_model": "cfrl.model",
-    "save_model": "cfrl.model",
-    "sample": "cfrl.sampler",
-    "SamplerOptions": "cfrl.distributions",
-    "read_crystals": "cfrl.storage",
-    "write_crystals": "cfrl.storage",
-    "load_dataset": "cfrl.data",
+    "CrystalBatch": "cfrl.crystals.crystal",
+    "CrystalTransformer": "cfrl.model.transformer",
+    "load_model": "cfrl.model.transformer",
+    "save_model": "cfrl.model.transformer",
+    "sample": "cfrl.model.sampler",
+    "SamplerOptions": "cfrl.model.distributions",
+    "read_crystals": "cfrl.io.storage",
+    "write_crystals": "cfrl.io.storage",
+    "load_dataset": "cfrl.io.datasets",
     "register_reward": "cfrl.rewards",
     "build_reward": "cfrl.rewards",
     "UserError": "cfrl.errors",
 }
-_MODULES = ("symmetry", "crystal", "model", "sampler", "storage", "data", "hull", "rewards", "potentials")
+_MODULES = {
+    "symmetry": "cfrl.crystals.symmetry",
+    "model": "cfrl.model",
+    "rewards": "cfrl.rewards",
+    "potentials": "cfrl.potentials",
+}
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
@@ -33,7 +38,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"cfrl.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'cfrl' has no attribute '{name}'")
 
 

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 import typer
 
 from cfrl import __version__, config, files
+from cfrl.commands.streams import patient_streams
 from cfrl.errors import UserError
-from cfrl.streams import patient_streams
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -98,7 +98,7 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
 
 
 def _run_to_resume(run: str, command: str) -> str:
-    from cfrl.runs import RunFolder, newest_run
+    from cfrl.runs.folder import RunFolder, newest_run
 
     if run != "last":
         return str(RunFolder.open(run).path)
@@ -135,7 +135,7 @@ def _options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere).")] = False,
 ) -> None:
-    from cfrl.fetch import cache_folder
+    from cfrl.io.fetch import cache_folder
 
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # else it writes to the home folder
 
@@ -192,7 +192,7 @@ def pretrain(
 
     On several devices: torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20
     """
-    from cfrl.pretrain import pretrain as run
+    from cfrl.model.training import pretrain as run
 
     run(config, Path(resume) if resume else None)
 
@@ -214,7 +214,7 @@ def sample(
 
     Example: cfrl sample -n 1000 --space-group 225 --elements Ba,Ti,O -o crystals.csv
     """
-    from cfrl.sampler import run_sample
+    from cfrl.model.sampler import run_sample
 
     run_sample(config, output, _console())
 
@@ -233,7 +233,7 @@ def finetune(
 
     Example: cfrl finetune --reward "dielectric_bandgap - 2*ehull" --steps 100
     """
-    from cfrl.finetune import finetune as run
+    from cfrl.rl.loop import finetune as run
 
     run(config, resume=resume or None, trust=trust)
 
@@ -261,7 +261,7 @@ def screen(
 
     Example: cfrl screen crystals.h5 --known mp_20.h5 --filter "ehull < 0.05"
     """
-    from cfrl.screen import screen as run
+    from cfrl.screening.screen import screen as run
 
     run(source, config, output, Path(resume) if resume else None, _console())
 
@@ -275,7 +275,7 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 
     Example: cfrl retrieve --dataset mp_20.h5 --property band_gap
     """
-    from cfrl.retrieve import retrieve as run
+    from cfrl.screening.retrieval import retrieve as run
 
     run(config, _console(), trust=trust)
 
@@ -288,7 +288,7 @@ def report(
 
     Example: cfrl report runs/20260131-142507-finetune-ehull
     """
-    from cfrl.report import newest_reportable, write_report
+    from cfrl.reports.report import newest_reportable, write_report
 
     write_report(run or newest_reportable(), _console())
 
@@ -299,7 +299,7 @@ def doctor() -> None:
 
     Exit status 2 if anything that cfrl needs is broken. Example: cfrl doctor
     """
-    from cfrl.doctor import doctor as run
+    from cfrl.commands.doctor import doctor as run
 
     run(_console())
 
@@ -317,7 +317,7 @@ def data_hull(
 
     Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
     """
-    from cfrl.hull_builder import build_hull
+    from cfrl.screening.hull_builder import build_hull
 
     build_hull(datasets, output, **vars(config), console=_console())
 
@@ -338,7 +338,7 @@ def model_import(
 
     Example: cfrl model import epoch_005500.pkl -o alex-20.safetensors
     """
-    from cfrl.published import run_import
+    from cfrl.model.published import run_import
 
     run_import(checkpoint, output, dataset, num_heads or None, coord_components or None, _console())
 
@@ -355,7 +355,7 @@ def model_pack(
 
     Example: cfrl model pack runs/20260131-142507-pretrain-mp_20 -o mp_20.safetensors --dataset "MP-20, 2026"
     """
-    from cfrl.model import pack_model
+    from cfrl.model.transformer import pack_model
 
     pack_model(model, output, dataset)
 
@@ -368,7 +368,7 @@ def model_info(
 
     Example: cfrl model info alex-20.safetensors
     """
-    from cfrl.model import describe_model
+    from cfrl.model.transformer import describe_model
 
     _console().print(describe_model(model))
 
@@ -384,7 +384,7 @@ def data_import(
 
     Example: cfrl data import mp_20.csv.gz more_cifs/ -o mine.h5 --validation 0.05
     """
-    from cfrl.data import run_import
+    from cfrl.io.datasets import run_import
 
     run_import(inputs, output, config, console=_console())
 
@@ -399,7 +399,7 @@ def data_fetch(
 
     It is kept in the cache folder (`cfrl doctor` shows which). Example: cfrl data fetch mp-20
     """
-    from cfrl.data import run_fetch
+    from cfrl.io.datasets import run_fetch
 
     path = run_fetch(name, config, _console())
     print(f"'{name}' is ready ({path})")
@@ -411,7 +411,7 @@ def data_info(dataset: Annotated[str, typer.Argument(help="An .h5 file, a fetche
 
     Example: cfrl data info prototypes
     """
-    from cfrl.data import run_info
+    from cfrl.io.datasets import run_info
 
     run_info(dataset, _console())
 
@@ -445,7 +445,7 @@ def rewards_train(
     """
     from rich.console import Console
 
-    from cfrl.predictor_training import run_train
+    from cfrl.rewards.predictor_training import run_train
 
     run_train(data, output, config, Console())
 

@@ -14,7 +14,7 @@ total = sum(log_prob.values())
 print("log P(C | G) in nats, density in g/cm^3")
 for i in total.argsort(descending=True)[:5].tolist():
     crystal = crystals[i]
-    letters = "".join(cfrl.symmetry.letter_name(w) for w in crystal.wyckoff[0].tolist() if w)
+    letters = "".join(cfrl.crystals.symmetry.letter_name(w) for w in crystal.wyckoff[0].tolist() if w)
     print(
         f"{crystal.formulas()[0]:12s} group {int(crystal.space_group)}  letters {letters:6s} "
         f"{float(total[i]):8.2f} {float(crystal.densities()):6.2f}"

@@ -36,13 +36,13 @@ cfrl sample -n 20 --model last
 cfrl retrieve --samples 20 --reward-crystals 20
 
 echo "== what was written"
-cache=$(python -c 'from cfrl.fetch import cache_folder; print(cache_folder())')
+cache=$(python -c 'from cfrl.io.fetch import cache_folder; print(cache_folder())')
 find "$work/here" "$work/home" -type f | sed "s|$work/||" | sort
 stray=$(find "$work/here" "$work/home" -type f -not -path "$work/here/runs/*" -not -path "$cache/*")
 [[ -z $stray ]] || { echo "written outside runs/ and the cache folder: $stray"; exit 1; }
 
 echo "== a damaged asset is noticed"
-model=$(python -c 'import cfrl.model; print(cfrl.model.DEFAULT_MODEL)')
+model=$(python -c 'import cfrl.model.transformer; print(cfrl.model.transformer.DEFAULT_MODEL)')
 printf x | dd of="$model" bs=1 seek=2000000 conv=notrunc status=none
 if cfrl doctor > /dev/null; then exit 1; fi
 echo "The wheel works."

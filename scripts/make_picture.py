@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.util.string import unicodeify
 
-from cfrl.crystal import CrystalBatch
-from cfrl.figures import BLUE, GREY, ORANGE, pareto_front
-from cfrl.fingerprint import fingerprints, firsts
-from cfrl.storage import read_columns, read_crystals
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints, firsts
+from cfrl.io.storage import read_columns, read_crystals
+from cfrl.reports.figures import BLUE, GREY, ORANGE, pareto_front
 
 SHOWN = 4
 GAP, DIELECTRIC = (f"dielectric_bandgap/{name}" for name in ("band_gap", "dielectric"))

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from cfrl.config import DataConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.data import assign_splits, load_dataset, read_files
-from cfrl.hull import ReferenceHull
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.datasets import assign_splits, load_dataset, read_files
+from cfrl.io.storage import SPLITS, write_crystals
 from cfrl.potentials import load_potential
-from cfrl.storage import SPLITS, write_crystals
+from cfrl.stability.hull import ReferenceHull
 
 NEAR_HULL = 0.1  # eV/atom
 ELEMENTS_BELOW = 0.3  # eV/atom; high-pressure polymorphs beyond it are no use

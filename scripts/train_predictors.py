@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cfrl.data import read_structures
+from cfrl.assets import ASSETS
 from cfrl.files import atomic_file
+from cfrl.io.datasets import read_structures
 from cfrl.potentials import Potential, load_potential
-from cfrl.predictor_training import PredictorOptions, card, parity_plot, prototypes_of, save_figure, train
-from cfrl.progress import progress_bar
-from cfrl.properties import ASSETS, describe
+from cfrl.rewards.predictor_training import PredictorOptions, card, parity_plot, prototypes_of, save_figure, train
+from cfrl.rewards.predictors import describe
+from cfrl.runs.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE = 1000

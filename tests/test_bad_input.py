@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import cfrl
-from cfrl import interrupt
 from cfrl.cli import main
 from cfrl.errors import UserError
-from cfrl.properties import load_predictor
+from cfrl.io.storage import read_columns, write_crystals
 from cfrl.rewards import registry
+from cfrl.rewards.predictors import load_predictor
 from cfrl.rewards.trust import confirm_code
-from cfrl.rollouts import INVALID
-from cfrl.runs import RunFolder
-from cfrl.storage import read_columns, write_crystals
+from cfrl.rl.rollouts import INVALID
+from cfrl.runs import interrupt
+from cfrl.runs.folder import RunFolder
 from tests.tiny import trained_model
 
 MINE = """

@@ -8,13 +8,13 @@ import torch
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Structure
 
-from cfrl import symmetry
 from cfrl.config import DataConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.data import run_import
-from cfrl.model import CrystalTransformer, load_model
-from cfrl.retrieve import rank
-from cfrl.storage import read_crystals, write_crystals
+from cfrl.crystals import symmetry
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.datasets import run_import
+from cfrl.io.storage import read_crystals, write_crystals
+from cfrl.model.transformer import CrystalTransformer, load_model
+from cfrl.screening.retrieval import rank
 
 CELL = torch.tensor([[36.4, 41.2, 46.8, 83.0, 101.0, 97.0]], dtype=torch.float64)
 GENERAL = (8, 8, 26)  # elements on the general position: two sites that can only be told apart by their coordinates

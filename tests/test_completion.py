@@ -61,15 +61,15 @@ def test_bash(type_in, tmp_path):
 
 
 def test_only_what_the_commands_accept():
-    from cfrl.fetch import SOURCES
-    from cfrl.flags import FLAGS
-    from cfrl.model import PRESETS
-    from cfrl.policy import ALGORITHMS
-    from cfrl.properties import BUILT_IN
-    from cfrl.retrieve import RANKINGS
+    from cfrl.io.fetch import SOURCES
+    from cfrl.io.storage import SPLITS
+    from cfrl.model.transformer import PRESETS
     from cfrl.rewards import all_rewards
-    from cfrl.screen import DFT_SETS
-    from cfrl.storage import SPLITS
+    from cfrl.rewards.predictors import BUILT_IN
+    from cfrl.rl.policy import ALGORITHMS
+    from cfrl.screening.retrieval import RANKINGS
+    from cfrl.screening.screen import DFT_SETS
+    from cfrl.stability.flags import FLAGS
 
     def offered(section: str, name: str) -> set[str]:
         cls = config.SECTIONS[section]

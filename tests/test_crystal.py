@@ -11,11 +11,11 @@ from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Element, Lattice, Structure
 
-from cfrl import symmetry
-from cfrl.crystal import CrystalBatch
-from cfrl.elements import ATOMIC_NUMBERS, MASSES, SYMBOLS, atomic_number
+from cfrl.crystals import symmetry
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES, SYMBOLS, atomic_number
+from cfrl.crystals.symmetry import SymmetryError
 from cfrl.errors import UserError
-from cfrl.symmetry import SymmetryError
 
 
 def same(one: Structure, other: Structure) -> bool:

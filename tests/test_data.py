@@ -25,10 +25,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from cfrl import data, fetch, readers, storage
 from cfrl.config import DataConfig
-from cfrl.crystal import CrystalBatch
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.io import datasets as data
+from cfrl.io import fetch, readers, storage
 
 ONE = DataConfig(workers=1)
 
@@ -505,7 +506,7 @@ def test_killed_while_writing(tmp_path, cifs):
     script = (
         "import os, signal, cfrl.files\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from cfrl.data import run_import, DataConfig\n"
+        "from cfrl.io.datasets import run_import, DataConfig\n"
         f"run_import([{str(path)!r}], {str(tmp_path / 'out.h5')!r}, DataConfig(workers=1))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL

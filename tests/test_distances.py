@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from cfrl.crystal import CrystalBatch
-from cfrl.distances import closest_contact, shortest_distance
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.distances import closest_contact, shortest_distance
 from cfrl.rewards import build_reward
 
 

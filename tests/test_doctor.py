@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import cfrl.doctor as doctor
-import cfrl.symmetry as symmetry
+import cfrl.commands.doctor as doctor
+import cfrl.crystals.symmetry as symmetry
 from cfrl.errors import UserError
 
 
@@ -64,7 +64,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def test_versions_need_no_import():
     script = (
-        "import sys\nfrom cfrl.doctor import packages, folders\nlist(packages()), list(folders())\n"
+        "import sys\nfrom cfrl.commands.doctor import packages, folders\nlist(packages()), list(folders())\n"
         "heavy = {'torch', 'numpy', 'h5py', 'pymatgen', 'chgnet', 'mace', 'matplotlib', 'scipy', 'ase'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -103,7 +103,7 @@ def _truncate(path: Path, into: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "module", "constant"),
-    [("default.safetensors", "model", "DEFAULT_MODEL"), ("hull.h5", "hull", "DEFAULT_HULL")],
+    [("default.safetensors", "model.transformer", "DEFAULT_MODEL"), ("hull.h5", "stability.hull", "DEFAULT_HULL")],
 )
 def test_half_a_file_is_named(folder, monkeypatch, name, module, constant):
     """And the others are still looked at."""
@@ -116,7 +116,7 @@ def test_half_a_file_is_named(folder, monkeypatch, name, module, constant):
 
 
 def test_missing_predictor_is_named(folder, monkeypatch):
-    monkeypatch.setattr("cfrl.properties.ASSETS", folder)
+    monkeypatch.setattr("cfrl.rewards.predictors.ASSETS", folder)
     problems = {finding.name for finding in doctor.models() if finding.problem}
     assert problems == {
         f"assets/{name}.safetensors" for name in ("band_gap", "bulk_modulus", "eps_electronic", "eps_total")
@@ -173,7 +173,7 @@ def test_folder_that_cannot_be(folder, monkeypatch):
 
 def test_everything_broken_is_in_one_line(folder, monkeypatch):
     (folder / "cfrl.toml").write_text("[sample]\nm = 3\n")
-    monkeypatch.setattr("cfrl.properties.ASSETS", folder)
+    monkeypatch.setattr("cfrl.rewards.predictors.ASSETS", folder)
     console = Console(file=(folder / "out").open("w"))
     with pytest.raises(UserError) as caught:
         doctor.doctor(console)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cfrl.engine import Engine, LocalEngine, RayEngine, Task, _Worker
 from cfrl.errors import UserError
+from cfrl.runs.engine import Engine, LocalEngine, RayEngine, Task, _Worker
 
 
 def squares(items: list[int]) -> list[int]:

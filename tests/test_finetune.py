@@ -18,24 +18,26 @@ import pytest
 import torch
 from rich.console import Console
 
-from cfrl import finetune as module
-from cfrl import monitor, rollouts
 from cfrl.config import FinetuneConfig, read_run_config
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite, UserError
-from cfrl.finetune import finetune, spread
-from cfrl.fingerprint import fingerprints
-from cfrl.model import FACTORS, CrystalTransformer, load_model
-from cfrl.policy import GroupBaseline
+from cfrl.io.datasets import load_dataset
+from cfrl.io.storage import read_columns, read_crystals, write_crystals
+from cfrl.model.sampler import SamplerOptions, sample, space_group_prior
+from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model
 from cfrl.rewards import RewardContext
 from cfrl.rewards.stability import BEST, WORST
-from cfrl.rollouts import INVALID, Memory, Rollout, collect
-from cfrl.runs import RunFolder
-from cfrl.sampler import SamplerOptions, sample, space_group_prior
-from cfrl.storage import read_columns, read_crystals, write_crystals
-from cfrl.tuning import SpaceGroupPrior, Tuning
+from cfrl.rl import loop as module
+from cfrl.rl import monitor, rollouts
+from cfrl.rl.loop import finetune, spread
+from cfrl.rl.policy import GroupBaseline
+from cfrl.rl.rollouts import INVALID, Memory, Rollout, collect
+from cfrl.rl.tuning import SpaceGroupPrior, Tuning
+from cfrl.runs.folder import RunFolder
 from tests.tiny import SIZES, trained_model, unchecked
+
+ROOT = Path(__file__).parents[1]
 
 QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16, scale_crystals=24)
@@ -549,7 +551,7 @@ KILLED = """
 import sys, torch
 from types import SimpleNamespace
 from cfrl.config import FinetuneConfig
-from cfrl.finetune import finetune
+from cfrl.rl.loop import finetune
 torch.set_num_threads(1)
 
 def reward(crystals):
@@ -566,7 +568,7 @@ finetune(config, reward=reward, root=root, resume=resume or None)
 def test_kill_9_loses_no_written_row_and_the_run_goes_on(tiny_model, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(KILLED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start(root: str, resume: str = "") -> subprocess.Popen:
         command = [sys.executable, str(script), tiny_model, str(tmp_path / root), resume]
@@ -733,8 +735,8 @@ def test_energies_on_another_scale_than_the_hull_are_refused_before_a_run(tiny_m
 
 def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     """The real pipeline: CHGNet's energies against a hull of prototypes, which lacks some of the elements."""
-    from cfrl.hull_builder import build_hull
     from cfrl.potentials import load_potential
+    from cfrl.screening.hull_builder import build_hull
 
     hull = build_hull(["prototypes"], tmp_path / "hull.h5")
     settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)
@@ -759,7 +761,7 @@ REPEATED = """
 import sys, time, torch
 from pathlib import Path
 from cfrl.config import FinetuneConfig
-from cfrl.finetune import finetune
+from cfrl.rl.loop import finetune
 from cfrl.rewards import build_reward
 torch.set_num_threads(1)
 reward = build_reward("dielectric_bandgap")
@@ -784,7 +786,7 @@ def test_a_seed_fixes_a_run_in_fresh_processes(tiny_model, tmp_path):
     They do so for moments only; the reward goes on drawing, so that no lot is safe.
     """
     (tmp_path / "run.py").write_text(REPEATED)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def run(folder: str, steps: int, resume: str = "") -> RunFolder:
         command = [sys.executable, str(tmp_path / "run.py"), tiny_model, str(tmp_path / folder), str(steps), resume]

@@ -6,9 +6,9 @@ from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Element, Lattice, Structure
 
-from cfrl import fingerprint
-from cfrl.crystal import CrystalBatch
-from cfrl.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes, varied
+from cfrl.crystals import fingerprint
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes, varied
 
 ELEMENTS = [Element(symbol) for symbol in ("O", "Ti", "Ba", "Na")]
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from cfrl import stages
-from cfrl.data import load_dataset
+from cfrl.crystals.oxidation import charge_balance
 from cfrl.errors import UserError
-from cfrl.flags import APART, FLAGS, check_flags, composition_flags, hull_flags, relaxation_flags
-from cfrl.hull import ReferenceHull
-from cfrl.oxidation import charge_balance
+from cfrl.io.datasets import load_dataset
+from cfrl.screening import stages
+from cfrl.stability.flags import APART, FLAGS, check_flags, composition_flags, hull_flags, relaxation_flags
+from cfrl.stability.hull import ReferenceHull
 
 
 @pytest.mark.parametrize(

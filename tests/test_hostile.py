@@ -17,14 +17,15 @@ import torch
 from pymatgen.core import Lattice, Structure
 from safetensors.torch import load_file, save_file
 
-from cfrl import data, readers, storage
 from cfrl.config import DataConfig, SampleConfig, resolve
-from cfrl.crystal import CrystalBatch
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.hull import ReferenceHull
-from cfrl.model import load_model
-from cfrl.published import read_checkpoint
-from cfrl.runs import RunFolder
+from cfrl.io import datasets as data
+from cfrl.io import readers, storage
+from cfrl.model.published import read_checkpoint
+from cfrl.model.transformer import load_model
+from cfrl.runs.folder import RunFolder
+from cfrl.stability.hull import ReferenceHull
 from cfrl.untrusted import read_json
 from tests.tiny import base_model
 

@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 
-from cfrl.elements import ATOMIC_NUMBERS
+from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.errors import UserError
-from cfrl.hull import ReferenceHull, fractions
+from cfrl.stability.hull import ReferenceHull, fractions
 
 SYMBOLS = ["Li", "Fe", "P", "O", "Na", "U", "Cl"]  # U lies beyond bit 64 of a chemical system
 
@@ -56,7 +56,7 @@ def test_facets_and_linear_program_are_one_hull(monkeypatch):
     formulas, energies = random_phases(SYMBOLS[:5], 60, seed=3)
     queries, query_energies = random_phases(SYMBOLS[:5], 60, seed=4)
     facets = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
-    monkeypatch.setattr("cfrl.hull.MAX_FACET_ELEMENTS", 1)
+    monkeypatch.setattr("cfrl.stability.hull.MAX_FACET_ELEMENTS", 1)
     program = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
     np.testing.assert_allclose(facets.e_above_hull, program.e_above_hull, atol=1e-9)
 
@@ -95,7 +95,7 @@ def test_no_crystals_give_no_distances():
 def test_compositions_are_read_from_everything_that_has_one():
     from pymatgen.core import Composition, Lattice, Structure
 
-    from cfrl.crystal import CrystalBatch
+    from cfrl.crystals.crystal import CrystalBatch
 
     salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
     array = np.zeros((1, 119))
@@ -281,7 +281,7 @@ def test_the_embedded_hull_knows_its_chemistry():
 
 def test_every_subset_of_a_large_system_counts():
     """13 elements: subsets are no longer looked up one by one."""
-    from cfrl.elements import SYMBOLS as ALL
+    from cfrl.crystals.elements import SYMBOLS as ALL
 
     symbols = ALL[11:24]
     pairs = [a + b for a, b in product(symbols, symbols) if a < b]

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from cfrl import stages
-from cfrl.crystal import CrystalBatch
-from cfrl.engine import LocalEngine
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.hull import ReferenceHull
-from cfrl.hull_builder import build_hull
+from cfrl.io.storage import write_crystals
 from cfrl.potentials import load_potential
-from cfrl.relax import relax
-from cfrl.storage import write_crystals
+from cfrl.potentials.relax import relax
+from cfrl.runs.engine import LocalEngine
+from cfrl.screening import stages
+from cfrl.screening.hull_builder import build_hull
+from cfrl.stability.hull import ReferenceHull
 
 
 def rock_salt(a):

@@ -15,7 +15,7 @@ from tests.kill.jobs import Result
 SCRIPT = """
 import sys
 from tests.kill.__main__ import main
-from cfrl.runs import RunFolder
+from cfrl.runs.folder import RunFolder
 
 jobs = "import,pretrain,finetune,screen,retrieve"
 aim = "rename (checkpoint|config|met|model|ranking|retrieved|rollouts|screen|out)|^log|^fsync .*jsonl"

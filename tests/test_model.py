@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from cfrl.crystal import CrystalBatch
-from cfrl.distributions import SamplerOptions
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import multiplicity, tables
 from cfrl.errors import UserError
-from cfrl.model import (
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.published import import_published, read_checkpoint
+from cfrl.model.sampler import draw
+from cfrl.model.transformer import (
     PRESETS,
     CrystalTransformer,
     KeyValueCache,
@@ -21,10 +24,7 @@ from cfrl.model import (
     save_model,
     unscale_lattice,
 )
-from cfrl.published import import_published, read_checkpoint
-from cfrl.runs import RunFolder
-from cfrl.sampler import draw
-from cfrl.symmetry import multiplicity, tables
+from cfrl.runs.folder import RunFolder
 
 TINY = ModelConfig(8, 12, 16, 2, 2, 8, 3, 4, 2, dropout=0.0)
 FACTORS = ("wyckoff", "species", "coords", "lattice")

@@ -15,12 +15,12 @@ import torch
 
 from cfrl import files
 from cfrl.cli import main
-from cfrl.data import load_dataset
 from cfrl.errors import UserError
-from cfrl.export import export_crystals
-from cfrl.model import CrystalTransformer, save_model
-from cfrl.runs import RunFolder
-from cfrl.storage import append_crystals, write_crystals
+from cfrl.io.datasets import load_dataset
+from cfrl.io.export import export_crystals
+from cfrl.io.storage import append_crystals, write_crystals
+from cfrl.model.transformer import CrystalTransformer, save_model
+from cfrl.runs.folder import RunFolder
 from tests.tiny import SIZES, base_model
 
 

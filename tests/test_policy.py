@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cfrl.policy import (
+from cfrl.rl.policy import (
     GroupBaseline,
     adapt_beta,
     advantages,

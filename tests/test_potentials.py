@@ -7,8 +7,8 @@ import pytest
 import torch
 from pymatgen.core import Element, Lattice, Structure
 
-from cfrl import symmetry
-from cfrl.crystal import CrystalBatch
+from cfrl.crystals import symmetry
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.potentials import Evaluation, load_potential
 from cfrl.potentials.cells import SymmetricCell
@@ -372,7 +372,7 @@ def test_a_model_of_raw_energies_gets_pymatgens_corrections(mace):
 
 
 def test_a_relaxation_is_corrected_at_its_end(mace):
-    from cfrl.relax import relax
+    from cfrl.potentials.relax import relax
 
     raw = load_potential(f"mace:{mace.path}@mp-raw", "cpu")
     own, shifted = (relax([salt(5.5)], potential, steps=3) for potential in (mace, raw))
@@ -394,8 +394,8 @@ def test_a_relaxation_is_corrected_at_its_end(mace):
     ],
 )
 def test_energy_scales_are_known_by_name(name, scale):
-    from cfrl.hull import ReferenceHull
-    from cfrl.potentials import check_scale
+    from cfrl.stability.hull import ReferenceHull
+    from cfrl.stability.scales import check_scale
 
     hull = ReferenceHull.from_compositions(["Li"], [-2.0], scale)
     check_scale(name, hull)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cfrl.config import PretrainConfig, read_run_config
-from cfrl.data import load_dataset
 from cfrl.errors import NotFinite, UserError
-from cfrl.model import PRESETS, load_model
-from cfrl.pretrain import Trainer, epoch_batches, learning_rate, pretrain
-from cfrl.runs import RunFolder
-from cfrl.sampler import sample
-from cfrl.storage import write_crystals
+from cfrl.io.datasets import load_dataset
+from cfrl.io.storage import write_crystals
+from cfrl.model.sampler import sample
+from cfrl.model.training import Trainer, epoch_batches, learning_rate, pretrain
+from cfrl.model.transformer import PRESETS, load_model
+from cfrl.runs.folder import RunFolder
 from tests.test_model import TINY
 from tests.tiny import unchecked
 
@@ -176,7 +176,7 @@ def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
 WORKER = """
 import torch
 from cfrl.config import PretrainConfig
-from cfrl.pretrain import pretrain
+from cfrl.model.training import pretrain
 torch.set_num_threads(1)
 pretrain(PretrainConfig(dataset={dataset!r}, preset="small", epochs=2, batch_size=16, dropout=0.0, device="cpu"))
 """

@@ -14,9 +14,10 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import cfrl
+from cfrl.assets import ASSETS
 from cfrl.errors import UserError
 from cfrl.potentials import load_potential
-from cfrl.predictor_training import (
+from cfrl.rewards.predictor_training import (
     PredictorOptions,
     assign_folds,
     card,
@@ -25,8 +26,8 @@ from cfrl.predictor_training import (
     read_targets,
     run_train,
 )
-from cfrl.predictor_training import train as train_on
-from cfrl.properties import ASSETS, BUILT_IN, composition, load_predictor
+from cfrl.rewards.predictor_training import train as train_on
+from cfrl.rewards.predictors import BUILT_IN, composition, load_predictor
 
 QUICK = {"members": 3, "hidden": 32, "epochs": 30, "batch_size": 64, "dropout": 0.0, "folds": 3, "lr": 1e-2}
 HEADER = {"target": "y", "unit": "eV", "potential": "chgnet", "feature_version": "made up", "data": ["made up"]}
@@ -185,7 +186,7 @@ def test_training_is_reproducible_and_files_keep_everything(tmp_path: Path) -> N
 
 
 def test_composition() -> None:
-    from cfrl.descriptors import element_descriptors
+    from cfrl.crystals.descriptors import element_descriptors
 
     table = element_descriptors().numpy()
     got = composition(["NaCl", "Fe"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cfrl.errors import UserError
-from cfrl.model import CrystalTransformer
-from cfrl.published import import_published, read_checkpoint
+from cfrl.model.published import import_published, read_checkpoint
+from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import TINY
 
 

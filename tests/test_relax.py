@@ -9,7 +9,7 @@ from pymatgen.core import Lattice, Structure
 from cfrl.potentials import load_potential
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.chgnet import CHGNetPotential
-from cfrl.relax import relax, symmetric_modes
+from cfrl.potentials.relax import relax, symmetric_modes
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,20 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
-from cfrl import monitor
 from cfrl.config import FinetuneConfig, RetrieveConfig, ScreenConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
-from cfrl.figures import Figure, PeriodicTable, Series, histogram, pareto, pareto_front, place
-from cfrl.fingerprint import fingerprints
-from cfrl.page import Page, number_text, scene, space_group_symbol, subscripts
-from cfrl.report import newest_reportable, write_report
-from cfrl.retrieve import retrieve
+from cfrl.io.datasets import load_dataset
+from cfrl.io.storage import append_crystals, read_columns, write_crystals
+from cfrl.reports.figures import Figure, PeriodicTable, Series, histogram, pareto, pareto_front, place
+from cfrl.reports.page import Page, number_text, scene, space_group_symbol, subscripts
+from cfrl.reports.report import newest_reportable, write_report
 from cfrl.rewards import RewardContext, build_reward
-from cfrl.runs import RunFolder
-from cfrl.screen import screen
-from cfrl.storage import append_crystals, read_columns, write_crystals
+from cfrl.rl import monitor
+from cfrl.runs.folder import RunFolder
+from cfrl.screening.retrieval import retrieve
+from cfrl.screening.screen import screen
 from tests.tiny import tuned_run
 
 HOSTILE = '</script><script>document.title="broken"</script>'

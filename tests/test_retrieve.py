@@ -19,15 +19,15 @@ import torch
 from rich.console import Console
 
 from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config, to_toml
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset
-from cfrl.distributions import SamplerOptions
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
-from cfrl.model import FACTORS, CrystalTransformer, load_model, save_model
-from cfrl.retrieve import Meetings, discovery_curve, log_ratios, meet, rank, retrieve
-from cfrl.sampler import draw, sample
-from cfrl.storage import read_crystals, write_crystals
+from cfrl.io.datasets import load_dataset
+from cfrl.io.storage import read_crystals, write_crystals
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.sampler import draw, sample
+from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model, save_model
+from cfrl.screening.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
+from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank, retrieve
 from tests.tiny import SIZES, tuned_run
 
 COPPER = 29  # its logit is no other distribution's: letters and coordinates use the first 28 outputs of the head
@@ -308,7 +308,7 @@ def test_ratios_and_draws_are_those_of_the_runs_own_sampler(run, tmp_path, proto
     )
     options = SamplerOptions(0.7, 0.999, (8, 11, 12, 17, 22), 24)
     drawn = []
-    monkeypatch.setattr("cfrl.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    monkeypatch.setattr("cfrl.screening.retrieval.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
     made = retrieve(
         RetrieveConfig(run=str(folder), dataset="prototypes", samples=300, reward_crystals=0, top=5, device="cpu"),
         root=tmp_path / "runs",
@@ -346,7 +346,7 @@ def test_draws_and_joint_ratio_use_the_runs_own_shares(run, tmp_path, learned, m
     save_model(base, tmp_path / "base.safetensors")
     save_model(tuned, folder / "model.safetensors")
     drawn = []
-    monkeypatch.setattr("cfrl.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    monkeypatch.setattr("cfrl.screening.retrieval.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
     config = RetrieveConfig(run=str(folder), base=str(tmp_path / "base.safetensors"), dataset="prototypes")
     made = retrieve(replace(config, samples=400, reward_crystals=0, device="cpu"), root=tmp_path / "runs")
     share = [float((crystals.space_group == 221).double().mean()) for crystals in drawn]

@@ -13,15 +13,15 @@ from pymatgen.core import Lattice, Structure
 from typer.testing import CliRunner
 
 import cfrl
-from cfrl import stages
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.hull import ReferenceHull
+from cfrl.io.datasets import load_dataset
 from cfrl.potentials import load_potential
-from cfrl.properties import load_predictor
 from cfrl.rewards import RewardContext, Scored, build_reward, registry
+from cfrl.rewards.predictors import load_predictor
 from cfrl.rewards.stability import BEST, GPA_PER_EV_A3, WORST
+from cfrl.screening import stages
+from cfrl.stability.hull import ReferenceHull
 
 COPPER = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.61), ["Cu"], [[0, 0, 0]])
 

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from cfrl import files, runs
+from cfrl import files
 from cfrl.config import PretrainConfig, read_run_config
 from cfrl.errors import UserError
-from cfrl.runs import RunFolder, newest_run
+from cfrl.runs import folder as runs
+from cfrl.runs.folder import RunFolder, newest_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_create_and_open(tmp_path):
@@ -180,7 +183,7 @@ def test_provenance():
 SCRIPT = """
 import sys
 import torch
-from cfrl.runs import RunFolder
+from cfrl.runs.folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 state = run.load_checkpoint()
 step = state["step"] if state else 0
@@ -215,7 +218,7 @@ def test_kill_and_resume(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from cfrl.runs import RunFolder
+from cfrl.runs.folder import RunFolder
 with RunFolder(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(600)
@@ -224,7 +227,7 @@ with RunFolder(Path(sys.argv[1])).locked():
 
 def test_one_process_at_a_time_and_a_killed_one_does_not_block(tmp_path):
     run = RunFolder.create("finetune", root=tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HOLDER, str(run.path)]
     other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:

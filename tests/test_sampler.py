@@ -12,15 +12,15 @@ from scipy import integrate, stats
 
 import cfrl
 from cfrl.config import FinetuneConfig, SampleConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import tables
 from cfrl.errors import NotFinite, UserError
-from cfrl.export import export_crystals
-from cfrl.model import NUM_ELEMENTS, CrystalTransformer, save_model
-from cfrl.sampler import draw, run_sample, sample, space_group_prior
-from cfrl.storage import read_crystals
-from cfrl.symmetry import tables
-from cfrl.tuning import Tuning
+from cfrl.io.export import export_crystals
+from cfrl.io.storage import read_crystals
+from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
+from cfrl.model.sampler import draw, run_sample, sample, space_group_prior
+from cfrl.model.transformer import NUM_ELEMENTS, CrystalTransformer, save_model
+from cfrl.rl.tuning import Tuning
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()
@@ -345,7 +345,7 @@ def test_elements_must_exist():
 def test_exported_crystals_come_back(tmp_path, name):
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
-    from cfrl.data import read_structures
+    from cfrl.io.datasets import read_structures
 
     crystals = sample(plausible_model(), 6, seed=1, max_atoms=40)
     path = export_crystals(crystals, tmp_path / name)

@@ -18,16 +18,16 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
 import cfrl
-from cfrl import journal, stages
-from cfrl import screen as screening
 from cfrl.config import ScreenConfig, read_run_config
 from cfrl.errors import UserError
-from cfrl.flags import FLAGS
-from cfrl.journal import Journal
-from cfrl.report import write_report
-from cfrl.screen import screen
-from cfrl.storage import read_columns
-from cfrl.tally import rate
+from cfrl.io.storage import read_columns
+from cfrl.reports.report import write_report
+from cfrl.screening import journal, stages
+from cfrl.screening import screen as screening
+from cfrl.screening.journal import Journal
+from cfrl.screening.screen import screen
+from cfrl.screening.tally import rate
+from cfrl.stability.flags import FLAGS
 
 QUICK = ScreenConfig(relax=False, stability=False, report=False, workers=1)
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from cfrl import storage
-from cfrl.crystal import CrystalBatch
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import tables
 from cfrl.errors import UserError
-from cfrl.symmetry import tables
+from cfrl.io import storage
 
 
 def random_crystals(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> CrystalBatch:
@@ -195,7 +195,7 @@ SCRIPT_HEAD = f"""
 import sys
 sys.path.insert(0, {str(__file__).rpartition("/")[0]!r})
 from test_storage import random_crystals
-from cfrl import storage
+from cfrl.io import storage
 from cfrl.errors import UserError
 """
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from moyopy import Cell, MoyoDataset, operations_from_number
 
-from cfrl import symmetry
-from cfrl.crystal import CrystalBatch
-from cfrl.symmetry import SymmetryError
+from cfrl.crystals import symmetry
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import SymmetryError
 
 GROUPS = range(1, 231)
 CELL = torch.tensor([[36.4, 41.2, 46.8, 83.0, 101.0, 97.0]], dtype=torch.float64)  # general, in every system

@@ -7,10 +7,10 @@ from typing import TypeVar
 import torch
 
 from cfrl.config import FinetuneConfig, Settings
-from cfrl.data import load_dataset
-from cfrl.finetune import finetune
-from cfrl.model import CrystalTransformer, ModelConfig, save_model
-from cfrl.runs import RunFolder
+from cfrl.io.datasets import load_dataset
+from cfrl.model.transformer import CrystalTransformer, ModelConfig, save_model
+from cfrl.rl.loop import finetune
+from cfrl.runs.folder import RunFolder
 
 Config = TypeVar("Config", bound=Settings)
 SIZES = ModelConfig(

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import Evaluation, Potential
 from cfrl.potentials.scales import RAW, split_scale
 
-if TYPE_CHECKING:
-    from cfrl.hull import ReferenceHull
-
-__all__ = ["Evaluation", "Potential", "check_scale", "full_name", "load_potential"]
+__all__ = ["Evaluation", "Potential", "energy_scale", "full_name", "load_potential", "model_name"]
 
 
 def load_potential(name: str = "chgnet", device: str | torch.device | None = None) -> Potential:
@@ -47,24 +42,11 @@ def model_name(name: str) -> str:
     return adapter.name_of(version)
 
 
-def check_scale(potential: Potential | str, hull: ReferenceHull) -> None:
-    """Raises UserError if a potential, or the one of this name, is known to be on another energy scale than the hull.
-
-    Needs no model, so that it can be asked before anything is loaded. A reference of unknown origin is the user's word.
-    """
-    if isinstance(potential, str):
-        name, declared = split_scale(potential)
-        adapter, version = _adapter(name)
-        scale = adapter.result_scale(declared or adapter.scale_of(version), adapter.name_of(version))
-    else:
-        name, scale = potential.name, potential.energy_scale
-    problem = "" if hull.energy_scale == "unknown" else hull.mismatch(scale)
-    if problem:
-        raise UserError(
-            f"{name}: {problem}; make a reference with it (cfrl data hull DATASET... --potential {name}) and give it "
-            f"as --hull, or declare what it was trained on: {name}@mp-raw (uncorrected Materials Project energies; "
-            f"they get the MP2020 corrections) or {name}@mp2020 (corrected ones)"
-        )
+def energy_scale(name: str) -> tuple[str, str]:
+    """The name without a declared scale, and the scale of the energies it gives, known without loading it."""
+    name, declared = split_scale(name)
+    adapter, version = _adapter(name)
+    return name, adapter.result_scale(declared or adapter.scale_of(version), adapter.name_of(version))
 
 
 def _adapter(name: str) -> tuple[type[Potential], str]:

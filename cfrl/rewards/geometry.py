@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cfrl.distances import closest_contact
-from cfrl.fingerprint import fingerprints
+from cfrl.crystals.distances import closest_contact
+from cfrl.crystals.fingerprint import fingerprints
 from cfrl.rewards.registry import register_reward
 from cfrl.rewards.scoring import Inputs
 

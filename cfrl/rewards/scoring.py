@@ -21,18 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl import config, interrupt
-from cfrl.crystal import CrystalBatch
+from cfrl import config
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo, describe, find_reward
+from cfrl.runs import interrupt
 
 if TYPE_CHECKING:
     import torch
 
-    from cfrl.hull import ReferenceHull
     from cfrl.potentials import Evaluation, Potential
-    from cfrl.properties import Predictor
+    from cfrl.rewards.predictors import Predictor
+    from cfrl.stability.hull import ReferenceHull
 
 WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
 NOT_FINITE = "the expression has no finite value here"
@@ -118,13 +119,13 @@ class RewardContext:
 
     @cached_property
     def hull(self) -> ReferenceHull:
-        from cfrl.hull import ReferenceHull
+        from cfrl.stability.hull import ReferenceHull
 
         return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull)
 
     def check_scale(self) -> None:
         """Raises UserError if the potential's energies cannot be compared with the hull's."""
-        from cfrl.potentials import check_scale
+        from cfrl.stability.scales import check_scale
 
         check_scale(self._potential, self.hull)
 
@@ -135,7 +136,7 @@ class RewardContext:
             raise UserError("the reward 'novelty' needs known crystals to compare with: give --dataset")
         if isinstance(self._dataset, CrystalBatch):
             return self._dataset
-        from cfrl.data import load_dataset
+        from cfrl.io.datasets import load_dataset
 
         return load_dataset(self._dataset)
 
@@ -149,7 +150,7 @@ class RewardContext:
     def predictor(self, name: str) -> Predictor:
         """A property predictor, embedded (by name) or in a file."""
         if name not in self._predictors:
-            from cfrl.properties import load_predictor
+            from cfrl.rewards.predictors import load_predictor
 
             self._predictors[name] = load_predictor(name)
         return self._predictors[name]

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 
 from cfrl import config
-from cfrl import finetune as module
-from cfrl.crystal import CrystalBatch
-from cfrl.finetune import finetune
-from cfrl.fingerprint import fingerprints
-from cfrl.hull import ReferenceHull
-from cfrl.model import load_model
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints
+from cfrl.model.sampler import sample
+from cfrl.model.transformer import load_model
 from cfrl.potentials import load_potential
 from cfrl.rewards import RewardContext, build_reward, register_reward
-from cfrl.runs import RunFolder
-from cfrl.sampler import sample
-from cfrl.tuning import Tuning
+from cfrl.rl import loop as module
+from cfrl.rl.loop import finetune
+from cfrl.rl.tuning import Tuning
+from cfrl.runs.folder import RunFolder
+from cfrl.stability.hull import ReferenceHull
 
 LOW = 0.1  # eV/atom above the hull
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cfrl.hull import ReferenceHull, fractions
+from cfrl.stability.hull import ReferenceHull, fractions
 
 path = Path(__file__).resolve().parents[3] / "shared" / "data" / "mp_energies.csv.gz"
 if not path.is_file():

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cfrl.config import DataConfig, PretrainConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset, read_files
-from cfrl.devices import choose_device
-from cfrl.pretrain import Trainer, epoch_batches
-from cfrl.sampler import draw, space_group_prior
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.datasets import load_dataset, read_files
+from cfrl.model.sampler import draw, space_group_prior
+from cfrl.model.training import Trainer, epoch_batches
+from cfrl.runs.devices import choose_device
 
 MP_20 = Path(__file__).parents[3] / "shared" / "data" / "mp_20.csv.gz"
 

@@ -17,8 +17,8 @@ from rich.table import Table
 
 import cfrl
 from cfrl.potentials import load_potential
-from cfrl.properties import BUILT_IN, load_predictor
 from cfrl.rewards import RewardContext
+from cfrl.rewards.predictors import BUILT_IN, load_predictor
 
 REWARDS = (
     "density",

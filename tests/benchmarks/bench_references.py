@@ -10,11 +10,11 @@ import argparse
 
 import numpy as np
 
-from cfrl.hull import ReferenceHull
-from cfrl.model import load_model
+from cfrl.io.storage import read_columns, read_crystals
+from cfrl.model.sampler import sample
+from cfrl.model.transformer import load_model
 from cfrl.potentials import load_potential
-from cfrl.sampler import sample
-from cfrl.storage import read_columns, read_crystals
+from cfrl.stability.hull import ReferenceHull
 
 LOW = 0.1  # eV/atom
 

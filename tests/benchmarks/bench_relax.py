@@ -13,7 +13,7 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from cfrl.potentials import load_potential
-from cfrl.relax import relax
+from cfrl.potentials.relax import relax
 
 
 def main() -> None:

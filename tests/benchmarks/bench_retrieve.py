@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
-from cfrl.crystal import CrystalBatch
-from cfrl.data import dataset_path
-from cfrl.model import PRESETS, CrystalTransformer
-from cfrl.retrieve import rank
-from cfrl.storage import iter_crystals
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.datasets import dataset_path
+from cfrl.io.storage import iter_crystals
+from cfrl.model.transformer import PRESETS, CrystalTransformer
+from cfrl.screening.retrieval import rank
 
 
 def stream(path: str, n: int) -> Iterator[CrystalBatch]:

@@ -17,14 +17,14 @@ import numpy as np
 from rich.console import Console
 
 from cfrl.config import ScreenConfig
-from cfrl.crystal import CrystalBatch
-from cfrl.data import load_dataset
-from cfrl.engine import LocalEngine
-from cfrl.fingerprint import fingerprints, group_by
-from cfrl.journal import Work
-from cfrl.sampler import sample
-from cfrl.screen import screen
-from cfrl.stages import Group, match
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints, group_by
+from cfrl.io.datasets import load_dataset
+from cfrl.model.sampler import sample
+from cfrl.runs.engine import LocalEngine
+from cfrl.screening.journal import Work
+from cfrl.screening.screen import screen
+from cfrl.screening.stages import Group, match
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILES = ("mp_20", "mpts_52", "mixed_databases")
@@ -63,8 +63,8 @@ def matching(num_samples: int, num_known: int, cores: int) -> None:
 
 
 def stages(n: int) -> None:
-    from cfrl.model import load_model
-    from cfrl.storage import write_crystals
+    from cfrl.io.storage import write_crystals
+    from cfrl.model.transformer import load_model
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "samples.h5"

@@ -16,8 +16,8 @@ import torch
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Structure
 
-from cfrl import symmetry
-from cfrl.crystal import CrystalBatch
+from cfrl.crystals import symmetry
+from cfrl.crystals.crystal import CrystalBatch
 
 MP_20 = Path(__file__).resolve().parents[3] / "shared" / "data" / "mp_20.csv.gz"
 CRYSTALS = 1000

@@ -20,8 +20,8 @@ from cfrl.potentials import load_potential
 from cfrl.potentials.base import pool_features
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.chgnet import CHGNetPotential, _Batch
-from cfrl.predictor_training import PredictorOptions, _fit, assign_folds, read_targets
-from cfrl.properties import describe, standardise
+from cfrl.rewards.predictor_training import PredictorOptions, _fit, assign_folds, read_targets
+from cfrl.rewards.predictors import describe, standardise
 
 
 class TunedTrunk(nn.Module):

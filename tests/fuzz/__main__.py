@@ -19,7 +19,11 @@ from tests.fuzz.cases import Area
 from tests.fuzz.children import BAD, GOOD, Limits, Result
 
 _LAZY = (
-    *("cfrl.pretrain", "cfrl.predictor_training", "cfrl.retrieve", "cfrl.hull_builder", "cfrl.judge"),
+    "cfrl.model.training",
+    "cfrl.rewards.predictor_training",
+    "cfrl.screening.retrieval",
+    "cfrl.screening.hull_builder",
+    "cfrl.screening.judge",
     "matplotlib.pyplot",
 )
 

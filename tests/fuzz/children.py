@@ -24,7 +24,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from cfrl import cli, guard
+from cfrl import cli
+from cfrl.io import guard
 from tests.fuzz.cases import Area, Case
 
 GOOD = ("accepted", "refused")

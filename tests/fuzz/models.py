@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from cfrl.properties import BUILT_IN, load_predictor
-from cfrl.published import _load
+from cfrl.model.published import _load
+from cfrl.rewards.predictors import BUILT_IN, load_predictor
 from tests.fuzz.cases import NUMBERS, WORDS, Case, damaged
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.structures import stored_problem

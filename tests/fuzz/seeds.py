@@ -15,11 +15,11 @@ from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 
 from cfrl.config import FinetuneConfig, to_toml
-from cfrl.crystal import CrystalBatch
-from cfrl.finetune import finetune
-from cfrl.hull import ReferenceHull
-from cfrl.model import CrystalTransformer
-from cfrl.storage import write_crystals
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.storage import write_crystals
+from cfrl.model.transformer import CrystalTransformer
+from cfrl.rl.loop import finetune
+from cfrl.stability.hull import ReferenceHull
 from tests.test_model import TINY
 from tests.test_published import published_layout
 from tests.tiny import base_model

@@ -12,9 +12,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cfrl.hull import ReferenceHull
-from cfrl.runs import RunFolder
-from cfrl.storage import read_columns, read_crystals
+from cfrl.io.storage import read_columns, read_crystals
+from cfrl.runs.folder import RunFolder
+from cfrl.stability.hull import ReferenceHull
 from tests.fuzz.cases import NUMBERS, WORDS, Case, damaged, garbled
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.structures import stored_problem

@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 from pymatgen.core import Lattice, Structure
 
-from cfrl import readers
-from cfrl.screen import read_samples
+from cfrl.io import readers
+from cfrl.screening.screen import read_samples
 from tests.fuzz import seeds
 from tests.fuzz.cases import Case, damaged, garbled
 
@@ -243,7 +243,7 @@ def _kept(path: Path) -> str:
     with h5py.File("out.h5") as file:
         if len(entries) != 1 or len(file["space_group"]) != 1:
             return ""
-    from cfrl.storage import read_crystals
+    from cfrl.io.storage import read_crystals
 
     ours = read_crystals("out.h5").to_structures()[0]
     for theirs in _others(entries[0].kind, entries[0].payload):

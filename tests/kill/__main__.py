@@ -31,7 +31,13 @@ from tests.kill.children import Aim, Ended, run
 from tests.kill.jobs import JOBS, Job, Result
 
 PRELOADED = (  # so that no child has to
-    *("cfrl.pretrain", "cfrl.finetune", "cfrl.screen", "cfrl.retrieve", "cfrl.cli", "cfrl.hull", "cfrl.judge"),
+    "cfrl.model.training",
+    "cfrl.rl.loop",
+    "cfrl.screening.screen",
+    "cfrl.screening.retrieval",
+    "cfrl.cli",
+    "cfrl.stability.hull",
+    "cfrl.screening.judge",
     *("matplotlib.pyplot", "torch.utils.tensorboard", "torch._dynamo", "scipy.stats", "pymatgen.io.cif"),
 )
 OUTCOMES = ("recovered", "lost rows", "wrong result", "cannot resume", "hang", "fault")

@@ -142,7 +142,7 @@ def _live(arguments: list[str], folder: Path, output: Path, aim: Aim | None, tra
 
 
 def _count_events(root: str, aim: Aim | None, trace: Path | None) -> None:
-    from cfrl.runs import RunFolder
+    from cfrl.runs.folder import RunFolder
 
     me, done = os.getpid(), 0
     record = os.fdopen(os.open(trace, os.O_WRONLY | os.O_CREAT), "w", 1) if trace else None

@@ -17,10 +17,10 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from cfrl.config import FinetuneConfig
-from cfrl.data import load_dataset
-from cfrl.finetune import finetune
-from cfrl.runs import RunFolder, newest_run
-from cfrl.storage import read_columns, read_crystals, write_crystals
+from cfrl.io.datasets import load_dataset
+from cfrl.io.storage import read_columns, read_crystals, write_crystals
+from cfrl.rl.loop import finetune
+from cfrl.runs.folder import RunFolder, newest_run
 from tests.tiny import SIZES, base_model
 
 GROUPS = "2,139,221,225"  # the untrained model draws crystals with room between their atoms there

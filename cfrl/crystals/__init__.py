@@ -1,0 +1,1 @@
+"""Crystals: elements, space groups and Wyckoff positions, the batch that all pass on, comparing them."""

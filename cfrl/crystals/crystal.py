@@ -1,0 +1,512 @@
+"""CrystalBatch: the one data type that every stage passes on.
+
+A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate
+of the representative) and its conventional cell. This file slices, joins, measures and converts such batches;
+the tables behind it are in symmetry.py, files in storage.py.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import gcd
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfrl.crystals import symmetry
+from cfrl.crystals.elements import FORMULA_RANK, MASSES, SYMBOLS
+from cfrl.crystals.symmetry import AsymmetricUnit, SymmetryError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from pymatgen.core import Structure
+
+DALTON_PER_CUBIC_ANGSTROM = 1.66053906660  # in g/cm^3
+MIN_VOLUME_PER_ATOM = 0.1  # angstrom^3; below it a cell is degenerate, not dense
+_PAIRS_PER_CHUNK = 200_000  # bounds the memory of shortest_distances
+_CRYSTALS_AT_ONCE = 256  # bounds the memory of canonical
+_SAME_CELL = 13  # of the 27 images of an atom
+
+
+@dataclass
+class CrystalBatch:
+    """A batch of n crystals with up to s sites, padded at the end.
+
+    space_group (n,) int64: 1..230.
+    wyckoff (n, s) int64: 1 = 'a', ..., 26 = 'z', 27 = 'A'; 0 = empty.
+    species (n, s) int64: atomic numbers; 0 = empty.
+    frac_coords (n, s, 3): the representative of each orbit, on the first coordinate triplet of its Wyckoff
+        position; 0 where empty.
+    lattice (n, 6): a, b, c (angstrom), alpha, beta, gamma (degrees) of the conventional cell.
+    ids: n names, or None.
+    properties: name -> (n,) float64, NaN = unknown.
+
+    Sites are ordered by Wyckoff letter, then x, y, z. Several orbits may share a letter.
+    """
+
+    space_group: Tensor
+    wyckoff: Tensor
+    species: Tensor
+    frac_coords: Tensor
+    lattice: Tensor
+    ids: list[str] | None = None
+    properties: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n, s = self.wyckoff.shape
+        shapes = {
+            "space_group": (n,),
+            "species": (n, s),
+            "frac_coords": (n, s, 3),
+            "lattice": (n, 6),
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape}")
+        if self.ids is not None and len(self.ids) != n:
+            raise ValueError(f"{len(self.ids)} ids for {n} crystals")
+        for name, values in self.properties.items():
+            if values.shape != (n,):
+                raise ValueError(f"property {name} has shape {tuple(values.shape)}, expected {(n,)}")
+
+    # ---- batch ----
+
+    def __len__(self) -> int:
+        return len(self.space_group)
+
+    def __getitem__(self, index: "int | slice | Tensor | np.ndarray | Sequence[int]") -> "CrystalBatch":
+        """Rows by slice, index or mask; an integer gives a batch of one."""
+        if isinstance(index, (int, np.integer)):
+            index = range(len(self))[index]  # raises IndexError, so that iteration ends
+            index = slice(index, index + 1)
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.device)
+            index = index if index.dtype == torch.bool else index.long()
+        ids = None if self.ids is None else np.array(self.ids, dtype=object)
+        if ids is not None:
+            ids = ids[index if isinstance(index, slice) else index.cpu().numpy()].tolist()
+        return self._map(lambda tensor: tensor[index], ids)
+
+    def _map(self, function: Any, ids: list[str] | None) -> "CrystalBatch":
+        """The same function on every tensor, properties included."""
+        return CrystalBatch(
+            function(self.space_group),
+            function(self.wyckoff),
+            function(self.species),
+            function(self.frac_coords),
+            function(self.lattice),
+            ids,
+            {name: function(values) for name, values in self.properties.items()},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.wyckoff.device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "CrystalBatch":
+        """Move to a device; dtype applies to coordinates and lattice (properties stay float64)."""
+        moved = self._map(lambda tensor: tensor.to(device=device), self.ids)
+        if dtype is None:
+            return moved
+        return replace(moved, frac_coords=moved.frac_coords.to(dtype), lattice=moved.lattice.to(dtype))
+
+    def trim(self) -> "CrystalBatch":
+        """Without the padding that no crystal needs."""
+        sites = int(self.num_sites.max()) if len(self) else 0
+        return self._pad(sites)
+
+    def _pad(self, sites: int) -> "CrystalBatch":
+        """With exactly this many site columns."""
+        extra = sites - self.wyckoff.shape[1]
+        pad = torch.nn.functional.pad
+        return replace(
+            self,
+            wyckoff=pad(self.wyckoff, (0, extra)),
+            species=pad(self.species, (0, extra)),
+            frac_coords=pad(self.frac_coords, (0, 0, 0, extra)),
+        )
+
+    @staticmethod
+    def cat(batches: Iterable["CrystalBatch"]) -> "CrystalBatch":
+        """One batch after the other, padded to the longest.
+
+        Properties that a batch lacks are NaN there; ids are kept when every batch has them.
+        """
+        batches = list(batches)
+        if not batches:
+            return CrystalBatch.empty()
+        sites = max(batch.wyckoff.shape[1] for batch in batches)
+        padded = [batch._pad(sites) for batch in batches]
+        names = dict.fromkeys(name for batch in batches for name in batch.properties)
+        unknown = [torch.full((len(batch),), torch.nan, dtype=torch.float64, device=batch.device) for batch in batches]
+        has_ids = all(batch.ids is not None for batch in batches)
+        return CrystalBatch(
+            torch.cat([batch.space_group for batch in padded]),
+            torch.cat([batch.wyckoff for batch in padded]),
+            torch.cat([batch.species for batch in padded]),
+            torch.cat([batch.frac_coords for batch in padded]),
+            torch.cat([batch.lattice for batch in padded]),
+            [name for batch in batches for name in batch.ids] if has_ids else None,
+            {k: torch.cat([b.properties.get(k, nan) for b, nan in zip(batches, unknown, strict=True)]) for k in names},
+        )
+
+    @staticmethod
+    def empty(sites: int = 0, dtype: torch.dtype = torch.float32) -> "CrystalBatch":
+        """A batch of no crystals."""
+        none = torch.zeros(0, dtype=torch.long)
+        return CrystalBatch(
+            none,
+            torch.zeros(0, sites, dtype=torch.long),
+            torch.zeros(0, sites, dtype=torch.long),
+            torch.zeros(0, sites, 3, dtype=dtype),
+            torch.zeros(0, 6, dtype=dtype),
+        )
+
+    # ---- what a crystal is ----
+
+    @property
+    def num_sites(self) -> Tensor:
+        """Symmetry-inequivalent sites, (n,)."""
+        return (self.wyckoff > 0).sum(-1)
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """Atoms per conventional cell of each site, (n, s)."""
+        return symmetry.multiplicity(self.space_group, self.wyckoff)
+
+    @property
+    def num_atoms(self) -> Tensor:
+        """Atoms in the conventional cell, (n,)."""
+        return self.multiplicity.sum(-1)
+
+    def atoms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every atom of the conventional cells: frac_coords (N, 3); atomic number, crystal, site, each (N,)."""
+        frac, crystal, site = symmetry.expand_orbits(self.space_group, self.wyckoff, self.frac_coords)
+        return frac, self.species[crystal, site], crystal, site
+
+    def lattice_matrix(self) -> Tensor:
+        """Lattice vectors as rows, (n, 3, 3), angstrom."""
+        return symmetry.lattice_matrix(self.lattice)
+
+    def volumes(self) -> Tensor:
+        """Volume of the conventional cell, (n,), angstrom^3."""
+        return torch.linalg.det(self.lattice_matrix()).abs()
+
+    def densities(self) -> Tensor:
+        """Mass density, (n,), g/cm^3."""
+        masses = torch.tensor(MASSES, dtype=self.lattice.dtype, device=self.device)
+        mass = (masses[self.species] * self.multiplicity).sum(-1)
+        return mass * DALTON_PER_CUBIC_ANGSTROM / self.volumes()
+
+    def formulas(self) -> list[str]:
+        """Reduced formulas in order of electronegativity, such as BaTiO3; polyanions are not grouped."""
+        return [
+            reduced_formula(species, counts)
+            for species, counts in zip(self.species.tolist(), self.multiplicity.tolist(), strict=True)
+        ]
+
+    def shortest_distances(self) -> Tensor:
+        """Shortest distance between two atoms, periodic images included, (n,), angstrom.
+
+        Every representative against every atom of its crystal in 27 cells: exact whenever the result is
+        below the smallest height of the cell, else an upper bound. Infinite for a crystal without atoms.
+        """
+        frac, _, crystal, _ = self.atoms()
+        matrix = self.lattice_matrix()
+        steps = torch.tensor([-1, 0, 1], device=self.device, dtype=frac.dtype)
+        images = torch.cartesian_prod(steps, steps, steps) @ matrix  # (n, 27, 3)
+        squared = torch.full((len(self),), torch.inf, dtype=frac.dtype, device=self.device)
+        for mine, theirs in zip(*(pair.split(_PAIRS_PER_CHUNK) for pair in self._pairs()), strict=True):
+            delta = frac[theirs] - frac[mine]
+            delta = torch.einsum("pi,pij->pj", delta - delta.round(), matrix[crystal[mine]])
+            distance = (delta[:, None] + images[crystal[mine]]).square().sum(-1)  # (p, 27)
+            distance[mine == theirs, _SAME_CELL] = torch.inf  # an atom and itself
+            squared.scatter_reduce_(0, crystal[mine], distance.amin(-1), "amin")
+        return squared.sqrt()
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """The representative of every site with every atom of its crystal: two lists of atoms as in `atoms`."""
+        crystal, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
+        in_site = self.multiplicity[crystal, column]
+        in_crystal = self.num_atoms
+        site = torch.repeat_interleave(in_crystal[crystal])  # one entry per pair
+        first_pair = in_crystal[crystal].cumsum(0) - in_crystal[crystal]
+        first_atom = in_crystal.cumsum(0) - in_crystal
+        representative = in_site.cumsum(0) - in_site
+        others = (first_atom[crystal] - first_pair)[site] + torch.arange(len(site), device=self.device)
+        return representative[site], others
+
+    def possible_cells(self) -> Tensor:
+        """Cells that exist in three dimensions and have room for their atoms, (n,) bool."""
+        lengths, angles = self.lattice[:, :3], self.lattice[:, 3:]
+        half_sum = angles.sum(-1, keepdim=True) / 2
+        return (
+            self.lattice.isfinite().all(-1)
+            & (lengths > 0).all(-1)
+            & ((angles > 0) & (angles < 180) & (angles < half_sum)).all(-1)
+            & (angles.sum(-1) < 360)
+            & (self.volumes() > MIN_VOLUME_PER_ATOM * self.num_atoms)
+        )
+
+    def valid(self, min_distance: float = 0.5) -> Tensor:
+        """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
+
+        min_distance in angstrom. Says nothing of stability, nor of chemistry.
+        """
+        occupied = self.wyckoff > 0
+        sites = (occupied == (self.multiplicity > 0)).all(-1) & (occupied == (self.species > 0)).all(-1)
+        good = self.possible_cells() & sites & (self.num_sites > 0) & self.frac_coords.isfinite().all(-1).all(-1)
+        index = good.nonzero()[:, 0]
+        good[index] = self[index].shortest_distances() >= min_distance
+        return good
+
+    def num_descriptions(self, mirror: bool = False) -> Tensor:
+        """How many ways, (n,), there are to describe each crystal by other origins and axes of its group.
+
+        With mirror=True also those of its mirror image (the same energy, the other hand).
+        """
+        t = symmetry.normalizer_tables(self.device)
+        return (t.count if mirror else t.proper_count)[self.space_group]
+
+    def described_as(self, choice: Tensor) -> "CrystalBatch":
+        """The same crystals from other origins and axes: choice (n,), 0 = as they are, below num_descriptions.
+
+        Letters, representatives, order of sites and, where axes are exchanged, the lattice change together.
+        """
+        return self._transformed(choice)._with_representatives()[0]
+
+    def _transformed(self, choice: Tensor) -> "CrystalBatch":
+        """As `described_as`, but with any point of each orbit and the sites in their old places."""
+        wyckoff, points, lattice = symmetry.transform_sites(
+            self.space_group, self.wyckoff, self.frac_coords, self.lattice, choice
+        )
+        return replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
+
+    def canonical(self) -> "CrystalBatch":
+        """The same crystals, each in the one of its descriptions that comes first.
+
+        By letters, then elements, then coordinates (to 1e-3), in the order of the sites, then a, b, c; along polar axes
+        only those compete whose origin is at an anchor (see `_anchored`). So the input's origin and axes no longer
+        matter: a model has one thing to learn where it would have several, and gives a crystal one probability.
+        Triclinic and monoclinic cells are kept. Those of `from_structures` are moyo's, which do not depend on the cell
+        that came in, unless their shape has more symmetry than the crystal: then they can be turned.
+        """
+        if len(self) > _CRYSTALS_AT_ONCE:
+            parts = torch.arange(len(self), device=self.device).split(_CRYSTALS_AT_ONCE)
+            return CrystalBatch.cat([self[rows].canonical() for rows in parts])
+        if not self.wyckoff.numel():
+            return self
+        count = self.num_descriptions()
+        crystal = torch.repeat_interleave(count)
+        choice = symmetry.places(count)
+        # Letters alone decide most cases, and are had without moving an atom.
+        letters = symmetry.described_letters(self.space_group[crystal], self.wyckoff[crystal], choice)
+        first = _first_of_each(crystal, letters.sort(-1).values, len(self))
+        crystal, choice = crystal[first], choice[first]
+        anchored, row = self[crystal]._transformed(choice)._anchored()
+        crystal, described = crystal[row], anchored._with_representatives()[0]
+        first = _first_of_each(crystal, described._order_key(), len(self))
+        # Where several are equal, any will do.
+        row = torch.empty(len(self), dtype=torch.long, device=self.device)
+        row[crystal[first]] = first.nonzero()[:, 0]
+        return described[row]
+
+    def _anchored(self) -> tuple["CrystalBatch", Tensor]:
+        """Each crystal with each of its anchors in turn at 0 along polar axes, and which crystal each row (r,) is.
+
+        Anchors are all atoms of one element on one letter: of the kind with the fewest sites, then the first letter,
+        then the smallest atomic number. A crystal without polar axes stays as it is, once.
+        """
+        t = symmetry.tables(self.device)
+        axes = t.polar[self.space_group]
+        polar = axes.any(-1)
+        row, site = (self._anchors() & polar[:, None]).nonzero(as_tuple=True)
+        # The atoms of a site differ by few shifts along polar axes: only those matter, not the atoms.
+        count = t.polar_count[self.space_group[row]]
+        origin = (self.frac_coords[row, site] * axes[row]).repeat_interleave(count, 0)
+        row = row.repeat_interleave(count)
+        shift = t.polar_shifts[t.polar_offset[self.space_group[row]] + symmetry.places(count)]
+        moved = self.frac_coords[row] + (shift.to(origin) - origin)[:, None]
+        still = (~polar).nonzero()[:, 0]
+        row = torch.cat([still, row])
+        return replace(self[row], frac_coords=torch.cat([self.frac_coords[still], moved])), row
+
+    def _anchors(self) -> Tensor:
+        """(n, s) bool: the sites whose atoms are anchors."""
+        kind = self.wyckoff * len(SYMBOLS) + self.species  # in the order of letters, then atomic numbers
+        sites = (kind[:, :, None] == kind[:, None]).sum(-1)
+        rank = (sites * symmetry.NUM_LETTERS * len(SYMBOLS) + kind).where(self.wyckoff > 0, torch.iinfo(torch.long).max)
+        return rank == rank.amin(1, keepdim=True)
+
+    def _order_key(self) -> Tensor:
+        """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s + 3)."""
+        coords = symmetry.steps(self.frac_coords, 1000) % 1000
+        return torch.cat([self.wyckoff, self.species, coords.flatten(1), symmetry.steps(self.lattice[:, :3], 1000)], 1)
+
+    # ---- to and from other libraries ----
+
+    @staticmethod
+    def from_units(
+        units: Sequence[AsymmetricUnit],
+        ids: Sequence[str] | None = None,
+        properties: Mapping[str, Any] | None = None,
+        dropped: dict[int, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "CrystalBatch":
+        """A batch of what `symmetry.analyse` found, each crystal in its canonical description.
+
+        A unit whose points do not fit its letters is left out and noted in `dropped` (row -> reason).
+
+        Raises SymmetryError for such a unit when there is no `dropped`.
+        """
+        n, s = len(units), max((len(unit.wyckoff) for unit in units), default=0)
+        wyckoff, species = np.zeros((2, n, s), dtype=np.int64)
+        points, lattice = np.zeros((n, s, 3)), np.zeros((n, 6))
+        for i, unit in enumerate(units):
+            sites = len(unit.wyckoff)
+            wyckoff[i, :sites], species[i, :sites], points[i, :sites] = unit[1:4]
+            lattice[i] = unit.lattice
+        batch = CrystalBatch(
+            torch.tensor([unit.space_group for unit in units], dtype=torch.long),
+            torch.from_numpy(wyckoff),
+            torch.from_numpy(species),
+            torch.from_numpy(points),
+            torch.from_numpy(lattice),
+            None if ids is None else list(ids),
+            {name: torch.as_tensor(values, dtype=torch.float64) for name, values in (properties or {}).items()},
+        )
+        batch, distance = batch._with_representatives()
+        off = (distance > symmetry.ON_POSITION).any(-1)
+        reason = "symmetry not consistent: an atom lies off its Wyckoff position"
+        if off.any() and dropped is None:
+            raise SymmetryError(f"structure {int(off.nonzero()[0])}: {reason}")
+        if off.any():
+            dropped.update(dict.fromkeys(off.nonzero()[:, 0].tolist(), reason))
+            batch = batch[~off]
+        batch = batch.canonical()
+        coords = symmetry.project_coords(batch.space_group, batch.wyckoff, batch.frac_coords.to(dtype))
+        return replace(batch, frac_coords=coords, lattice=batch.lattice.to(dtype))
+
+    def _with_representatives(self) -> tuple["CrystalBatch", Tensor]:
+        """With each orbit's canonical representative and ordered sites; and how far each site was off, (n, s)."""
+        coords, distance = symmetry.representatives(self.space_group, self.wyckoff, self.frac_coords)
+        order = symmetry.sort_sites(self.wyckoff, coords)
+        batch = replace(
+            self,
+            wyckoff=self.wyckoff.gather(1, order),
+            species=self.species.gather(1, order),
+            frac_coords=coords.take_along_dim(order[..., None], 1),
+        )
+        return batch, distance
+
+    @staticmethod
+    def from_structures(
+        structures: Sequence["Structure"],
+        symprec: float = 0.01,
+        ids: Sequence[str] | None = None,
+        properties: Mapping[str, Any] | None = None,
+        errors: Literal["raise", "skip"] = "raise",
+        dropped: dict[int, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+        max_sites: int = symmetry.MAX_SITES,
+    ) -> "CrystalBatch":
+        """Find the symmetry of pymatgen structures with moyo (symprec in angstrom).
+
+        With errors="skip" structures that cannot be described (disordered, too many sites, no symmetry
+        found) are left out, and `dropped`, if given, receives row -> reason.
+
+        Raises SymmetryError for such a structure with errors="raise".
+        """
+        units, rows, reasons = [], [], {}
+        for row, structure in enumerate(structures):
+            try:
+                units.append(_analyse_structure(structure, symprec, max_sites))
+                rows.append(row)
+            except SymmetryError as error:
+                if errors == "raise":
+                    raise SymmetryError(f"structure {row}: {error}") from error
+                reasons[row] = str(error)
+        off: dict[int, str] = {}
+        batch = CrystalBatch.from_units(
+            units,
+            None if ids is None else [ids[row] for row in rows],
+            {name: torch.as_tensor(values)[rows] for name, values in (properties or {}).items()},
+            None if errors == "raise" else off,
+            dtype,
+        )
+        if dropped is not None:
+            dropped.update(reasons | {rows[i]: reason for i, reason in off.items()})
+        return batch
+
+    def to_structures(self) -> list["Structure"]:
+        """Conventional cells as pymatgen structures; `structure.properties` holds space group and id."""
+        from pymatgen.core import Element, Lattice, Structure
+
+        elements = {z: Element(SYMBOLS[z]) for z in self.species.unique().tolist() if z}
+        structures = []
+        for i, (matrix, frac, numbers) in enumerate(self._cells()):
+            properties = {"space_group": int(self.space_group[i])}
+            if self.ids is not None:
+                properties["id"] = self.ids[i]
+            species = [elements[z] for z in numbers.tolist()]
+            structures.append(Structure(Lattice(matrix), species, frac, properties=properties))
+        return structures
+
+    @staticmethod
+    def from_atoms(atoms: Sequence["Atoms"], symprec: float = 0.01, **kwargs: Any) -> "CrystalBatch":
+        """As `from_structures`, for periodic ASE atoms."""
+        from pymatgen.io.ase import AseAtomsAdaptor
+
+        return CrystalBatch.from_structures([AseAtomsAdaptor.get_structure(a) for a in atoms], symprec, **kwargs)
+
+    def to_atoms(self) -> list["Atoms"]:
+        """Conventional cells as ASE atoms."""
+        from ase import Atoms
+
+        return [
+            Atoms(numbers=numbers, scaled_positions=frac, cell=matrix, pbc=True)
+            for matrix, frac, numbers in self._cells()
+        ]
+
+    def _cells(self) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Lattice matrix, fractional coordinates and atomic numbers of each crystal, float64."""
+        batch = self.to("cpu", torch.float64)
+        frac, numbers, _, _ = batch.atoms()
+        ends = batch.num_atoms.cumsum(0).tolist()[:-1]
+        cells = np.split(frac.numpy(), ends), np.split(numbers.numpy(), ends)
+        return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
+
+
+def _first_of_each(crystal: Tensor, key: Tensor, n: int) -> Tensor:
+    """(r,) bool: the rows of key (r, k) that are lexicographically smallest among those of the same crystal (r,)."""
+    smallest = torch.ones_like(crystal, dtype=torch.bool)
+    for column in key.unbind(1):
+        rows = smallest.nonzero()[:, 0]
+        if len(rows) == n:
+            break
+        least = torch.full((n,), torch.iinfo(torch.long).max, device=key.device)
+        least.scatter_reduce_(0, crystal[rows], column[rows], "amin")
+        smallest[rows] = column[rows] == least[crystal[rows]]
+    return smallest
+
+
+def _analyse_structure(structure: "Structure", symprec: float, max_sites: int) -> AsymmetricUnit:
+    if not structure.is_ordered:
+        raise SymmetryError("disordered: a site is shared or partly occupied")
+    numbers = [site.specie.Z for site in structure]
+    if not all(isinstance(z, int) and 0 < z < len(SYMBOLS) for z in numbers):
+        raise SymmetryError("a site holds something that is not an element")
+    return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec, max_sites)
+
+
+def reduced_formula(species: list[int], counts: list[int]) -> str:
+    """Such as BaTiO3, from atomic numbers and how many atoms each stands for; zeros are left out."""
+    amounts: Counter[str] = Counter()
+    for number, count in zip(species, counts, strict=True):
+        if number and count:
+            amounts[SYMBOLS[number]] += count
+    divisor = gcd(*amounts.values()) or 1
+    parts = sorted(amounts.items(), key=lambda item: FORMULA_RANK[item[0]])
+    return "".join(f"{symbol}{amount // divisor if amount != divisor else ''}" for symbol, amount in parts)

@@ -1,0 +1,331 @@
+"""Draws crystals from the transformer, one token at a time for a whole batch.
+
+`draw` is the plain sampler: what it returns follows exactly the distribution that `log_prob` scores. `sample` is what
+users call: it also chooses space groups, seeds, and draws impossible crystals again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cfrl.config import FinetuneConfig, SampleConfig
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.elements import atomic_number
+from cfrl.crystals.symmetry import constrain_lattice, tables
+from cfrl.errors import UserError
+from cfrl.io.export import check_output, export_crystals
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, load_model, model_path, unscale_lattice
+from cfrl.runs.devices import choose_device
+from cfrl.runs.folder import RunFolder
+from cfrl.runs.progress import progress_bar
+
+UNIFORM = "uniform"
+SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
+MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
+
+
+@torch.no_grad()
+def draw(
+    model: CrystalTransformer,
+    space_group: Tensor,
+    options: SamplerOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> CrystalBatch:
+    """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
+
+    Args:
+        generator: on the model's device; None: torch's global one, which other threads may draw from too.
+
+    Returns:
+        Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
+        "log_prob/<factor>".
+
+    Raises:
+        NotFinite: the model's probabilities are not.
+    """
+    options = options or SamplerOptions()
+    device, n, S = model.device, len(space_group), model.config.max_sites - 1
+    t = tables(device)
+    group = space_group.to(device)
+    wyckoff = torch.zeros(n, S, dtype=torch.long, device=device)
+    species = torch.zeros_like(wyckoff)
+    frac_coords = torch.zeros(n, S, 3, dtype=model.dtype, device=device)
+    lattice = torch.zeros(n, 6, dtype=model.dtype, device=device)
+    log_prob = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in FACTORS}
+
+    # Crystals that are finished leave the batch: `rows` says which one each running sequence is.
+    rows = torch.arange(n, device=device)
+    atoms = torch.zeros_like(rows)
+    cache = KeyValueCache(model.config.num_layers)
+    features = letter = None
+
+    def advance(token: Tensor) -> Tensor:
+        return model.transform(token, cache)[:, 0]  # (B, d)
+
+    for site in range(S + 1):
+        if site == S:
+            letter = torch.zeros_like(rows)  # no room for more: the stop is no choice
+        else:
+            if features is None:
+                logits = model.first_wyckoff_logits(group)
+            else:
+                logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
+            distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
+            letter = distribution.sample(generator)
+            log_prob["wyckoff"][rows] += distribution.log_prob(letter)
+        features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
+
+        stopped = letter == 0
+        if stopped.any():
+            done = rows[stopped]
+            distribution = model.lattice_distribution(features[stopped], group[stopped], options)
+            scaled = distribution.sample(generator)
+            log_prob["lattice"][done] = distribution.log_prob(scaled).double()
+            lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
+            running = ~stopped
+            rows, group, letter, atoms, features = (x[running] for x in (rows, group, letter, atoms, features))
+            if not len(rows):
+                break
+            cache.select(running)
+
+        atoms = atoms + t.multiplicity[group, letter]
+        distribution = model.species_distribution(features, options)
+        element = distribution.sample(generator)
+        log_prob["species"][rows] += distribution.log_prob(element)
+        wyckoff[rows, site], species[rows, site] = letter, element
+        features = advance(model.embed_species(group[:, None], element[:, None]))
+
+        free = t.free[group, letter]  # (B, 3)
+        matrix = t.project_matrix[group, letter].to(model.dtype)
+        shift = t.project_shift[group, letter].to(model.dtype)
+        coords = torch.zeros(len(rows), 3, dtype=model.dtype, device=device)
+        for axis in range(3):
+            if free[:, axis].any():
+                distribution = model.coordinate_distribution(features, options)
+                angle = distribution.sample(generator)
+                log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
+                coords[:, axis] = angle / (2 * math.pi) + 0.5
+            # A tied coordinate follows from the free ones before it.
+            tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
+            coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
+            features = advance(model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1]))
+        frac_coords[rows, site] = coords
+
+    properties = {"log_prob": sum(log_prob.values()), **{f"log_prob/{name}": x for name, x in log_prob.items()}}
+    lattice = constrain_lattice(space_group.to(device), lattice)
+    return CrystalBatch(space_group.to(device), wyckoff, species, frac_coords, lattice, properties=properties).trim()
+
+
+def sample(
+    model: CrystalTransformer,
+    n: int,
+    *,
+    space_group: SpaceGroups = None,
+    elements: Iterable[str | int] | None = None,
+    max_atoms: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    keep_invalid: bool = False,
+    min_distance: float = 0.5,
+    batch_size: int = 256,
+    progress: Callable[[int], None] | None = None,
+) -> CrystalBatch:
+    """Generates n crystals.
+
+    Args:
+        model: from `load_model`.
+        space_group: which ones; see `space_group_prior`.
+        elements: symbols or atomic numbers that may occur; None: all.
+        max_atoms: largest conventional cell.
+        temperature, top_p: see `SamplerOptions`.
+        seed: same seed and device, same crystals; None: other crystals each time.
+        keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
+        min_distance: angstrom; see `CrystalBatch.valid`.
+        batch_size: crystals decoded at once.
+        progress: called with the number of crystals finished so far.
+
+    Returns:
+        CrystalBatch on the CPU with properties "log_prob" (log P(C | G) of the sampler that drew it, in nats, before
+        any rejection), "valid" (0 or 1) and "draws" (how often this crystal was drawn).
+
+    Raises:
+        UserError: a space group, element or limit that leaves nothing to draw, or a damaged model.
+    """
+    options = SamplerOptions(temperature, top_p, parse_elements(elements), max_atoms)
+    prior = space_group_prior(model, space_group, max_atoms)
+    model_was_training = model.training
+    model.eval()
+    generator = seeded(model.device, seed)
+    shares = prior.exp().to(model.device)
+    groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
+    batches = []
+    for part in groups.split(batch_size):
+        batches.append(_draw_valid(model, part, options, keep_invalid, min_distance, generator))
+        if progress is not None:
+            progress(sum(len(batch) for batch in batches))
+    model.train(model_was_training)
+    crystals = CrystalBatch.cat(batches)
+    crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
+    return crystals
+
+
+def _draw_valid(
+    model: CrystalTransformer,
+    groups: Tensor,
+    options: SamplerOptions,
+    keep_invalid: bool,
+    min_distance: float,
+    generator: torch.Generator,
+) -> CrystalBatch:
+    missing, draws = torch.arange(len(groups)), 0
+    order, batches = [], []
+    while len(missing):
+        draws += 1
+        batch = draw(model, groups[missing], options, generator).to("cpu")
+        valid = batch.valid(min_distance)
+        batch.properties["valid"] = valid.double()
+        batch.properties["draws"] = torch.full((len(batch),), float(draws), dtype=torch.float64)
+        keep = torch.ones_like(valid) if keep_invalid or draws == MAX_DRAWS else valid
+        order.append(missing[keep])
+        batches.append(batch[keep])
+        missing = missing[~keep]
+    return CrystalBatch.cat(batches)[torch.cat(order).argsort()]
+
+
+def space_group_prior(
+    model: CrystalTransformer, space_group: SpaceGroups = None, max_atoms: int | None = None
+) -> Tensor:
+    """(231,) normalised log-probabilities by number: the model's own, over the groups that are wanted and possible.
+
+    Groups that the training data lacks share evenly when only such groups are asked for.
+
+    Args:
+        space_group: a caller's or a setting's wish, the same for sampling, tuning and retrieval. None or "": as the
+            model was trained. "uniform": the groups it was trained on, all alike. Numbers, such as 225, [221, 225] or
+            "221,225": only these, in proportion to their shares in training.
+        max_atoms: largest conventional cell; None: no limit.
+
+    Raises:
+        UserError: no such group, or no position of the groups fits into `max_atoms`.
+    """
+    wanted = torch.zeros(231, dtype=torch.bool)
+    for number in _space_group_numbers(space_group):
+        if not 1 <= number <= 230:
+            raise UserError(f"space group {number}: the numbers go from 1 to 230")
+        wanted[number] = True
+    if max_atoms is not None:
+        multiplicity = tables().multiplicity
+        smallest = multiplicity.masked_fill(multiplicity == 0, 1000).amin(1)
+        wanted &= smallest <= max_atoms
+    if not wanted.any():
+        raise UserError(f"no Wyckoff position of these space groups fits into {max_atoms} atoms; raise --max-atoms")
+    prior = model.space_group_log_prob.detach().cpu().masked_fill(~wanted, -torch.inf)
+    if prior.isinf().all():
+        prior = torch.zeros(231).masked_fill(~wanted, -torch.inf)
+    if isinstance(space_group, str) and space_group == UNIFORM:
+        prior = prior.masked_fill(prior.isfinite(), 0.0)
+    return prior.log_softmax(0)
+
+
+def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
+    if wanted is None or (isinstance(wanted, str) and wanted in ("", UNIFORM)):
+        return range(1, 231)
+    if not isinstance(wanted, str):
+        return [wanted] if isinstance(wanted, int) else wanted
+    try:
+        return [int(word) for word in wanted.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"space group '{wanted}': give numbers from 1 to 230, such as 225 or 221,225, or {UNIFORM}"
+        ) from error
+
+
+def sampler_options(config: SampleConfig | FinetuneConfig) -> SamplerOptions:
+    """How a command's settings, or those of a run, say that crystals are drawn. Raises UserError for no element."""
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
+
+
+def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | None:
+    """Atomic numbers of symbols or numbers. Raises UserError for what is no element."""
+    if elements is None:
+        return None
+    numbers = sorted({e if isinstance(e, int) else atomic_number(e.strip()) for e in elements})
+    if not numbers or not all(1 <= number <= 118 for number in numbers):
+        raise UserError("elements: give symbols such as Ba,Ti,O")
+    return tuple(numbers)
+
+
+def seeded(device: torch.device, seed: int | None) -> torch.Generator:
+    """A random state of its own, so that drawing neither depends on nor disturbs anyone else's; None: by chance."""
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:
+    """`cfrl sample`: generates crystals, writes them, and says what they are like.
+
+    Args:
+        config: settings.
+        output: file or folder to write (see `export`); empty: `crystals.h5` in a new run folder.
+
+    Raises:
+        UserError: bad settings, no such model, nowhere to write.
+    """
+    console = console or Console(quiet=True)
+    if output:
+        check_output(output)
+    model = load_model(config.model, choose_device(config.device))
+    limit = config.max_atoms or None
+    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
+    path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
+    with progress_bar("sampling", config.n, console) as advance:
+        crystals = sample(
+            model,
+            config.n,
+            space_group=config.space_group,
+            elements=elements,
+            max_atoms=limit,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            keep_invalid=config.keep_invalid,
+            min_distance=config.min_distance,
+            batch_size=config.batch_size,
+            progress=advance,
+        )
+    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
+    _describe(crystals, console)
+    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _describe(crystals: CrystalBatch, console: Console) -> None:
+    if not len(crystals):
+        return
+    draws, valid = crystals.properties["draws"].sum(), crystals.properties["valid"].sum()
+    # Every crystal's last draw is the only one of its draws that can have been valid.
+    console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
+    if valid < len(crystals):
+        console.print(f"{len(crystals) - valid:.0f} invalid crystals are among them (valid = 0)")
+    formulas = Counter(crystals.formulas())
+    console.print(
+        f"{len(formulas)} distinct formulas in {len(set(crystals.space_group.tolist()))} space groups; "
+        f"{crystals.num_sites.double().mean():.1f} sites and {crystals.num_atoms.double().mean():.1f} atoms a cell"
+    )
+    console.print("for instance " + ", ".join(list(formulas)[:8]))

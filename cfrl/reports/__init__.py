@@ -1,0 +1,1 @@
+"""Pages, figures and pictures of a run."""

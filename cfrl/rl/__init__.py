@@ -1,0 +1,1 @@
+"""Tuning by reinforcement: the objectives, the state, what is drawn and scored, the loop."""

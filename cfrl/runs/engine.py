@@ -1,0 +1,256 @@
+"""Work in chunks over worker processes, on this machine or on a Ray cluster.
+
+An engine calls a function on lists of items and gives the results back as they come. A worker that dies (out of
+memory, killed) costs nothing but time: what it had is computed again, and if a chunk kills its worker twice, its
+items are tried one by one, so that only those which do it are lost. What the work is, and what has been done
+before, is the caller's affair: `screen.py`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from cfrl.errors import UserError
+from cfrl.runs.interrupt import deaf_children
+
+LOST = "the worker process died on it (out of memory?)"
+_ATTEMPTS = 2  # of a chunk, before its items are tried one by one
+
+Function = Callable[[list[Any]], list[Any]]
+
+
+def count_workers(asked: int, device: str) -> int:
+    """As many as asked for; 0: one for each core, or one where the work is done by a GPU."""
+    return asked or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+
+
+@dataclass
+class Task:
+    """Part of a chunk: its items, and which places of the chunk's results they are for."""
+
+    chunk: int
+    items: list[Any]
+    places: list[int]
+    attempts: int = 0
+
+
+class Ledger:
+    """Tasks that wait, and the results of chunks that are not yet complete."""
+
+    def __init__(self, chunks: Sequence[list[Any]]) -> None:
+        self.waiting = deque(Task(i, list(items), list(range(len(items)))) for i, items in enumerate(chunks))
+        self._results: list[list[Any]] = [[None] * len(items) for items in chunks]
+        self._open = [len(items) for items in chunks]
+
+    def enter(self, task: Task, values: list[Any] | None) -> Iterator[tuple[int, list[Any]]]:
+        """Take the results of a task, None if its worker died; yields the chunk if that completes it."""
+        if values is None:
+            task.attempts += 1
+            if task.attempts < _ATTEMPTS:
+                self.waiting.appendleft(task)
+                return
+            if len(task.items) > 1:
+                parts = zip(task.items, task.places, strict=True)
+                self.waiting.extendleft(Task(task.chunk, [item], [place]) for item, place in parts)
+                return
+            values = [None]
+        for place, value in zip(task.places, values, strict=True):
+            self._results[task.chunk][place] = value
+        self._open[task.chunk] -= len(values)
+        if not self._open[task.chunk]:
+            yield task.chunk, self._results[task.chunk]
+
+
+class LocalEngine:
+    """Worker processes of this machine, started when they are first needed. Close it, or use it with `with`.
+
+    Each worker computes with one thread, so that results do not depend on the number of workers.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._pool: list[_Worker] = []
+
+    def __enter__(self) -> LocalEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._pool:
+            worker.stop()
+        self._pool = []
+
+    def map(self, function: Function, chunks: Sequence[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+        """Yield (index of a chunk, results of its items), in the order in which chunks are done.
+
+        A lost item has the result None. `function` gives one result per item and can be pickled.
+
+        Raises:
+            UserError: as the function raises it.
+            RuntimeError: any other exception of the function, with its traceback.
+        """
+        ledger = Ledger(chunks)
+        busy: dict[Connection, _Worker] = {}
+        try:
+            while ledger.waiting or busy:
+                for worker in self._idle(min(self.workers, len(ledger.waiting) + len(busy)), busy):
+                    if ledger.waiting:
+                        worker.start(function, ledger.waiting.popleft())
+                        busy[worker.connection] = worker
+                for connection in wait(list(busy)):
+                    worker = busy.pop(connection)
+                    task, values = worker.task, worker.result()
+                    if values is None:
+                        self._pool.remove(worker)
+                    yield from ledger.enter(task, values)
+        finally:
+            for worker in busy.values():
+                worker.stop()
+                self._pool.remove(worker)
+
+    def _idle(self, wanted: int, busy: dict[Connection, _Worker]) -> list[_Worker]:
+        while len(self._pool) < wanted:
+            self._pool.append(_Worker())
+        return [worker for worker in self._pool if worker.connection not in busy]
+
+
+class RayEngine:
+    """The same on a Ray cluster: the one at `address`, or a local one with `workers` processes."""
+
+    def __init__(self, workers: int, address: str = "") -> None:
+        """Raises UserError if ray is missing or the cluster does not answer."""
+        try:
+            import ray
+        except ImportError as error:
+            raise UserError("--engine ray needs the package: pip install 'cfrl[ray]'") from error
+        self._ray = ray
+        here = {"num_cpus": workers, "include_dashboard": False}
+        try:
+            ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
+
+    def __enter__(self) -> RayEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the cluster; a local one ends."""
+        self._ray.shutdown()
+
+    def map(self, function: Function, chunks: Sequence[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+        """As `LocalEngine.map`."""
+        threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_attempt)
+        ledger = Ledger(chunks)
+        busy: dict[Any, Task] = {}
+        try:
+            while ledger.waiting or busy:
+                while ledger.waiting:
+                    task = ledger.waiting.popleft()
+                    busy[attempt.remote(function, task.items)] = task
+                for reference in self._ray.wait(list(busy))[0]:
+                    task = busy.pop(reference)
+                    try:
+                        values = _unpack(self._ray.get(reference))
+                    except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError):
+                        values = None
+                    yield from ledger.enter(task, values)
+        finally:
+            for reference in busy:
+                self._ray.cancel(reference, force=True)
+
+
+Engine = LocalEngine | RayEngine
+
+
+def make_engine(name: str, workers: int, address: str = "") -> Engine:
+    """The engine of the settings, "local" or "ray". Raises as `RayEngine`."""
+    return LocalEngine(workers) if name == "local" else RayEngine(workers, address)
+
+
+class _Worker:
+    """One process, and the task that it is at."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # torch and numpy read it when the child imports them
+        try:
+            with deaf_children():
+                self.process.start()
+        finally:
+            del os.environ["OMP_NUM_THREADS"]
+            if threads is not None:
+                os.environ["OMP_NUM_THREADS"] = threads
+        theirs.close()
+        self.task: Task
+
+    def start(self, function: Function, task: Task) -> None:
+        self.task = task
+        with suppress(BrokenPipeError):  # it died while idle; `result` will tell
+            self.connection.send((function, task.items))
+
+    def result(self) -> list[Any] | None:
+        """The results of the task, or None if the process died."""
+        try:
+            return _unpack(self.connection.recv())
+        except (EOFError, ConnectionResetError):
+            self.stop()
+            return None
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection) -> None:
+    """Life of a worker process: compute what comes until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    warnings.simplefilter("ignore")  # of pymatgen, once per worker
+    while True:
+        try:
+            function, items = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            connection.send(_attempt(function, items))
+        except BrokenPipeError:
+            return
+
+
+def _attempt(function: Function, items: list[Any]) -> tuple[str, Any]:
+    """What happened, in a form that crosses processes: "done" and the results, or a kind of error and its text."""
+    try:
+        return "done", function(items)
+    except UserError as error:
+        return "user error", str(error)
+    except Exception:
+        return "error", traceback.format_exc()
+
+
+def _unpack(reply: tuple[str, Any]) -> list[Any]:
+    kind, value = reply
+    if kind == "user error":
+        raise UserError(value)
+    if kind == "error":
+        raise RuntimeError(f"in a worker process:\n{value}")
+    return value

@@ -1,0 +1,1 @@
+"""What becomes of drawn crystals: stages of screening, their table, retrieval, reference hulls."""

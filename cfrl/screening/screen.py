@@ -1,0 +1,529 @@
+"""Screen: which of these crystals deserve a DFT calculation?
+
+`screen` leads crystals from any generator through the stages: validity, duplicates and known crystals, relaxation,
+energy above the hull, properties; then it counts, ranks and writes. What a stage does with a crystal is in
+`stages.py`, how work is spread over processes in `engine.py`, the table and its counts in `tally.py`.
+
+Results of a stage go to a journal in the run folder as they come. A journal is named by all that its results depend
+on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.
+
+    runs/<date>-<time>-screen-<input>/
+        table.csv          one row per crystal of the input: candidates, others, flagged ones; each best first
+        flagged.csv        rows of those that would be candidates but for a flag (flags.py)
+        screen.h5          the final crystals (relaxed, if they were) with the same columns; a dataset of ours
+        summary.json       counts and rates with 95% confidence intervals, and what they mean
+        report.html        the same to look at, with plots beside it
+        cifs/, dft/        the candidates
+        stages/            the journals
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from cfrl.config import ScreenConfig
+from cfrl.crystals.crystal import CrystalBatch, reduced_formula
+from cfrl.crystals.elements import SYMBOLS
+from cfrl.crystals.fingerprint import fingerprints, group_by
+from cfrl.errors import UserError
+from cfrl.files import atomic_file, check_writable, provenance
+from cfrl.io import readers
+from cfrl.io.datasets import load_dataset, read_structures
+from cfrl.io.storage import write_crystals
+from cfrl.potentials import full_name, model_name
+from cfrl.runs.devices import choose_device
+from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.folder import RunFolder
+from cfrl.screening import stages
+from cfrl.screening.journal import Work, digest
+from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
+from cfrl.stability.flags import check_flags
+from cfrl.stability.hull import ReferenceHull
+from cfrl.stability.scales import check_scale
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pymatgen.core import Structure
+    from rich.console import Console
+
+K = TypeVar("K", bound=Hashable)
+
+DFT_SETS = {"scan": "MPScanRelaxSet", "pbe": "MPRelaxSet"}
+_CHECK_CHUNK, _MATCH_CHUNK = 64, 8
+_RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+_SHOWN = 10  # candidates on the terminal
+_COLUMNS_SHOWN = {
+    "id": "id",
+    "formula": "formula",
+    "space_group": "group",
+    "e_above_hull": "ehull",
+    "num_references": "refs",
+    "known_as": "known as",
+    "rmsd": "rmsd",
+    "flags": "flags",
+}
+
+
+@dataclass
+class Samples:
+    """What the input holds: n rows, first the m readable crystals, then the others.
+
+    ids: n names, unique
+    structures: m pymatgen structures
+    problems: n - m reasons why a row cannot be read
+    columns: name -> (n,) numbers or strings that stood beside the crystals
+    """
+
+    ids: list[str]
+    structures: list[Structure]
+    problems: list[str]
+    columns: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class KnownCrystal:
+    """One crystal of a `--known` dataset; its fingerprint is "" if unknown."""
+
+    name: str
+    structure: Structure
+    fingerprint: str
+
+
+def screen(
+    source: str, config: ScreenConfig, output: str = "", resume: Path | None = None, console: Console | None = None
+) -> Path:
+    """Screen the crystals of a file; returns the run folder.
+
+    Args:
+        source: whatever `data.read_structures` takes: our HDF5, CIF, CSV, extxyz, JSON, folders and zips. When
+            resuming it may be left empty.
+        config: the settings.
+        output: the run folder (default: a new one under `runs/`), or a .csv or .h5 that the table is copied to.
+        resume: go on with this run folder: what its journals hold is not computed again.
+        console: where to show progress and results.
+
+    Raises:
+        UserError: an input, a reference or a setting that cannot be used, or nowhere to write.
+    """
+    run = RunFolder.open(resume) if resume else None
+    if run and not source:
+        source = run.source
+    if not source:
+        raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
+    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    if copy:
+        check_writable(copy)
+    elif Path(output).suffix[1:].isalpha():
+        raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
+    rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
+    samples = read_samples(source)
+    table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
+    predictors = _predictors(config.properties)
+    table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
+    table.check_names(rank, condition)
+    allowed = check_flags(config.allow)
+    hull = load_hull(config) if config.stability else None
+    if hull is not None:
+        check_scale(config.potential, hull)
+    lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
+    sets = [name for name in config.known if name not in lists]
+    known = read_known(sets, set(table["formula"])) if config.unique and sets else None
+    run = run or RunFolder.create("screen", Path(source).stem, config, path="" if copy else output, source=source)
+    try:
+        workers = count_workers(config.workers, choose_device(config.device).type)
+        with run.locked(), make_engine(config.engine, workers, config.address) as engine:
+            if resume:
+                run.write_config("screen", config)
+            work = Work(run.path / "stages", engine, digest(samples.structures), console)
+            structures = _stages(work, samples.structures, table, config, known, list(predictors))
+    except KeyboardInterrupt:
+        if console:
+            console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
+        raise
+    if hull is not None:
+        table.judge_stability(hull, samples.structures, config.metastable)
+    phases = [*lists.values(), *filter(None, [hull])]
+    if phases or known is not None:
+        table.note_new_formulas(known or {}, phases)
+    table.note_flags(allowed)
+    judgement = _judgement(config, hull, sets if known is not None else [], lists)
+    order = table.order(rank, condition)
+    summary = summarise(table, hull, judgement)
+    _write(run.path, table, order, structures, config, summary)
+    if copy:
+        with atomic_file(copy) as temp:
+            shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), temp)
+    if config.report:
+        from cfrl.reports.report import write_report
+
+        write_report(run)
+    run.finish()
+    if console:
+        _show(run.path, table, order, summary, config, console)
+    return run.path
+
+
+def read_samples(source: str) -> Samples:
+    """The crystals of the input, and a row for each that cannot be read.
+
+    Raises:
+        UserError: the input cannot be read, or holds nothing at all.
+    """
+    structures, ids, columns, dropped = read_structures(source)
+    ids += [entry.id or f"{Path(entry.file).name}:{entry.row}" for entry in dropped]
+    if not ids:
+        raise UserError(f"{source}: there is no crystal in it")
+    ids = _distinct(ids)
+    filled = {}
+    for name, values in columns.items():
+        values = np.asarray(values)
+        blank = np.full(len(dropped), np.nan if values.dtype.kind == "f" else "", dtype=values.dtype)
+        filled[name] = np.concatenate([values, blank])
+    return Samples(ids, structures, [entry.reason for entry in dropped], filled)
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """The second "a" becomes "a#2" and so on."""
+    seen: Counter[str] = Counter()
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return distinct
+
+
+def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[KnownCrystal]]:
+    """Crystals of datasets or structure files that have one of these reduced formulas, by formula.
+
+    Raises:
+        UserError: a dataset that does not exist or cannot be read.
+    """
+    known: dict[str, list[KnownCrystal]] = {}
+    for name in names:
+        from_files = Path(name).exists() and Path(name).suffix not in (".h5", ".hdf5")
+        for formula, crystal in (_known_in_files if from_files else _known_in_dataset)(name, formulas):
+            known.setdefault(formula, []).append(crystal)
+    return known
+
+
+def _known_in_dataset(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
+    crystals = load_dataset(name)
+    own = np.array(crystals.formulas(), dtype=object)
+    rows = np.nonzero(np.isin(own, list(formulas)))[0]
+    crystals = crystals[rows]
+    ids = crystals.ids or [f"{name}:{row}" for row in rows]
+    for item in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
+        yield item[0], KnownCrystal(*item[1:])
+
+
+def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
+    for path in readers.input_files(name):
+        for _, entry in readers.iter_entries(path):
+            try:
+                cell = readers.parse(entry.kind, entry.payload)
+            except readers.Unusable:
+                continue
+            formula = reduced_formula(cell.numbers.tolist(), [1] * len(cell.numbers))
+            if formula in formulas:
+                yield formula, KnownCrystal(entry.id or f"{path.name}:{entry.row}", readers.to_structure(cell), "")
+
+
+def is_formula_list(name: str) -> bool:
+    """Whether this is a CSV with a column `formula` and without structures."""
+    if ".csv" not in Path(name).suffixes or not Path(name).is_file():
+        return False
+    head = _csv_columns(name, nrows=0).columns
+    return "formula" in head and not set(readers.STRUCTURE_COLUMNS) & set(head)
+
+
+def read_formulas(name: str) -> ReferenceHull:
+    """The formulas of such a list, as phases without energies.
+
+    Raises:
+        UserError: a row that is no formula.
+    """
+    formulas = _csv_columns(name, usecols=["formula"])["formula"].tolist()
+    try:
+        return ReferenceHull.from_compositions(formulas, np.full(len(formulas), np.nan))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _csv_columns(name: str, **options: Any) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_csv(name, dtype=str, keep_default_na=False, **options)  # NaN is a formula
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{name}: cannot be read as a CSV: {error}") from error
+
+
+def load_hull(config: ScreenConfig) -> ReferenceHull:
+    """The reference hull of the settings."""
+    return ReferenceHull.load(config.hull)
+
+
+def _judgement(
+    config: ScreenConfig, hull: ReferenceHull | None, sets: Iterable[str], lists: Iterable[str]
+) -> Judgement:
+    """`sets` and `lists`: known crystals and formulas."""
+    reference = Path(config.hull).name or "the embedded reference"
+    known, listed = ([Path(name).name for name in names] for names in (sets, lists))
+    return Judgement(
+        reference=f"{reference} ({len(hull):,} phases)" if hull else "",
+        judge=f"{model_name(config.potential)}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
+        threshold=config.metastable,
+        known=" or ".join(known),
+        formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),
+    )
+
+
+# ---- the stages ----
+
+
+def _stages(
+    work: Work,
+    samples: list[Structure],
+    table: Table,
+    config: ScreenConfig,
+    known: dict[str, list[KnownCrystal]] | None,
+    predictors: list[str],
+) -> dict[int, Structure]:
+    """Fills the table stage by stage; gives the final structure of every readable row."""
+    structures = dict(enumerate(samples))
+    limits = stages.Limits(config.min_distance, max_density=config.max_density) if config.validity else stages.ANY
+    check = partial(stages.check, limits=limits, symprec=config.symprec)
+    checked = {"edition": stages.CHECKED, "limits": asdict(limits), "symprec": config.symprec}
+    table.fill(work.run("validity", check, structures, checked, _CHECK_CHUNK))
+    table.note_valid()
+    if config.unique:
+        table["unique"][:] = 0.0
+        _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
+
+    model, relaxed = {"potential": full_name(config.potential)}, {}
+    chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
+    if config.relax:
+        how = stages.Relaxation(config.fmax, config.steps, not config.free)
+        relax = partial(stages.relax, potential=config.potential, device=config.device, settings=how)
+        relaxed = model | asdict(how)
+        records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
+        structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
+        table.fill(records)
+        table.note_scale(records)
+        table.fill(work.run("recheck", check, table.going_on(structures), checked | relaxed, _CHECK_CHUNK), "_relaxed")
+        if config.unique:
+            _match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
+    elif config.stability:
+        energies = partial(stages.energies, potential=config.potential, device=config.device)
+        records = work.run("energy", energies, table.going_on(structures), model, chunk)
+        table.fill(records)
+        table.note_scale(records)
+    if predictors:
+        predict = partial(stages.predict, predictors=tuple(predictors), device=config.device)
+        settings = relaxed | {"predictors": predictors}
+        table.fill(work.run("properties", predict, table.going_on(structures), settings, chunk))
+    return structures
+
+
+def _match(
+    work: Work,
+    table: Table,
+    structures: dict[int, Structure],
+    known: dict[str, list[KnownCrystal]] | None,
+    settings: dict[str, Any],
+) -> None:
+    """Notes duplicates, which go no further, and crystals that are known."""
+    rows = list(table.going_on(structures))
+    table["unique"][rows] = 1.0
+    if known is not None:
+        table.note_novel(rows)
+    known = known or {}
+    formulas = group_by(rows, lambda row: table["formula"][row])
+    groups = {
+        formula: stages.Group(
+            [structures[row] for row in members],
+            [table["fingerprint"][row] for row in members],
+            [crystal.structure for crystal in known.get(formula, ())],
+            [crystal.fingerprint for crystal in known.get(formula, ())],
+        )
+        for formula, members in formulas.items()
+        if len(members) > 1 or formula in known
+    }
+    for formula, record in work.run("matching", stages.match, groups, settings, _MATCH_CHUNK).items():
+        if "status" in record:
+            table["status"][formulas[formula]] = record["status"]
+            continue
+        for row, original, hit in zip(formulas[formula], record["duplicate_of"], record["known"], strict=True):
+            if hit is not None:
+                table.note_known(row, known[formula][hit].name)
+            if original is not None:
+                table.note_duplicate(row, formulas[formula][original])
+
+
+def restore(cell: Mapping[str, Any]) -> Structure:
+    """A structure from a journal: `lattice`, `frac_coords`, `numbers`."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure(Lattice(cell["lattice"]), [SYMBOLS[z] for z in cell["numbers"]], cell["frac_coords"])
+
+
+def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
+    return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)
+
+
+def _predictors(names: str) -> dict[str, str]:
+    """Name -> what it predicts, for each predictor of `--properties`.
+
+    Raises:
+        UserError: a predictor that does not exist.
+    """
+    if not names:
+        return {}
+    from cfrl.rewards.predictors import BUILT_IN, load_predictor
+
+    chosen = BUILT_IN if names == "all" else [name.strip() for name in names.split(",")]
+    return {name: load_predictor(name).target for name in chosen}
+
+
+# ---- results ----
+
+
+def _write(
+    path: Path,
+    table: Table,
+    order: np.ndarray,
+    structures: dict[int, Structure],
+    config: ScreenConfig,
+    summary: Summary,
+) -> None:
+    """Table, crystals, summary, and the candidates' files. `order`: rows, the candidates first."""
+    table.write_csv(path / "table.csv", order)
+    table.write_csv(path / "flagged.csv", [row for row in order if table["held_back"][row]])
+    _write_crystals(path / "screen.h5", table, order, structures, config)
+    with atomic_file(path / "summary.json") as temp:
+        temp.write_text(json.dumps(summary.as_dict() | provenance(), indent=2) + "\n", encoding="utf-8")
+    candidates = [int(row) for row in order if table["candidate"][row]][: config.top]
+    width = len(str(len(candidates)))
+    names = {row: f"{place:0{width}d}-{table['formula'][row]}" for place, row in enumerate(candidates, 1)}
+    with _replaced(path / "cifs") as folder:
+        for row, name in names.items():
+            structures[row].to(folder / f"{name}.cif", fmt="cif", symprec=config.symprec)
+    if config.dft:
+        with _replaced(path / "dft") as folder:
+            for row, name in names.items():
+                write_vasp(structures[row], folder / name, config.dft)
+
+
+def _write_crystals(
+    path: Path, table: Table, order: np.ndarray, structures: dict[int, Structure], config: ScreenConfig
+) -> None:
+    rows = [int(row) for row in order if table["space_group"][row] > 0]
+    dropped: dict[int, str] = {}
+    crystals = CrystalBatch.from_structures(
+        [structures[row] for row in rows],
+        config.symprec,
+        [table["id"][row] for row in rows],
+        errors="skip",
+        dropped=dropped,
+        max_sites=stages.MAX_SITES,
+    )
+    rows = [row for place, row in enumerate(rows) if place not in dropped]
+    columns = {name: values[rows] for name, values in table.columns.items() if name != "id"}
+    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter})
+
+
+def write_vasp(structure: Structure, folder: Path, kind: str) -> None:
+    """VASP inputs of the primitive cell: POSCAR, INCAR, KPOINTS and POTCAR.spec (which POTCARs to concatenate).
+
+    Args:
+        structure: the crystal.
+        folder: where to; it is made.
+        kind: a key of `DFT_SETS`.
+    """
+    from pymatgen.io.vasp import sets
+
+    inputs = getattr(sets, DFT_SETS[kind])(structure.get_primitive_structure())
+    inputs.write_input(folder, potcar_spec=True)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of an old one when the block ends."""
+    partial_path = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial_path, ignore_errors=True)
+    try:
+        partial_path.mkdir(parents=True)
+        yield partial_path
+        shutil.rmtree(path, ignore_errors=True)
+        partial_path.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _show(
+    path: Path, table: Table, order: np.ndarray, summary: Summary, config: ScreenConfig, console: Console
+) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid(title=f"{len(table)} crystals", title_justify="left")
+    for head, justify in (("", "left"), ("crystals", "right"), ("rate", "right"), ("95% interval", "right")):
+        grid.add_column(head, justify=justify)
+    for rate in summary.rates:
+        share = f"{100 * rate.share:.1f}%"
+        grid.add_row(
+            rate.name, f"{rate.count} of {rate.total}", share, f"{100 * rate.low:.1f} to {100 * rate.high:.1f}%"
+        )
+    console.print(grid)
+    console.print(summary.judgement, highlight=False)
+    _show_by_elements(summary, console)
+    for average in summary.averages:
+        console.print(
+            f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
+            f"({average.count} crystals)"
+        )
+    for reason, count in summary.failures.items():
+        console.print(f"{count} x {reason}")
+    console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
+    for column, what in (("candidate", "candidates"), ("held_back", "held back by flags")):
+        _show_rows(f"{what}, by {config.rank}", table, [row for row in order if table[column][row]], console)
+    if summary.warning:
+        console.print(f"Mind: {summary.warning}")
+    written = ["table.csv", "flagged.csv", "screen.h5", "cifs/"]
+    written += ["dft/"] * bool(config.dft) + ["report.html"] * config.report
+    console.print(f"Wrote {path}/: {', '.join(written)}")
+
+
+def _show_by_elements(summary: Summary, console: Console) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid("elements", title="By number of elements", title_justify="left")
+    for number in summary.by_elements:
+        grid.add_column(number, justify="right")
+    for name in summary.by_elements["1"]:
+        grid.add_row(name, *(str(counts[name]) for counts in summary.by_elements.values()))
+    console.print(grid)
+
+
+def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> None:
+    """The first rows of a ranking, and the columns that have something to say of them."""
+    from rich.table import Table as Grid
+
+    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in _COLUMNS_SHOWN}
+    shown = [name for name in texts if any(texts[name])]
+    first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
+    grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")
+    for name in shown:
+        grid.add_column(_COLUMNS_SHOWN[name], justify="left" if name in TEXT else "right")
+    for row in zip(*(texts[name] for name in shown), strict=True):
+        grid.add_row(*row)
+    console.print(grid)

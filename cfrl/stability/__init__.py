@@ -1,0 +1,1 @@
+"""Energies above the convex hull, and what about them deserves distrust."""

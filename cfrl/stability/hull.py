@@ -1,0 +1,532 @@
+"""Energy above the convex hull, for many compositions at once.
+
+A `ReferenceHull` is a list of known phases: composition and energy per atom. Only phases within a crystal's
+chemical system count. The lower hull of a system is kept as the planes of its facets, because a convex
+function is the maximum of its supporting planes: a lookup is one matrix product. Crystals are not added to
+the hull, so a distance may be negative: that crystal would be a new stable phase.
+
+Where the energies come from is not its business; `hull_builder` makes references with a potential.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfrl.assets import ASSETS
+from cfrl.crystals.elements import ATOMIC_NUMBERS, SYMBOLS
+from cfrl.errors import UserError
+from cfrl.io.readers import open_text
+from cfrl.untrusted import open_hdf5
+
+VERSION = 1
+DEFAULT_HULL = ASSETS / "hull.h5"
+CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference lacks the compounds of the system
+ABSURD = 1000.0  # eV/atom; no energy of a phase in any convention
+SUM_OF_SHARES = 1e-3  # how far the fractions of a phase may add up to something else than 1
+FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
+SAME = 1e-6  # of an atomic fraction; cells of hundreds of atoms differ by more
+MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
+SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
+SAME_SCALE = {"chgnet-0.3.0": "mp2020", "chgnet-0.2.0": "mp2020"}  # names in older files
+CARRIED_OVER = "-shifted"  # ends the `scale` of energies fitted from another functional, which scatter more
+SIMPLE_FORMULA = re.compile(r"([A-Z][a-z]?)(\d+(?:\.\d*)?|\.\d+)?")
+
+
+@dataclass
+class HullResult:
+    """Distances for n crystals, in the order they came.
+
+    e_above_hull: (n,) float64, eV/atom, NaN where there is a status
+    status: n strings, "" or the reason why there is no distance
+    num_references: (n,) int64, reference phases in the crystal's chemical system, elements included
+    doubt: (n,) float64, eV/atom, how much lower the hull of a complete reference is to be expected there
+    """
+
+    e_above_hull: np.ndarray
+    status: list[str]
+    num_references: np.ndarray
+    doubt: np.ndarray
+
+    def credible(self) -> HullResult:
+        """The same without distances below CREDIBLE, which get a status: an optimiser would hunt for such faults."""
+        absurd = np.nan_to_num(self.e_above_hull) < CREDIBLE
+        status = [
+            f"{-distance:.1f} eV/atom below the hull: its energy, or the reference, must be at fault" if bad else reason
+            for distance, bad, reason in zip(self.e_above_hull, absurd, self.status, strict=True)
+        ]
+        return replace(self, e_above_hull=np.where(absurd, np.nan, self.e_above_hull), status=status)
+
+
+class ReferenceHull:
+    """Known phases and the hulls between them.
+
+    numbers: (m, w) uint8 atomic numbers of each phase, 0 = padding
+    fractions: (m, w) float64 atomic fractions, 0 = padding
+    energies: (m,) float64 eV/atom
+    energy_scale: "mp2020", or the potential that has a scale of its own (potentials/scales.py); energies of crystals
+        must be on the same scale
+    """
+
+    def __init__(
+        self, numbers: np.ndarray, fractions: np.ndarray, energies: np.ndarray, energy_scale: str = "unknown"
+    ) -> None:
+        self.numbers = np.asarray(numbers, dtype=np.uint8)
+        self.fractions = np.asarray(fractions, dtype=np.float64)
+        self.energies = np.asarray(energies, dtype=np.float64)
+        self.energy_scale = energy_scale
+        self._systems = _group_by_system(self.numbers)
+        self._hulls: dict[int, _SystemHull] = {}
+
+    def __len__(self) -> int:
+        return len(self.energies)
+
+    def __repr__(self) -> str:
+        return f"ReferenceHull({len(self)} phases, {len(self.elements)} elements, {self.energy_scale})"
+
+    def __getitem__(self, rows: np.ndarray) -> ReferenceHull:
+        """Some of the phases, by index or mask."""
+        return ReferenceHull(self.numbers[rows], self.fractions[rows], self.energies[rows], self.energy_scale)
+
+    @property
+    def elements(self) -> list[int]:
+        """Atomic numbers that have an elemental reference."""
+        return sorted(m.bit_length() - 1 for m in self._systems if m.bit_count() == 1)
+
+    @classmethod
+    def from_compositions(
+        cls, compositions: Any, energies: Sequence[float], energy_scale: str = "unknown"
+    ) -> ReferenceHull:
+        """From anything `fractions` reads and eV/atom. Raises UserError for an unreadable composition."""
+        dense, status = fractions(compositions)
+        bad = next((row for row, reason in enumerate(status) if reason), None)
+        if bad is not None:
+            raise UserError(f"reference phase {bad + 1}: {status[bad]}")
+        return cls(*_sparse(dense), np.asarray(energies), energy_scale)
+
+    @classmethod
+    def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
+        """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
+
+        An empty path is the embedded reference (energies by CHGNet). A CSV with a column `scale` is of the Materials
+        Project ("mp2020"); energies carried over from another functional ("r2scan-shifted") count only for
+        compositions that have no other ("gga").
+        CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be
+        compressed (.gz, .bz2). `energy_scale` overrides the file's own. Raises UserError for a file that is
+        missing, unreadable or empty, naming the row at fault.
+        """
+        path = Path(path or DEFAULT_HULL)
+        if not path.is_file():
+            raise UserError(f"{path}: no such hull reference (settings hull and fill)")
+        if path.suffix in (".h5", ".hdf5"):
+            hull = cls._load_hdf5(path)
+        else:
+            kind = path.with_suffix("").suffix if path.suffix in (".gz", ".bz2") else path.suffix
+            if kind not in (".csv", ".json"):
+                raise UserError(f"{path}: a hull reference is .h5, .csv or .json (.gz and .bz2 too)")
+            try:
+                with open_text(path) as file:
+                    hull = _read_csv(file, path) if kind == ".csv" else _read_entries(file, path)
+            except (OSError, EOFError, zlib.error, csv.Error, RecursionError, ValueError) as error:
+                raise UserError(f"{path}: not a readable {kind[1:].upper()} file ({error})") from error
+        if not len(hull):
+            raise UserError(f"{path}: no reference phases in it")
+        absurd = np.flatnonzero(~(np.abs(hull.energies) <= ABSURD))
+        if len(absurd):
+            raise UserError(f"{path}: phase {absurd[0] + 1}: an energy of {hull.energies[absurd[0]]:g} eV/atom")
+        hull.energy_scale = energy_scale or hull.energy_scale
+        return hull
+
+    @classmethod
+    def _load_hdf5(cls, path: Path) -> ReferenceHull:
+        with open_hdf5(path) as file:
+            if file.attrs.get("format") != "cfrl-hull":
+                raise UserError(f"{path}: not a reference hull (`cfrl data hull` makes one)")
+            numbers, fractions, energies = (file[name][:] for name in ("numbers", "fractions", "energies"))
+            scale = str(file.attrs["energy_scale"])
+        shapes = numbers.shape == fractions.shape == (len(energies), *numbers.shape[1:2])
+        kinds = numbers.dtype.kind in "iu" and fractions.dtype.kind == energies.dtype.kind == "f"
+        if not (shapes and kinds and energies.ndim == 1):
+            raise UserError(f"{path}: is damaged: its datasets are not those of a reference hull")
+        elements = ((numbers >= 0) & (numbers < len(SYMBOLS)) & ((numbers > 0) == (fractions > 0))).all(1)
+        wrong = np.flatnonzero(~(elements & (np.abs(fractions.sum(1) - 1) < SUM_OF_SHARES)))
+        if len(wrong):
+            raise UserError(f"{path}: phase {wrong[0] + 1}: its elements and fractions are no composition")
+        return cls(numbers, fractions, energies, energy_scale=scale)
+
+    def save(self, path: str | Path, attrs: Mapping[str, Any] | None = None) -> None:
+        """Write HDF5: datasets numbers (m, w), fractions (m, w), energies (m,) in eV/atom, and attributes.
+
+        Attributes: format, version, energy_scale, and `attrs` (say where the phases come from).
+        """
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            file.attrs.update({"format": "cfrl-hull", "version": VERSION, "energy_scale": self.energy_scale})
+            file.attrs.update(attrs or {})
+            for name in ("numbers", "fractions", "energies"):
+                file.create_dataset(name, data=getattr(self, name), compression="gzip", shuffle=True)
+
+    def near_hull(self, cutoff: float) -> ReferenceHull:
+        """Only the phases at most `cutoff` eV/atom above the hull, and every element's ground state."""
+        distance = self.e_above_hull(self._dense(), self.energies).e_above_hull
+        return self[distance <= cutoff + FLAT]
+
+    def filled(self, other: ReferenceHull, tolerance: float = np.inf) -> ReferenceHull:
+        """With those phases of `other` whose composition this one lacks.
+
+        For a reference with few compounds, whose gaps would make unstable crystals look stable. The scales should be
+        close to each other; the energy scale stays this one's.
+
+        tolerance: eV/atom. What makes a phase of this reference rise farther above the hull contradicts it, and is
+            left out: one wrong energy among many otherwise spoils all systems that it is part of.
+        """
+        own = {row.tobytes() for row in self._dense().round(4)}
+        new = np.array([row.tobytes() not in own for row in other._dense().round(4)], dtype=bool)
+        width = max(self.numbers.shape[1], other.numbers.shape[1])
+        numbers, fractions = (
+            np.concatenate([_widened(a, width), _widened(b[new], width)])
+            for a, b in ((self.numbers, other.numbers), (self.fractions, other.fractions))
+        )
+        hull = ReferenceHull(numbers, fractions, np.append(self.energies, other.energies[new]), self.energy_scale)
+        return hull if np.isinf(tolerance) else hull._agreeing(self, tolerance)
+
+    def _agreeing(self, own: ReferenceHull, tolerance: float) -> ReferenceHull:
+        """Without what contradicts `own`, this reference's first phases."""
+        hull, shares = self, own._dense()
+        allowed = own.e_above_hull(shares, own.energies).e_above_hull + tolerance
+        rows = np.arange(len(own))
+        while True:
+            raised = hull.e_above_hull(shares[rows], own.energies[rows]).e_above_hull > allowed[rows]
+            rows = rows[raised]  # the hull only rises from now on: the others stay where they are
+            mixtures = [phases[phases >= len(own)] for phases in map(hull._mixture, shares[rows])]
+            at_fault = {hull._deepest(phases, own) for phases in mixtures if len(phases)}
+            if not at_fault:
+                return hull
+            hull = hull[np.setdiff1d(np.arange(len(hull)), list(at_fault))]
+
+    def _deepest(self, rows: np.ndarray, other: ReferenceHull) -> int:
+        """Which of these phases lies deepest below the hull of the other reference."""
+        part = self[rows]
+        return int(rows[other.e_above_hull(part._dense(), part.energies).e_above_hull.argmin()])
+
+    def _mixture(self, shares: np.ndarray) -> np.ndarray:
+        """Rows of the phases whose mixture is the hull at a composition, (119,)."""
+        from scipy.optimize import linprog
+
+        elements = np.nonzero(shares)[0]
+        rows = self._rows(sum(1 << int(z) for z in elements))
+        points = self._points(rows, elements.tolist())
+        amounts = linprog(self.energies[rows], A_eq=points.T, b_eq=shares[elements], method="highs").x
+        return rows[amounts > FLAT]
+
+    def _dense(self) -> np.ndarray:
+        dense = np.zeros((len(self), len(SYMBOLS)))
+        np.add.at(dense, (np.arange(len(self))[:, None], self.numbers), self.fractions)
+        return dense
+
+    def mismatch(self, energy_scale: str) -> str:
+        """Why energies of that scale do not fit this reference, or "" if they do."""
+        if SAME_SCALE.get(energy_scale, energy_scale) == SAME_SCALE.get(self.energy_scale, self.energy_scale):
+            return ""
+        reference = "of unknown origin" if self.energy_scale == "unknown" else f"on the scale {self.energy_scale}"
+        return (
+            f"energies are on the scale {energy_scale}, the reference is {reference}: "
+            "distances to the hull also hold the difference between the two"
+        )
+
+    def e_above_hull(self, compositions: Any, energies: Sequence[float] | np.ndarray) -> HullResult:
+        """Energy above the hull of the reference phases, eV/atom; negative below it.
+
+        compositions: a CrystalBatch, pymatgen structures or compositions, formulas, or an (n, 119) array of
+            amounts by atomic number
+        energies: (n,) eV/atom; NaN gives a status
+        """
+        dense, status = fractions(compositions)
+        energies = np.asarray(energies, dtype=np.float64)
+        distance = np.full(len(dense), np.nan)
+        count = np.zeros(len(dense), dtype=np.int64)
+        doubt = np.full(len(dense), np.nan)
+        for row in np.nonzero(~np.isfinite(energies))[0]:
+            status[row] = status[row] or "no energy"
+        for system, rows in _group_rows(dense).items():
+            hull = self._hull(system)
+            count[rows], doubt[rows] = hull.num_references, hull.doubt
+            rows = [row for row in rows if not status[row]]
+            if hull.status:
+                for row in rows:
+                    status[row] = hull.status
+            elif rows:
+                distance[rows] = energies[rows] - hull.energy(dense[rows][:, hull.elements])
+        return HullResult(distance, status, count, doubt)
+
+    def knows(self, compositions: Any) -> np.ndarray:
+        """Whether each composition is that of a reference phase, (n,) bool; read as in `e_above_hull`."""
+        dense, _ = fractions(compositions)
+        known = np.zeros(len(dense), dtype=bool)
+        for system, rows in _group_rows(dense).items():
+            elements = _elements(system)
+            points, own = self._points(self._rows(system), elements), dense[rows][:, elements]
+            known[rows] = [bool((np.abs(points - point).max(1, initial=0.0) < SAME).any()) for point in own]
+        return known
+
+    def _hull(self, system: int) -> _SystemHull:
+        if system not in self._hulls:
+            rows = self._rows(system)
+            points = self._points(rows, _elements(system))
+            self._hulls[system] = _SystemHull(system, points, self.energies[rows])
+        return self._hulls[system]
+
+    def _rows(self, system: int) -> np.ndarray:
+        """The reference phases within a chemical system."""
+        rows = [self._systems[s] for s in self._subsystems(_elements(system), system)]
+        return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
+
+    def _points(self, rows: np.ndarray, elements: list[int]) -> np.ndarray:
+        """Compositions (m, k) of phases in their chemical system."""
+        column = np.zeros(len(SYMBOLS), dtype=np.int64)
+        column[elements] = np.arange(len(elements))
+        points = np.zeros((len(rows), len(elements)))
+        np.add.at(points, (np.arange(len(rows))[:, None], column[self.numbers[rows]]), self.fractions[rows])
+        return points
+
+    def _subsystems(self, elements: list[int], system: int) -> Iterable[int]:
+        if len(elements) > SUBSETS_LIMIT:
+            return (s for s in self._systems if s & system == s)
+        bits = [1 << z for z in elements]
+        subsets = (sum(c) for k in range(1, len(bits) + 1) for c in itertools.combinations(bits, k))
+        return (s for s in subsets if s in self._systems)
+
+
+def expected_gap(compounds: int, elements: int) -> float:
+    """How far a hull is too high on average, eV/atom, where so many compositions of compounds are known.
+
+    0.1 / (x + 0.36), x = compounds for each pair of the elements: fitted (tests/benchmarks/fit_expected_gap.py) to the
+    gap between the hull of the 29,511 Materials Project phases near the hull whose compositions the embedded
+    reference's own crystals cover and that of all 130,867, at 1,820 crystals of the embedded generator. Binaries with
+    0, 1, 2 and 3 or 4 known compounds: 0.28, 0.05, 0.03, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.08,
+    0.04, 0.02.
+    A reference that was filled up from all of the Materials Project has no such gap to it; what that database lacks
+    in turn is taken to follow the same rule.
+    """
+    pairs = elements * (elements - 1) / 2
+    return 0.1 / (compounds / pairs + 0.36) if pairs else 0.0
+
+
+def _widened(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
+
+
+class _SystemHull:
+    """Lower convex hull of one chemical system of k elements."""
+
+    def __init__(self, system: int, points: np.ndarray, energies: np.ndarray) -> None:
+        self.elements = _elements(system)
+        self.num_references = len(energies)
+        compounds = points[points.max(axis=1, initial=0.0) < 1 - 1e-9]
+        self.num_compounds = len(np.unique(compounds.round(4), axis=0))  # polymorphs count once
+        self.doubt = expected_gap(self.num_compounds, len(self.elements))
+        pure = np.where(points > 1 - 1e-9, energies[:, None], np.inf).min(axis=0, initial=np.inf)
+        missing = [SYMBOLS[z] for z, energy in zip(self.elements, pure, strict=True) if np.isinf(energy)]
+        self.status = f"no reference for element {', '.join(missing)}" if missing else ""
+        if missing:
+            return
+        formation = energies - points @ pure
+        low = formation < -FLAT
+        self._pure = pure
+        self._points, self._formation = points[low], formation[low]
+        facets = low.any() and len(pure) <= MAX_FACET_ELEMENTS
+        self._planes = self._lower_facets() if facets else None
+
+    def energy(self, points: np.ndarray) -> np.ndarray:
+        """(n, k) compositions -> (n,) energy of the hull, eV/atom."""
+        if not len(self._formation):
+            return points @ self._pure
+        if self._planes is not None:
+            return points @ self._pure + (points @ self._planes).max(axis=1)
+        return points @ self._pure + np.array([self._linear_program(p) for p in points])
+
+    def _lower_facets(self) -> np.ndarray:
+        """(k, facets): formation energy on a facet's plane is composition @ column."""
+        from scipy.spatial import ConvexHull
+
+        corners = np.eye(len(self._pure))
+        compositions = np.concatenate([corners, self._points])
+        formation = np.concatenate([np.zeros(len(corners)), self._formation])
+        facets = ConvexHull(np.column_stack([compositions[:, 1:], formation])).equations
+        slope, normal, offset = facets[:, :-2], facets[:, -2], facets[:, -1]
+        lower = normal < -FLAT  # vertical facets bound the system, not the energy
+        value_at_corner = np.column_stack([np.zeros(len(facets)), slope]) + offset[:, None]
+        return (-value_at_corner[lower] / normal[lower, None]).T
+
+    def _linear_program(self, point: np.ndarray) -> float:
+        """Cheapest mixture of phases with this composition: min E.x with sum_i x_i c_i = c, x >= 0."""
+        from scipy.optimize import linprog
+
+        phases = np.concatenate([np.eye(len(self._pure)), self._points])
+        formation = np.concatenate([np.zeros(len(self._pure)), self._formation])
+        return linprog(formation, A_eq=phases.T, b_eq=point, method="highs").fun
+
+
+def fractions(compositions: Any) -> tuple[np.ndarray, list[str]]:
+    """Atomic fractions (n, 119) by atomic number, and for each a status: "" or why it is not a composition.
+
+    Reads a CrystalBatch, an (n, 119) array of amounts, or a sequence of formulas, pymatgen Structures or
+    Compositions, or mappings from symbol or atomic number to amount.
+    """
+    if hasattr(compositions, "space_group"):
+        amounts, status = _crystal_amounts(compositions), [""] * len(compositions)
+    elif isinstance(compositions, np.ndarray) and compositions.ndim == 2:
+        amounts, status = compositions.astype(np.float64), [""] * len(compositions)
+    else:
+        amounts, status = _listed_amounts(list(compositions))
+    total = amounts.sum(axis=1, keepdims=True)
+    bad = ~((total[:, 0] > 0) & np.isfinite(total[:, 0]) & (amounts >= 0).all(axis=1))
+    for row in np.nonzero(bad)[0]:
+        status[row] = status[row] or "no composition"
+    amounts[bad] = 0.0
+    return amounts / np.where(bad[:, None], 1.0, total), status
+
+
+def _crystal_amounts(crystals: Any) -> np.ndarray:
+    species = crystals.species.cpu().numpy()
+    multiplicity = crystals.multiplicity.cpu().numpy() * (species > 0)
+    amounts = np.zeros((len(species), len(SYMBOLS)))
+    np.add.at(amounts, (np.arange(len(species))[:, None], species), multiplicity)
+    return amounts
+
+
+def _listed_amounts(items: list[Any]) -> tuple[np.ndarray, list[str]]:
+    amounts, status = np.zeros((len(items), len(SYMBOLS))), [""] * len(items)
+    for row, item in enumerate(items):
+        try:
+            for number, amount in _parse(item):
+                amounts[row, number] += amount
+        except (KeyError, ValueError, TypeError, AttributeError):
+            status[row] = f"not a composition: {str(item)[:60]!r}"
+    return amounts, status
+
+
+def _parse(item: Any) -> Iterable[tuple[int, float]]:
+    if isinstance(item, str):
+        return _parse_formula(item)
+    composition = getattr(item, "composition", item)
+    return [(_atomic_number(key), float(amount)) for key, amount in composition.items()]
+
+
+def _atomic_number(key: Any) -> int:
+    if isinstance(key, str):
+        return ATOMIC_NUMBERS[key]
+    number = int(getattr(key, "Z", key))
+    if not 0 < number < len(SYMBOLS):  # pymatgen gives made-up elements made-up numbers
+        raise ValueError(f"no element {key}")
+    return number
+
+
+@lru_cache(maxsize=65536)
+def _parse_formula(formula: str) -> tuple[tuple[int, float], ...]:
+    """Element symbols and amounts; pymatgen reads what has brackets. Raises ValueError or KeyError."""
+    parts = SIMPLE_FORMULA.findall(formula)
+    if not parts or "".join(symbol + amount for symbol, amount in parts) != formula.strip():
+        from pymatgen.core import Composition
+
+        return tuple((_atomic_number(e), float(a)) for e, a in Composition(formula).items())
+    return tuple((ATOMIC_NUMBERS[symbol], float(amount or 1)) for symbol, amount in parts)
+
+
+def _sparse(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(m, 119) -> atomic numbers (m, w) and fractions (m, w), each row's elements first, then zeros."""
+    width = max(int((dense > 0).sum(axis=1).max(initial=0)), 1)
+    numbers = np.argsort(dense <= 0, axis=1, kind="stable")[:, :width]
+    values = np.take_along_axis(dense, numbers, axis=1)
+    return np.where(values > 0, numbers, 0).astype(np.uint8), values
+
+
+def _system_masks(numbers: np.ndarray) -> list[int]:
+    """A chemical system as an integer with one bit per element, for each row of atomic numbers."""
+    numbers = numbers.astype(np.uint64)
+    one = np.uint64(1)
+    low = np.where((numbers > 0) & (numbers < 64), one << (numbers % 64), 0).astype(np.uint64)
+    high = np.where(numbers >= 64, one << (numbers % 64), 0).astype(np.uint64)
+    low, high = np.bitwise_or.reduce(low, axis=1), np.bitwise_or.reduce(high, axis=1)
+    return [int(a) | int(b) << 64 for a, b in zip(low, high, strict=True)]
+
+
+def _group_by_system(numbers: np.ndarray) -> dict[int, np.ndarray]:
+    groups: dict[int, list[int]] = {}
+    for row, system in enumerate(_system_masks(numbers)):
+        groups.setdefault(system, []).append(row)
+    return {system: np.array(rows) for system, rows in groups.items()}
+
+
+def _group_rows(dense: np.ndarray) -> dict[int, list[int]]:
+    """Rows of each chemical system; rows without a composition are in none."""
+    groups = _group_by_system(_sparse(dense)[0]) if len(dense) else {}
+    groups.pop(0, None)
+    return {system: rows.tolist() for system, rows in groups.items()}
+
+
+def _elements(system: int) -> list[int]:
+    return [z for z in range(1, len(SYMBOLS)) if system >> z & 1]
+
+
+def _read_csv(file: Iterable[str], path: Path) -> ReferenceHull:
+    reader = csv.DictReader(file)
+    missing = {"formula", "energy_per_atom"} - set(reader.fieldnames or ())
+    if missing:
+        raise UserError(f"{path}: no column {' or '.join(sorted(missing))} (has: {reader.fieldnames})")
+    formulas, energies, carried = [], [], []
+    for row in reader:
+        try:
+            energies.append(float(row["energy_per_atom"]))
+        except (TypeError, ValueError):
+            energies.append(np.nan)
+        if not np.isfinite(energies[-1]):
+            raise UserError(f"{path}, line {reader.line_num}: energy_per_atom is {row['energy_per_atom']!r}")
+        formulas.append(row["formula"] or "")
+        carried.append((row.get("scale") or "").endswith(CARRIED_OVER))
+    hull, carried = _named(path, formulas, energies), np.array(carried, dtype=bool)
+    hull.energy_scale = "mp2020" if "scale" in reader.fieldnames else hull.energy_scale
+    return hull[~carried].filled(hull[carried])
+
+
+def _read_entries(file: Any, path: Path) -> ReferenceHull:
+    data = json.load(file)
+    entries = data.get("entries") if isinstance(data, dict) else data
+    if not isinstance(entries, list):
+        raise UserError(f'{path}: neither a list of entries nor {{"entries": [...]}}')
+    compositions, energies = [], []
+    for row, entry in enumerate(entries):
+        try:
+            composition = entry.get("composition") or _structure_composition(entry["structure"])
+            energy = float(entry["energy"]) + float(entry.get("correction") or 0.0)
+            energies.append(energy / sum(composition.values()))
+        except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{path}, entry {row + 1}: no composition and energy in it ({error!r})") from error
+        compositions.append(composition)
+    return _named(path, compositions, energies)
+
+
+def _structure_composition(structure: dict[str, Any]) -> dict[str, float]:
+    amounts: dict[str, float] = {}
+    for site in structure["sites"]:
+        for species in site["species"]:
+            amounts[species["element"]] = amounts.get(species["element"], 0.0) + species["occu"]
+    return amounts
+
+
+def _named(path: Path, compositions: list[Any], energies: list[float]) -> ReferenceHull:
+    try:
+        return ReferenceHull.from_compositions(compositions, energies)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

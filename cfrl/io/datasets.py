@@ -504,6 +504,8 @@ def _new_pool(workers: int) -> ProcessPoolExecutor:
 def _end(pool: ProcessPoolExecutor, kill: bool) -> None:
     for process in list((pool._processes or {}).values()) if kill else ():  # the executor would wait for one that hangs
         process.kill()
+    if kill and pool._call_queue is not None:  # before Python 3.11.5 the executor waits for what nobody reads any more
+        pool._call_queue._reader.close()
     pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -348,8 +348,8 @@ def _read_slice(file: h5py.File, rows: slice) -> CrystalBatch:
         space_group=_integers(file["space_group"][rows]),
         wyckoff=_integers(padded["wyckoff"]),
         species=_integers(padded["species"]),
-        frac_coords=torch.from_numpy(padded["frac_coords"].astype(np.float32)),
-        lattice=torch.from_numpy(file["lattice"][rows].astype(np.float32)),
+        frac_coords=torch.from_numpy(padded["frac_coords"]),
+        lattice=torch.from_numpy(file["lattice"][rows].astype(padded["frac_coords"].dtype)),  # one precision
         ids=_read_column(file["ids"], rows).tolist() if "ids" in file else None,
         properties={
             k: torch.from_numpy(data[rows].astype(np.float64)) for k, data in _group(file, "properties").items()

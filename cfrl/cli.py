@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
 from cfrl import __version__, config, files
 from cfrl.commands.streams import patient_streams
 from cfrl.errors import UserError
+from cfrl.settings import choices, set_kind
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -111,8 +112,8 @@ def _run_to_resume(run: str, command: str) -> str:
 
 def _flag(f: Field, kind: Any) -> inspect.Parameter:
     """A field as a parameter of the command. Its range is checked by the dataclass, for files and flags alike."""
-    offered = config.choices(kind) or f.metadata["choices"]
-    kind = str if get_origin(kind) is Literal else kind
+    offered = choices(kind) or f.metadata["choices"]
+    kind = str if choices(kind) else set_kind(kind)
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default

@@ -2,31 +2,26 @@
 
 A command's settings are one dataclass whose fields carry their help text and, in their type, their range. From it
 come the command-line flags (`cli.py`), the commented `cfrl.toml` at the project root (`python -m cfrl.config >
-cfrl.toml`) and the `config.toml` of a run folder. Every value is checked when the dataclass is made, whoever makes it,
-and stays as it is: no other module checks a setting on its own. This file imports nothing heavy, so that
-`cfrl --help` is quick.
+cfrl.toml`) and the `config.toml` of a run folder. No other module checks a setting on its own. This file imports
+nothing heavy, so that `cfrl --help` is quick.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import reprlib
-import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli
 
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
+from cfrl.settings import Range, Settings, build, option, to_toml
 from cfrl.untrusted import one_line, read_text
 
 T = TypeVar("T")
 USER_FILE = "cfrl.toml"
-
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
 PRESETS = ("default", "small", "alex-20")
@@ -52,32 +47,10 @@ POTENTIALS = ("chgnet", "mace")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-@dataclass(frozen=True)
-class Range:
-    """What a number must keep to. Both ends are given, so that infinity and NaN keep to none.
-
-    least, most: the ends. open_below, open_above: whether they are themselves excluded.
-    """
-
-    least: float
-    most: float
-    open_below: bool = False
-    open_above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and not (
-            (self.open_below and value == self.least) or (self.open_above and value == self.most)
-        )
-
-    def __str__(self) -> str:
-        low, high = "above" if self.open_below else "at least", "below" if self.open_above else "at most"
-        return f"{low} {self.least:,} and {high} {self.most:,}"
-
-
 # Wide enough for any sensible use, narrow enough for memory, torch and patience.
 Count = Annotated[int, Range(1, 10**7)]
 CountOrZero = Annotated[int, Range(0, 10**7)]
-Workers = Annotated[int, Range(0, 4096)]
+Workers = Annotated[int, Range(1, 4096)]
 Seed = Annotated[int, Range(0, 2**62)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(0, 1, open_below=True)]
@@ -94,34 +67,6 @@ Distance = Annotated[float, Range(0, 10)]
 Tolerance = Annotated[float, Range(0, 1, open_below=True)]
 
 
-def option(default: Any, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field.
-
-    Args:
-        help: names the unit; it also ends the message about a value that cannot be.
-        flags: short forms such as ``-n``.
-        choices: what the Tab key offers where other values are possible too; a `Literal` field has no others.
-    """
-    metadata = {"help": help, "flags": flags, "choices": choices}
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the settings of all commands share.
-
-    Raises:
-        UserError: a value of the wrong type, or out of its range.
-    """
-
-    def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self), include_extras=True)
-        for f in fields(self):
-            vars(self)[f.name] = _checked(f, kinds[f.name], getattr(self, f.name))
-
-
 @dataclass(frozen=True)
 class PretrainConfig(Settings):
     """Train the transformer on a dataset of crystals."""
@@ -130,8 +75,8 @@ class PretrainConfig(Settings):
         "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
     )
     preset: Literal[*PRESETS] = option("default", "Architecture: default, small, alex-20 (the published one).")
-    init: str = option(
-        "", "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones."
+    init: str | None = option(
+        None, "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.", unset=""
     )
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
@@ -140,15 +85,17 @@ class PretrainConfig(Settings):
     warmup: CountOrZero = option(300, "Steps of linear learning-rate warm-up.")
     weight_decay: Weight = option(0.05, "AdamW weight decay, on matrices only.")
     clip: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
-    dropout: Annotated[float, Range(-1, 1, open_above=True)] = option(
-        -1.0, "Probability of dropout, 0 to 1; negative: the preset's own."
+    dropout: FractionBelowOne | None = option(
+        None, "Probability of dropout, 0 to 1; negative: the preset's own.", unset=-1.0
     )
-    ema: FractionBelowOne = option(
-        0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none."
+    ema: FractionBelowOne | None = option(
+        0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.", unset=0.0
     )
     augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
     keep: Literal["best", "last"] = option("best", "Weights that become the model: best (by validation loss) or last.")
-    patience: CountOrZero = option(0, "Stop after so many epochs without a better validation loss; 0: never.")
+    patience: Count | None = option(
+        None, "Stop after so many epochs without a better validation loss; 0: never.", unset=0
+    )
     validate_every: Count = option(1, "Epochs between validations.")
     checkpoint_minutes: Minutes = option(2.0, "Minutes between checkpoints (one is also written at the end).")
     precision: Literal["auto", "float32", "bfloat16"] = option(
@@ -163,21 +110,27 @@ class SampleConfig(Settings):
     """Generate crystals."""
 
     n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
-    model: str = option(
-        "", "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.", choices=("last",)
+    model: str | None = option(
+        None,
+        "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
+        choices=("last",),
+        unset="",
     )
-    space_group: str = option(
-        "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
+    space_group: str | None = option(
+        None,
+        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
+        choices=("uniform",),
+        unset="",
     )
-    elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
-    max_atoms: CountOrZero = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
+    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
     temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
     top_p: PositiveFraction = option(
         1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all."
     )
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
-    batch_size: Count = option(256, "Crystals drawn at once; fewer need less memory.")
+    draw_size: Count = option(256, "Crystals drawn at once; fewer need less memory.")
     seed: Seed = option(0, "Same seed and device: same crystals.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
@@ -192,18 +145,23 @@ class FinetuneConfig(Settings):
         "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
         "(differences of reward between pairs).",
     )
-    model: str = option(
-        "", "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.", choices=("last",)
+    model: str | None = option(
+        None,
+        "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.",
+        choices=("last",),
+        unset="",
     )
     steps: Count = option(60, "Rounds of sampling, scoring and updating.")
-    time_limit: Minutes = option(
-        0.0, "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit."
+    time_limit: Minutes | None = option(
+        None,
+        "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit.",
+        unset=0.0,
     )
-    batch_size: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
-    sample_batch: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
+    draw_size: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: Count = option(2, "Passes over each step's crystals.")
-    minibatch: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
-    micro_batch: Count = option(32, "Crystals per backward pass; gradients of a minibatch are accumulated.")
+    batch_size: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
+    micro_batch: Count = option(32, "Crystals per backward pass; gradients of a batch are accumulated.")
     lr: PositiveFraction = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
     lr_final: Fraction = option(
         0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
@@ -211,8 +169,8 @@ class FinetuneConfig(Settings):
     warmup: CountOrZero = option(5, "Steps of linear learning-rate warm-up.")
     clip_gradient: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
     clip_ratio: PositiveWeight = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
-    clip_advantage: Weight = option(
-        5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit."
+    clip_advantage: PositiveWeight | None = option(
+        5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit.", unset=0.0
     )
     baseline_decay: Fraction = option(
         0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
@@ -225,10 +183,14 @@ class FinetuneConfig(Settings):
     )
     beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
     kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
-    target_kl: Weight = option(0.0, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.")
-    max_kl: Weight = option(100.0, "Stop the run when the KL passes this many nats; 0: never.")
-    max_step_kl: Weight = option(
-        0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never."
+    target_kl: PositiveWeight | None = option(
+        None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0
+    )
+    max_kl: PositiveWeight | None = option(
+        100.0, "Stop the run when the KL passes this many nats; 0: never.", unset=0.0
+    )
+    max_step_kl: PositiveWeight | None = option(
+        0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never.", unset=0.0
     )
     entropy_wyckoff: SignedWeight = option(
         0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat."
@@ -237,10 +199,11 @@ class FinetuneConfig(Settings):
     entropy_coords: SignedWeight = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
     entropy_lattice: SignedWeight = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
-    diversity: CountOrZero = option(
+    diversity: Count | None = option(
         1,
         "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
         "diversity_window crystals earns less; 0: never.",
+        unset=0,
     )
     diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
     replay: CountOrZero = option(
@@ -248,16 +211,19 @@ class FinetuneConfig(Settings):
     )
     replay_size: Count = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
     replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
-    space_group: str = option(
-        "", "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.", choices=("uniform",)
+    space_group: str | None = option(
+        None,
+        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
+        choices=("uniform",),
+        unset="",
     )
     learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
     space_group_lr: PositiveFraction = option(0.03, "Learning rate of the space groups' logits.")
     space_group_floor: FractionBelowOne = option(
         0.1, "Each space group keeps this part of its share; needs learn_space_groups."
     )
-    elements: str = option("", "Only these elements, e.g. `Ba,Ti,O`; empty: all.")
-    max_atoms: CountOrZero = option(0, "At most so many atoms in the conventional cell; 0: no limit.")
+    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
+    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
     temperature: Temperature = option(
         1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained."
     )
@@ -270,19 +236,21 @@ class FinetuneConfig(Settings):
         "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
         choices=POTENTIALS,
     )
-    hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
-    caution: Annotated[float, Range(-1, 100)] = option(
-        -1.0,
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
+    caution: Annotated[float, Range(0, 100)] | None = option(
+        None,
         "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
         "negative: the reward's own number.",
+        unset=-1.0,
     )
-    rollouts: str = option(
-        "", "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample."
+    rollouts: str | None = option(
+        None, "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample.", unset=""
     )
-    dataset: str = option(
-        "",
+    dataset: str | None = option(
+        None,
         "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
         choices=DATASETS,
+        unset="",
     )
     validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
     evaluate: CountOrZero = option(
@@ -290,8 +258,8 @@ class FinetuneConfig(Settings):
     )
     plots: bool = option(True, "Draw progress.png (and pareto.png) and write report.html at the end.")
     checkpoint_minutes: Minutes = option(1.0, "Minutes between checkpoints (one is also written at the end).")
-    reward_timeout: Seconds = option(
-        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever."
+    reward_timeout: Seconds | None = option(
+        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
     )
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
     seed: Seed = option(0, "Seed of sampling and of the order of updates.")
@@ -303,7 +271,9 @@ class DataConfig(Settings):
 
     symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
     max_sites: Count = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
-    max_atoms: CountOrZero = option(0, "Drop crystals with more atoms in the conventional cell; 0: no limit.")
+    max_atoms: Count | None = option(
+        None, "Drop crystals with more atoms in the conventional cell; 0: no limit.", unset=0
+    )
     validation: FractionBelowOne = option(
         0.1, "Fraction (0 to 1) of the crystals for validation, where the source has no splits."
     )
@@ -312,7 +282,7 @@ class DataConfig(Settings):
         "row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits."
     )
     seed: Seed = option(0, "Seed of the splits.")
-    workers: Workers = option(0, "Processes for parsing and symmetry; 0: one per core.")
+    workers: Workers | None = option(None, "Processes for parsing and symmetry; 0: one per core.", unset=0)
     max_file_gb: Gigabytes = option(4.0, "GB; refuse files that are larger, unfolded where they are compressed.")
     max_ratio: Ratio = option(
         200.0, "Refuse compressed files that unfold into more than 64 MB and so many times their size."
@@ -333,8 +303,10 @@ class HullConfig(Settings):
     )
     near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
     relax: bool = option(False, "Relax the crystals near the hull first (slow).")
-    fill: str = option("", "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.")
-    workers: Workers = option(0, "Processes; 0: one for each core.")
+    fill: str | None = option(
+        None, "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.", unset=""
+    )
+    workers: Workers | None = option(None, "Processes; 0: one for each core.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
@@ -342,13 +314,20 @@ class HullConfig(Settings):
 class RetrieveConfig(Settings):
     """Find the known materials that a tuned model points at."""
 
-    run: str = option("", "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.")
-    base: str = option("", "Model before tuning: weights or a run folder; empty: the one that the run started from.")
-    dataset: str = option(
-        "", "Known materials; empty: what the base model was trained on, else `prototypes`.", choices=DATASETS
+    run: str | None = option(
+        None, "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.", unset=""
     )
-    split: Literal["", "train", "validation", "test"] = option(
-        "", "Only this split of the dataset: train, validation or test; empty: all."
+    base: str | None = option(
+        None, "Model before tuning: weights or a run folder; empty: the one that the run started from.", unset=""
+    )
+    dataset: str | None = option(
+        None,
+        "Known materials; empty: what the base model was trained on, else `prototypes`.",
+        choices=DATASETS,
+        unset="",
+    )
+    split: Literal["train", "validation", "test"] | None = option(
+        None, "Only this split of the dataset: train, validation or test; empty: all.", unset=""
     )
     top: Count = option(100, "Crystals in the tables, best first.")
     rank: Literal["crystal", "site", "joint"] = option(
@@ -357,8 +336,10 @@ class RetrieveConfig(Settings):
     samples: CountOrZero = option(
         1000, "Crystals drawn from each model to see which known materials they meet; 0: none."
     )
-    property: str = option(
-        "", "Column that tells what is good, to judge the ranking (-NAME: low is good); empty: by the run's reward."
+    property: str | None = option(
+        None,
+        "Column that tells what is good, to judge the ranking (-NAME: low is good); empty: by the run's reward.",
+        unset="",
     )
     reward_crystals: CountOrZero = option(1000, "Crystals of the dataset scored with the run's own reward; 0: none.")
     seed: Seed = option(0, "Seed of the samples, and of the crystals that are scored and judged.")
@@ -379,17 +360,18 @@ class ScreenConfig(Settings):
     unique: bool = option(True, "Look for duplicates and for known crystals; duplicates go no further.")
     relax: bool = option(True, "Relax positions and cell with the potential.")
     stability: bool = option(True, "Compute energies and distances to the convex hull.")
-    properties: str = option(
-        "",
+    properties: str | None = option(
+        None,
         "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
         choices=("all", *PREDICTED),
+        unset="",
     )
     potential: str = option(
         "chgnet",
         "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
         choices=POTENTIALS,
     )
-    hull: str = option("", "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     max_density: Annotated[float, Range(0, 1000, open_below=True)] = option(
         40.0, "g/cm^3; denser crystals are invalid."
@@ -403,29 +385,33 @@ class ScreenConfig(Settings):
     metastable: Annotated[float, Range(0, 10)] = option(
         0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
     )
-    allow: str = option(
-        "",
-        "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.",
-        choices=FLAGS,
+    allow: str | None = option(
+        None, "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.", choices=FLAGS, unset=""
     )
     rank: str = option(
         "ehull",
         "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap.",
     )
-    filter: str = option(
-        "", "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3` (eV/atom, eV); empty: no condition."
+    filter: str | None = option(
+        None,
+        "Candidates must satisfy this, e.g. `ehull < 0.05 and band_gap > 3` (eV/atom, eV); empty: no condition.",
+        unset="",
     )
     top: CountOrZero = option(100, "Candidates written as CIF files, at most.")
     report: bool = option(True, "Write report.html and plots.")
-    dft: Literal["", "scan", "pbe"] = option(
-        "", "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none."
+    dft: Literal["scan", "pbe"] | None = option(
+        None,
+        "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none.",
+        unset="",
     )
-    workers: Workers = option(0, "Worker processes; 0: one for each core on a CPU, one on a GPU.")
-    chunk: CountOrZero = option(0, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.")
+    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
+    chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
     engine: Literal["local", "ray"] = option(
         "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
     )
-    address: str = option("", "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.")
+    address: str | None = option(
+        None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
+    )
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
@@ -433,10 +419,12 @@ class ScreenConfig(Settings):
 class PredictorConfig(Settings):
     """Train a property predictor."""
 
-    target: str = option("", "Column to learn; must be given.")
+    target: str | None = option(None, "Column to learn; must be given.", unset="")
     log: bool = option(False, "Learn log10 of it: for positive quantities that range over decades.")
-    zero: Annotated[float, Range(-1, 10**6)] = option(
-        -1.0, "Values below are a class of their own (metals among band gaps: 0.05); negative: no such class."
+    zero: Annotated[float, Range(0, 10**6)] | None = option(
+        None,
+        "Values below are a class of their own (metals among band gaps: 0.05); negative: no such class.",
+        unset=-1.0,
     )
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
     members: Annotated[int, Range(1, 1000)] = option(5, "Networks in the ensemble.")
@@ -483,9 +471,25 @@ def resolve(cls: type[T], flags: Mapping[str, Any] | None = None, file: Path | N
     path, flags = Path(USER_FILE) if file is None else Path(file), flags or {}
     values: dict[str, Any] = {}
     if file is not None or path.is_file():
-        values = _section(path, next(name for name, section in SECTIONS.items() if section is cls))
+        name = next(name for name, section in SECTIONS.items() if section is cls)
+        values = _renamed(name, _section(path, name))
     settings = build(cls, {key: value for key, value in values.items() if key not in flags}, source=f"{path}: ")
     return build(cls, {**vars(settings), **flags})
+
+
+# Names that settings had before version 0.2, by section. In [finetune] `batch_size` has another meaning since.
+_OLD = {
+    "sample": {"batch_size": "draw_size"},
+    "finetune": {"batch_size": "n", "minibatch": "batch_size", "sample_batch": "draw_size"},
+}
+
+
+def _renamed(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """With today's names, where the section is one of an older version."""
+    old = _OLD.get(section, {})
+    if section == "finetune" and not {"minibatch", "sample_batch"} & set(values):
+        return values
+    return {old.get(name, name): value for name, value in values.items()}
 
 
 def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -502,40 +506,9 @@ def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
         if not isinstance(table, dict) or not isinstance(table.get("expression"), str):
             raise UserError(f'{path}: [rewards.{name}] needs a line like expression = "band_gap - 2*ehull"')
         for key, value in table.items():
-            if key != "expression" and not _fits(value, float):
+            if key != "expression" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise UserError(f"{path}: [rewards.{name}] {key} = {value!r} should be a number")
     return definitions
-
-
-def build(cls: type[T], values: Mapping[str, Any], source: str = "") -> T:
-    """The settings made of `values`. Raises UserError: an unknown key, or a value that cannot be, after `source`."""
-    known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{source}unknown setting '{key:.60}' for {cls.__name__}{nearest(key, known)}")
-    try:
-        return cls(**values)
-    except UserError as error:
-        raise UserError(f"{source}{error}") from error
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing: the tail of an error message about an unknown name."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def to_toml(sections: Mapping[str, Any], comments: bool = False) -> str:
-    """TOML text of `{section name: dataclass instance}`, with the help texts as comments if wanted."""
-    blocks = []
-    for name, config in sections.items():
-        lines = [f"[{name}]"]
-        for f in fields(config):
-            if comments:
-                lines += textwrap.wrap(f.metadata["help"], 100, initial_indent="# ", subsequent_indent="# ")
-            lines.append(f"{f.name} = {_toml(getattr(config, f.name))}")
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) + "\n"
 
 
 def read_run_config(cls: type[T], path: Path) -> T:
@@ -554,57 +527,6 @@ def _section(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(document.get(name, {}), dict):
         raise UserError(f"{path}: {name} = {reprlib.repr(document[name])} should be a section [{name}]")
     return document.get(name, {})
-
-
-def _checked(f: Field, kind: Any, value: Any) -> Any:
-    """The value of a field as its kind has it (1 as 1.0). Raises UserError."""
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        known = choices(kind)
-        raise UserError(f"{f.name} = {reprlib.repr(value)} is none of {', '.join(known)}{nearest(str(value), known)}")
-    number, limits = get_args(kind) if get_origin(kind) is Annotated else (None, None)
-    if number is None and _fits(value, kind):
-        return value
-    if number and _fits(value, number) and value in limits:
-        return number(value)
-    wanted = f"{_NAMES[number]} {limits}" if number else _NAMES[get_origin(kind) or kind]
-    raise UserError(f"{f.name} = {reprlib.repr(value)} should be {wanted}. {f.metadata.get('help', '')}".rstrip())
-
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text in quotes",
-    list: "a list of texts",
-    dict: "a table",
-}
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if kind in (int, float):
-        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return isinstance(value, get_origin(kind) or kind)
-
-
-def choices(kind: Any) -> tuple[str, ...]:
-    """The values of a `Literal` type but for "", which stands for none of them."""
-    return tuple(filter(None, get_args(kind))) if get_origin(kind) is Literal else ()
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # TOML's basic strings have JSON's escapes
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-    return repr(value)
 
 
 HEADER = """\

@@ -103,7 +103,7 @@ def cfrl_command(model, tmp_path, monkeypatch, capsys):
 
 
 def finetune(run, *words: str) -> tuple[int, str, str]:
-    quick = "--model tiny.safetensors --steps 4 --batch-size 8 --sample-batch 8 --min-distance 0 --space-group 221,225"
+    quick = "--model tiny.safetensors --steps 4 -n 8 --draw-size 8 --min-distance 0 --space-group 221,225"
     quick += " --evaluate 0 --no-plots --max-atoms 8 --device cpu --elements Na,Cl,Mg,O --max-step-kl 0"
     quick += " --scale-crystals 8"
     return run("finetune", *words, *quick.split())

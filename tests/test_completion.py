@@ -14,6 +14,7 @@ from typing import get_type_hints
 import pytest
 
 from cfrl import config
+from cfrl.settings import choices
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_only_what_the_commands_accept():
 
     def offered(section: str, name: str) -> set[str]:
         cls = config.SECTIONS[section]
-        closed = config.choices(get_type_hints(cls)[name])
+        closed = choices(get_type_hints(cls)[name])
         return set(closed or cls.__dataclass_fields__[name].metadata["choices"])
 
     assert offered("pretrain", "preset") == set(PRESETS)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from cfrl import config
-from cfrl.config import DataConfig, PretrainConfig, SampleConfig, build, read_run_config, resolve, to_toml
+from cfrl.config import SECTIONS, DataConfig, FinetuneConfig, PretrainConfig, SampleConfig, read_run_config, resolve
 from cfrl.errors import UserError
+from cfrl.settings import build, to_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,3 +135,22 @@ def test_flags_are_the_fields(folder):
     for field in fields(DataConfig):
         shown = f"--{field.name.replace('_', '-')}" in help_text
         assert shown == (field.name != "sources"), field.name
+
+
+def test_settings_of_older_versions(tmp_path):
+    """Their names, and 0 or nothing where today a value is not set."""
+    old = '[finetune]\nbatch_size = 96\nsample_batch = 12\nminibatch = 24\nmax_atoms = 0\ncaution = -1.0\nhull = ""\n'
+    (tmp_path / "config.toml").write_text(old)
+    settings = read_run_config(FinetuneConfig, tmp_path / "config.toml")
+    assert (settings.n, settings.draw_size, settings.batch_size) == (96, 12, 24)
+    assert (settings.max_atoms, settings.caution, settings.hull) == (None, None, None)
+    (tmp_path / "config.toml").write_text("[sample]\nbatch_size = 9\n")
+    assert read_run_config(SampleConfig, tmp_path / "config.toml").draw_size == 9
+
+
+@pytest.mark.parametrize("config", [cls() for cls in SECTIONS.values()], ids=list(SECTIONS))
+def test_what_is_not_set_is_written_and_read(config, tmp_path):
+    name = next(name for name, cls in SECTIONS.items() if isinstance(config, cls))
+    (tmp_path / "config.toml").write_text(to_toml({name: config}))
+    assert read_run_config(type(config), tmp_path / "config.toml") == config
+    assert type(config)(**config.plain()) == config

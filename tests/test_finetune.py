@@ -39,7 +39,7 @@ from tests.tiny import SIZES, trained_model, unchecked
 
 ROOT = Path(__file__).parents[1]
 
-QUICK = dict(steps=3, batch_size=24, minibatch=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
+QUICK = dict(steps=3, n=24, batch_size=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16, scale_crystals=24)
 
 
@@ -80,7 +80,7 @@ def test_oxygen_reward_reaches_what_theory_says(tiny_model, tmp_path, algorithm,
     assert expected - p0 > 0.25
 
     run = tune(tiny_model, tmp_path, algorithm=algorithm, kl=kl, beta=beta, standardize=False, diversity=0, penalty="0",
-               steps=40, batch_size=192, minibatch=96, epochs=2, lr=2e-3, clip_advantage=0, **wanted)  # fmt: skip
+               steps=40, n=192, batch_size=96, epochs=2, lr=2e-3, clip_advantage=0, **wanted)  # fmt: skip
     metrics = run.metrics()
     tuned = np.mean(metrics["reward/mean"][-10:])
     kl_found = np.mean(metrics["kl"][-10:])
@@ -95,7 +95,7 @@ def test_oxygen_reward_reaches_what_theory_says(tiny_model, tmp_path, algorithm,
 def test_ratio_starts_at_one_although_the_model_has_dropout(tiny_model, tmp_path):
     assert load_model(tiny_model).config.dropout == 0.5
     options = dict(temperature=0.8, top_p=0.95, elements="O,Mg,Ti,Si,S")
-    run = tune(tiny_model, tmp_path, steps=1, epochs=1, minibatch=24, micro_batch=10, **options)
+    run = tune(tiny_model, tmp_path, steps=1, epochs=1, batch_size=24, micro_batch=10, **options)
     metrics = {name: values[0] for name, values in run.metrics().items()}
     assert metrics["ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["step_kl"] == pytest.approx(0, abs=1e-6)
@@ -107,8 +107,8 @@ def test_ratio_starts_at_one_although_the_model_has_dropout(tiny_model, tmp_path
 
 
 def test_a_step_ends_where_the_policy_has_gone_far_enough(tiny_model, tmp_path):
-    """The first minibatch is always learned from: there the policy is still its start."""
-    settings = dict(steps=1, epochs=4, minibatch=8, warmup=0, lr=0.02, elements="O,Mg,Ti,Si")
+    """The first batch is always learned from: there the policy is still its start."""
+    settings = dict(steps=1, epochs=4, batch_size=8, warmup=0, lr=0.02, elements="O,Mg,Ti,Si")
     free = tune(tiny_model, tmp_path, max_step_kl=0, **settings).metrics()
     bound = tune(tiny_model, tmp_path, max_step_kl=0.02, **settings).metrics()
     assert free["epochs"] == [4]
@@ -122,7 +122,8 @@ def test_a_step_ends_where_the_policy_has_gone_far_enough(tiny_model, tmp_path):
 
 def test_a_nucleus_is_frozen_for_a_step(tiny_model, tmp_path):
     """Else what the new policy's own nucleus leaves out has a ratio of 0, and weights become NaN."""
-    settings = dict(top_p=0.6, steps=3, epochs=4, minibatch=8, lr=0.002, warmup=0, max_step_kl=0, elements="O,Mg,Ti,Si")
+    sampler = dict(top_p=0.6, elements="O,Mg,Ti,Si")
+    settings = sampler | dict(steps=3, epochs=4, batch_size=8, lr=0.002, warmup=0, max_step_kl=0)
     run = tune(tiny_model, tmp_path, replay=8, **settings)
     metrics = run.metrics()
     assert all(1e-6 < kl < 100 for kl in metrics["step_kl"]), metrics["step_kl"]
@@ -132,12 +133,12 @@ def test_a_nucleus_is_frozen_for_a_step(tiny_model, tmp_path):
     assert all(torch.isfinite(p).all() for p in load_model(run.path).parameters())
 
 
-@pytest.mark.parametrize("minibatch", [8, 24], ids=["three updates", "one update"])
-def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_path, minibatch):
+@pytest.mark.parametrize("batch_size", [8, 24], ids=["three updates", "one update"])
+def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_path, batch_size):
     good = tune(tiny_model, tmp_path, steps=2)
     before = (good.path / "model.safetensors").read_bytes()
     with pytest.raises(NotFinite, match=r"is (nan|-?inf) \(in step 3; .* holds 2 steps.*lower --lr than 1e\+30"):
-        tune(tiny_model, tmp_path, steps=5, resume=good.path, any_lr=1e30, minibatch=minibatch, epochs=1,
+        tune(tiny_model, tmp_path, steps=5, resume=good.path, any_lr=1e30, batch_size=batch_size, epochs=1,
              checkpoint_minutes=0)  # fmt: skip
     assert (good.path / "model.safetensors").read_bytes() == before
     assert good.load_checkpoint()["step"] == 2
@@ -187,7 +188,7 @@ def test_rollouts_hold_the_likelihood_of_what_was_drawn(tiny_model, tmp_path):
 def test_gradient_accumulation_changes_nothing(tiny_model, tmp_path):
     weights = []
     for micro_batch in (24, 5):
-        run = tune(tiny_model, tmp_path, steps=2, minibatch=24, micro_batch=micro_batch)
+        run = tune(tiny_model, tmp_path, steps=2, batch_size=24, micro_batch=micro_batch)
         weights.append(torch.cat([p.flatten() for p in load_model(run.path).parameters()]))
     start = torch.cat([p.flatten() for p in load_model(tiny_model).parameters()])
     moved = (weights[0] - start).abs().max()
@@ -200,7 +201,7 @@ def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tm
         return scored(crystals.space_group >= 195)
 
     before = load_model(tiny_model).space_group_log_prob.exp()
-    settings = dict(scorer=is_cubic, steps=12, batch_size=64, minibatch=64, learn_space_groups=True, beta=0.05,
+    settings = dict(scorer=is_cubic, steps=12, n=64, batch_size=64, learn_space_groups=True, beta=0.05,
                     space_group_lr=0.2, space_group_floor=0.2, diversity=0, lr=1e-5)  # fmt: skip
     run = tune(tiny_model, tmp_path, **settings)
     after = load_model(run.path).space_group_log_prob.exp()
@@ -330,7 +331,7 @@ def test_drawing_and_scoring_do_not_wait_for_each_other(tiny_model, monkeypatch)
     monkeypatch.undo()
     again = collect(model, groups, SamplerOptions(), first_is_oxygen, **settings)
     assert torch.equal(together.crystals.frac_coords, again.crystals.frac_coords)
-    assert FinetuneConfig().sample_batch <= FinetuneConfig().batch_size / 2  # so that there is something to overlap
+    assert FinetuneConfig().draw_size <= FinetuneConfig().n / 2  # so that there is something to overlap
 
 
 def test_crystals_without_a_score_earn_the_penalty_and_never_nan(tiny_model, tmp_path):
@@ -442,7 +443,7 @@ def test_the_unit_of_the_reward_is_that_of_the_starting_model_whatever_the_seed(
 # ---- ends and interruptions --------------------------------------------------------------------------------------
 
 EVERYTHING = dict(learn_space_groups=True, replay=6, target_kl=2.0, entropy_species=0.01, diversity=1, epochs=2)
-EVERYTHING |= dict(sample_batch=10)  # lots, scored while others are drawn
+EVERYTHING |= dict(draw_size=10)  # lots, scored while others are drawn
 
 
 def same_run(one: RunFolder, other: RunFolder) -> None:
@@ -559,7 +560,7 @@ def reward(crystals):
     return SimpleNamespace(total=values, terms={"oxygen": values}, status=[""] * len(values))
 
 model, root, resume = sys.argv[1:]
-config = FinetuneConfig(model=model, reward="toy", steps=12, batch_size=16, evaluate=0, device="cpu", lr=3e-3,
+config = FinetuneConfig(model=model, reward="toy", steps=12, n=16, evaluate=0, device="cpu", lr=3e-3,
                         min_distance=0.0, max_atoms=16, checkpoint_minutes=0.0, replay=4, plots=False)
 finetune(config, reward=reward, root=root, resume=resume or None)
 """
@@ -635,7 +636,7 @@ def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
         ({"algorithm": "pp0"}, "did you mean 'ppo'"),
         ({"kl": "nowhere"}, "reward, loss"),
         ({"rollouts": "x.h5"}, "only --algorithm dpo and rebel"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"n": 0}, "n"),
         ({"lr": 0.0}, "lr"),
         ({"lr_final": 2.0}, "lr_final"),
         ({"penalty": "low"}, "penalty"),
@@ -663,7 +664,7 @@ def test_learning_from_a_rollouts_file(tiny_model, tmp_path, algorithm):
     oxygen[:5] = math.nan
     path = tmp_path / "scored.h5"
     write_crystals(path, crystals, columns={"reward": oxygen})
-    settings = dict(algorithm=algorithm, rollouts=str(path), batch_size=48, minibatch=24)
+    settings = dict(algorithm=algorithm, rollouts=str(path), n=48, batch_size=24)
     run = tune(tiny_model, tmp_path, None, steps=15, **settings)
     metrics = run.metrics()
     assert metrics["loss"][-1] < metrics["loss"][0]
@@ -740,7 +741,7 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
 
     hull = build_hull(["prototypes"], tmp_path / "hull.h5")
     settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)
-    run = tune(tiny_model, tmp_path / "runs", None, steps=2, batch_size=32, evaluate=16, **settings)
+    run = tune(tiny_model, tmp_path / "runs", None, steps=2, n=32, evaluate=16, **settings)
     columns = read_columns(run.path / "rollouts.h5")
     good = columns["status"] == ""
     assert good.sum() > 5
@@ -753,7 +754,7 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
         load_potential("chgnet", "cpu").compute(crystals.to_structures()).energy,
     )
     np.testing.assert_allclose(again.e_above_hull, columns["ehull"][good], atol=1e-3)
-    resumed = tune(tiny_model, tmp_path, None, steps=3, batch_size=32, resume=run.path, **settings)
+    resumed = tune(tiny_model, tmp_path, None, steps=3, n=32, resume=run.path, **settings)
     assert resumed.metrics()["step"] == [1, 2, 3]
 
 
@@ -773,8 +774,8 @@ def disturbing(crystals):
     return reward(crystals)
 
 model, root, steps, resume = sys.argv[1:]
-config = FinetuneConfig(model=model, reward="dielectric_bandgap", steps=int(steps), batch_size=12, minibatch=6,
-                        sample_batch=4, scale_crystals=12, lr=3e-3, lr_final=1.0, max_atoms=12, evaluate=0, plots=False,
+config = FinetuneConfig(model=model, reward="dielectric_bandgap", steps=int(steps), n=12, batch_size=6,
+                        draw_size=4, scale_crystals=12, lr=3e-3, lr_final=1.0, max_atoms=12, evaluate=0, plots=False,
                         device="cpu")
 finetune(config, reward=disturbing, root=root, resume=resume or None, quiet=True)
 """

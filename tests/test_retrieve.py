@@ -18,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config, to_toml
+from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
@@ -28,6 +28,7 @@ from cfrl.model.sampler import draw, sample
 from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model, save_model
 from cfrl.screening.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
 from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank, retrieve
+from cfrl.settings import to_toml
 from tests.tiny import SIZES, tuned_run
 
 COPPER = 29  # its logit is no other distribution's: letters and coordinates use the first 28 outputs of the head

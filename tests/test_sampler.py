@@ -255,7 +255,7 @@ def test_sampled_crystals_have_the_space_group_that_was_asked_for():
 def test_same_seed_same_crystals_and_no_trace_in_the_global_state():
     model = tiny_model()
     before = torch.get_rng_state()
-    one, two, other = (sample(model, 30, seed=s, keep_invalid=True, batch_size=8) for s in (7, 7, 8))
+    one, two, other = (sample(model, 30, seed=s, keep_invalid=True, draw_size=8) for s in (7, 7, 8))
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(one.frac_coords, two.frac_coords)
     assert torch.equal(one.lattice, two.lattice)
@@ -278,11 +278,11 @@ def test_another_thread_may_draw_meanwhile():
         while not stop.is_set():
             torch.randn(10)
 
-    alone = sample(model, 60, seed=7, keep_invalid=True, batch_size=8)
+    alone = sample(model, 60, seed=7, keep_invalid=True, draw_size=8)
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        beside = sample(model, 60, seed=7, keep_invalid=True, batch_size=8)
+        beside = sample(model, 60, seed=7, keep_invalid=True, draw_size=8)
     finally:
         stop.set()
         thread.join()

@@ -1,9 +1,10 @@
 """Every setting is checked when settings are made: range, unit and source in one line, before anything is begun."""
 
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from math import inf, nan
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -13,12 +14,20 @@ from cfrl import config
 from cfrl.cli import main
 from cfrl.config import FinetuneConfig, Range, SampleConfig, resolve
 from cfrl.errors import UserError
+from cfrl.settings import choices, set_kind
 
-KINDS = {name: get_type_hints(cls, include_extras=True) for name, cls in config.SECTIONS.items()}
+HINTS = {name: get_type_hints(cls, include_extras=True) for name, cls in config.SECTIONS.items()}
+KINDS = {name: {field: set_kind(kind) for field, kind in hints.items()} for name, hints in HINTS.items()}
+UNSET = {  # settings that may be None, and how files write that
+    (name, f.name): f.metadata["unset"]
+    for name, cls in config.SECTIONS.items()
+    for f in fields(cls)
+    if NoneType in get_args(HINTS[name][f.name])
+}
 NUMBERS = [
     (s, name, *get_args(kind)) for s, kinds in KINDS.items() for name, kind in kinds.items() if "Range" in str(kind)
 ]
-CLOSED = [(s, name, kind) for s, kinds in KINDS.items() for name, kind in kinds.items() if config.choices(kind)]
+CLOSED = [(s, name, kind) for s, kinds in KINDS.items() for name, kind in kinds.items() if choices(kind)]
 
 
 def test_every_number_has_a_range():
@@ -30,6 +39,9 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize(("section", "name", "number", "limits"), NUMBERS)
 @pytest.mark.parametrize("value", [nan, inf, -inf, -1e300, 1e300, -(10**30), 10**400, "7", None, True, 1j, [1]])
 def test_no_number_out_of_its_range_gets_in(section, name, number, limits, value):
+    if value is None and (section, name) in UNSET:
+        assert getattr(config.SECTIONS[section](**{name: value}), name) is None
+        return
     with pytest.raises(UserError) as caught:
         config.SECTIONS[section](**{name: value})
     message = str(caught.value)
@@ -41,28 +53,38 @@ def test_no_number_out_of_its_range_gets_in(section, name, number, limits, value
 
 @pytest.mark.parametrize(("section", "name", "number", "limits"), NUMBERS)
 def test_ends_of_ranges(section, name, number, limits):
-    made = config.SECTIONS[section]
+    made, unset = config.SECTIONS[section], UNSET.get((section, name))
     for end, is_open, beyond in ((limits.least, limits.open_below, -1), (limits.most, limits.open_above, 1)):
         if is_open:
             with pytest.raises(UserError, match=f"^{name} = "):
                 made(**{name: number(end)})
         else:
             kept = getattr(made(**{name: end}), name)
-            assert kept == end
-            assert type(kept) is number
+            assert kept is None if end == unset else kept == end and type(kept) is number
+        if end + beyond == unset:
+            assert getattr(made(**{name: unset}), name) is None
+            continue
         with pytest.raises(UserError, match=f"^{name} = "):
             made(**{name: end + beyond})
-    assert getattr(made(), name) in limits
+    default = getattr(made(), name)
+    assert default in limits or (default is None and unset is not None)
+
+
+@pytest.mark.parametrize(("section", "name"), UNSET)
+def test_what_may_be_none(section, name):
+    made = config.SECTIONS[section]
+    assert [getattr(made(**{name: value}), name) for value in (None, UNSET[section, name])] == [None, None]
+    assert made(**{name: None}).plain()[name] == UNSET[section, name]
 
 
 @pytest.mark.parametrize(("section", "name", "kind"), CLOSED)
 def test_closed_choices(section, name, kind):
     for known in get_args(kind):
         assert getattr(config.SECTIONS[section](**{name: known}), name) == known
-    word = config.choices(kind)[0]
+    word = choices(kind)[0]
     with pytest.raises(UserError, match=rf"^{name} = '{word}x' is none of .*; did you mean '{word}'\?$"):
         config.SECTIONS[section](**{name: word + "x"})
-    for wrong in (3, None, [word], word.upper() + "!"):
+    for wrong in (3, [word], word.upper() + "!", *[None] * ((section, name) not in UNSET)):
         with pytest.raises(UserError, match=f"^{name} = .* is none of "):
             config.SECTIONS[section](**{name: wrong})
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cfrl.config import nearest
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 
 CDVAE = "https://raw.githubusercontent.com/txie-93/cdvae/main/data"
 DIFFCSP = "https://raw.githubusercontent.com/jiaor17/DiffCSP/main/data"

@@ -136,7 +136,7 @@ def sample(
     seed: int | None = None,
     keep_invalid: bool = False,
     min_distance: float = 0.5,
-    batch_size: int = 256,
+    draw_size: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> CrystalBatch:
     """Generates n crystals.
@@ -150,7 +150,7 @@ def sample(
         seed: same seed and device, same crystals; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
-        batch_size: crystals decoded at once.
+        draw_size: crystals drawn at once.
         progress: called with the number of crystals finished so far.
 
     Returns:
@@ -168,7 +168,7 @@ def sample(
     shares = prior.exp().to(model.device)
     groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
     batches = []
-    for part in groups.split(batch_size):
+    for part in groups.split(draw_size):
         batches.append(_draw_valid(model, part, options, keep_invalid, min_distance, generator))
         if progress is not None:
             progress(sum(len(batch) for batch in batches))
@@ -252,7 +252,7 @@ def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
 def sampler_options(config: SampleConfig | FinetuneConfig) -> SamplerOptions:
     """How a command's settings, or those of a run, say that crystals are drawn. Raises UserError for no element."""
     elements = parse_elements(config.elements.split(",")) if config.elements else None
-    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms or None)
+    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms)
 
 
 def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | None:
@@ -289,7 +289,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
     if output:
         check_output(output)
     model = load_model(config.model, choose_device(config.device))
-    limit = config.max_atoms or None
+    limit = config.max_atoms
     elements = parse_elements(config.elements.split(",")) if config.elements else None
     space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
@@ -305,7 +305,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
             seed=config.seed,
             keep_invalid=config.keep_invalid,
             min_distance=config.min_distance,
-            batch_size=config.batch_size,
+            draw_size=config.draw_size,
             progress=advance,
         )
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})

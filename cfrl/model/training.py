@@ -331,7 +331,7 @@ def initial_model(config: PretrainConfig, train: CrystalBatch) -> CrystalTransfo
         architecture = model.config
     else:
         model, architecture = None, PRESETS[config.preset]
-    if config.dropout >= 0:
+    if config.dropout is not None:
         architecture = replace(architecture, dropout=config.dropout)
     network = CrystalTransformer(architecture)
     if model is not None:

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cfrl.config import nearest
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 
 Value = np.ndarray | np.float64
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfrl.config import PredictorConfig, nearest
+from cfrl.config import PredictorConfig
 from cfrl.crystals import fingerprint
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.reports.figures import BLUE, ORANGE, Figure, Series
 from cfrl.reports.figures import save as save_figure
@@ -348,6 +348,8 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
 
     output = Path(output)
     check_writable(output, (".safetensors",))
+    if config.target is None:
+        raise UserError("target: must be given, the name of the column to learn: --target NAME")
     structures, values = read_targets(data, config.target, config.log)
     potential = load_potential(config.potential, choose_device(config.device))
     with progress_bar(f"features of {potential.name}", len(structures), console) as advance:
@@ -366,7 +368,7 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
     }
     options = PredictorOptions(
         log=config.log,
-        zero=None if config.zero < 0 else config.zero,
+        zero=config.zero,
         members=config.members,
         folds=config.folds,
         hidden=config.hidden,

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-from cfrl.config import nearest
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 
 NEEDS = ("energy", "forces", "stress", "features", "potential", "hull", "dataset")
 ENTRY_POINTS = "cfrl.rewards"

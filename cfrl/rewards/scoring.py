@@ -77,7 +77,7 @@ class RewardContext:
     dataset: known crystals for `novelty`: a name, a file or a `CrystalBatch`
     device: where models run
     caution: spreads to subtract from every predicted quantity; None: each reward's own
-    timeout: seconds that one call of a reward from outside this package may take; 0: for ever
+    timeout: seconds that one call of a reward from outside this package may take; None: for ever
     memo: where rewards keep what they work out once
     """
 
@@ -88,7 +88,7 @@ class RewardContext:
         dataset: CrystalBatch | str | None = None,
         device: torch.device | str | None = None,
         caution: float | None = None,
-        timeout: float = 0.0,
+        timeout: float | None = None,
     ) -> None:
         self._potential, self._hull, self._dataset = potential, hull, dataset
         self.device = None if device is None or str(device) == "auto" else device
@@ -102,10 +102,10 @@ class RewardContext:
         """From a dataclass with these settings, such as `FinetuneConfig`."""
         return cls(
             settings.potential,
-            settings.hull or None,
-            settings.dataset or None,
+            settings.hull,
+            settings.dataset,
             device,
-            None if settings.caution < 0 else settings.caution,
+            settings.caution,
             settings.reward_timeout,
         )
 
@@ -381,7 +381,7 @@ class _BoundTerm:
         spread = self._array(scored.spread, n) if self.info.spread else None
         return Scored(values, status, spread, {name: self._array(scored.parts[name], n) for name in self.info.parts})
 
-    def _call(self, arguments: tuple[Any, ...], timeout: float) -> Any:
+    def _call(self, arguments: tuple[Any, ...], timeout: float | None) -> Any:
         if getattr(self.info.function, "__module__", "").startswith("cfrl."):
             return self.info.function(*arguments, **self.parameters)
         if self._given_up is not None:

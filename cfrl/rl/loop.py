@@ -318,10 +318,10 @@ def rate_fraction(config: FinetuneConfig, step: int, seconds: float) -> float:
 
 
 def _minibatches(config: FinetuneConfig, n: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of each minibatch, shuffled anew for each pass."""
+    """Rows of each batch, shuffled anew for each pass."""
     for _ in range(config.epochs):
         order = torch.randperm(n, generator=generator)
-        yield from order.split(config.minibatch) if n else ()
+        yield from order.split(config.batch_size) if n else ()
 
 
 def _loss(tuning: Tuning, config: FinetuneConfig, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -407,7 +407,7 @@ def _online_source(config: FinetuneConfig, tuning: Tuning, scorer: Scorer) -> So
     """Fresh crystals of the policy."""
 
     def draw_and_score(generator: torch.Generator, seed: int) -> Rollout:
-        groups = tuning.prior.sample(config.batch_size, generator)
+        groups = tuning.prior.sample(config.n, generator)
         return _collect(tuning.model, groups, tuning, config, scorer, seed)
 
     return draw_and_score
@@ -416,12 +416,12 @@ def _online_source(config: FinetuneConfig, tuning: Tuning, scorer: Scorer) -> So
 def _collect(
     model: nn.Module, groups: Tensor, tuning: Tuning, config: FinetuneConfig, scorer: Scorer, seed: int
 ) -> Rollout:
-    chunk, distance = config.sample_batch, config.min_distance
+    chunk, distance = config.draw_size, config.min_distance
     return collect(model, groups, tuning.options, scorer, seed=seed, chunk=chunk, min_distance=distance)
 
 
 def _offline_source(config: FinetuneConfig) -> Source:
-    """Crystals of a rollouts file with their rewards, `batch_size` of them at random per step.
+    """Crystals of a rollouts file with their rewards, `n` of them at random per step.
 
     Raises:
         UserError: the file has no reward, or no two crystals of one space group differ in it.
@@ -435,7 +435,7 @@ def _offline_source(config: FinetuneConfig) -> Source:
     def pick(generator: torch.Generator, _seed: int) -> Rollout:
         # Neighbours by space group come together: a random choice of single crystals would hold few pairs.
         pairs = policy.preference_pairs(reward.nan_to_num(-1e9), crystals.space_group, generator)
-        few = torch.randperm(len(pairs), generator=generator)[: max(config.batch_size // 2, 1)]
+        few = torch.randperm(len(pairs), generator=generator)[: max(config.n // 2, 1)]
         rows = crystals[pairs[few].unique()].trim()
         return Rollout(rows, ["" if known else "no score" for known in ~torch.isnan(rows.properties["reward"])], [])
 

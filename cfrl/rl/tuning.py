@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Tuning:
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
-        self.settings = asdict(config)
+        self.settings = config.plain()
         device = choose_device(config.device)
         self.base = load_model(config.model, device).requires_grad_(False)
         self.model = load_model(config.model, device)
@@ -84,11 +84,12 @@ class Tuning:
             rate = config.space_group_lr
             groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
-        diversity = 0 if config.rollouts else config.diversity
+        diversity = None if config.rollouts else config.diversity
         kept = config.replay_size if config.replay else 0
         self.memory = Memory(config.penalty, diversity, config.diversity_window, kept)
         self.header = {"base_model": str(model_path(config.model).resolve()) if config.model else "default"}
-        self.header |= {name: getattr(config, name) for name in ("reward", "algorithm", "space_group", "elements")}
+        told = ("reward", "algorithm", "space_group", "elements")
+        self.header |= {name: getattr(config, name) or "" for name in told}
         self.beta, self.step, self.seconds = config.beta, 0, 0.0
         self.baseline = GroupBaseline(config.baseline_decay)
         self.scale: float | None = None

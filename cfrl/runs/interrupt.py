@@ -94,8 +94,8 @@ def deaf_children() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def call(function: Callable[[], T], limit: float = 0.0) -> T:
-    """`function()`, for code that may never end: after `limit` seconds (0: never) it is left alone.
+def call(function: Callable[[], T], limit: float | None = None) -> T:
+    """`function()`, for code that may never end: after `limit` seconds (None: never) it is left alone.
 
     It runs in a thread of its own, which no exit waits for, since nothing can end a thread of Python from outside.
 

@@ -42,8 +42,8 @@ def build_hull(
     potential: str = "chgnet",
     near_hull: float = 0.05,
     relax: bool = False,
-    fill: str = "",
-    workers: int = 0,
+    fill: str | None = None,
+    workers: int | None = None,
     device: str = "auto",
     console: Console | None = None,
 ) -> ReferenceHull:
@@ -56,7 +56,7 @@ def build_hull(
         near_hull: eV/atom; phases farther above the hull are left out, and not relaxed.
         relax: relax the crystals near the hull, symmetry kept.
         fill: another reference, for compositions that the datasets lack; its energies should be on a close scale.
-        workers: processes; 0: one for each core.
+        workers: processes; None: one for each core.
 
     Raises:
         UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, or nowhere to write.
@@ -87,7 +87,7 @@ def build_hull(
     hull = _hull(structures, energy, scale)
     if filling is not None:
         hull = hull.filled(filling, CONTRADICTION).near_hull(near_hull)
-    source = " ".join(Path(name).name for name in [*datasets, fill])
+    source = " ".join(Path(name).name for name in [*datasets, *filter(None, [fill])])
     hull.save(output, {"potential": potential, "source": source, "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cfrl.config import FinetuneConfig, RetrieveConfig, nearest, read_run_config
+from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import find_duplicates, find_known, fingerprints
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 from cfrl.files import atomic_file, provenance
 from cfrl.io.datasets import PROTOTYPES, dataset_path, load_dataset
 from cfrl.io.storage import describe, iter_crystals, read_crystals, write_crystals
@@ -260,8 +260,8 @@ def retrieve(
         confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
-    dataset = _Dataset(config.dataset, config.split or None)
-    label_name, sign = _label(config.property, tuning.reward, dataset.properties)
+    dataset = _Dataset(config.dataset, config.split)
+    label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
     options, groups = sampler_options(tuning), _space_groups(tuning)
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 

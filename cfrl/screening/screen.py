@@ -131,7 +131,7 @@ def screen(
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     table.check_names(rank, condition)
-    allowed = check_flags(config.allow)
+    allowed = check_flags(config.allow or "")
     hull = load_hull(config) if config.stability else None
     if hull is not None:
         check_scale(config.potential, hull)
@@ -277,7 +277,7 @@ def _judgement(
     config: ScreenConfig, hull: ReferenceHull | None, sets: Iterable[str], lists: Iterable[str]
 ) -> Judgement:
     """`sets` and `lists`: known crystals and formulas."""
-    reference = Path(config.hull).name or "the embedded reference"
+    reference = Path(config.hull).name if config.hull else "the embedded reference"
     known, listed = ([Path(name).name for name in names] for names in (sets, lists))
     return Judgement(
         reference=f"{reference} ({len(hull):,} phases)" if hull else "",
@@ -381,7 +381,7 @@ def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
     return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)
 
 
-def _predictors(names: str) -> dict[str, str]:
+def _predictors(names: str | None) -> dict[str, str]:
     """Name -> what it predicts, for each predictor of `--properties`.
 
     Raises:
@@ -439,7 +439,7 @@ def _write_crystals(
     )
     rows = [row for place, row in enumerate(rows) if place not in dropped]
     columns = {name: values[rows] for name, values in table.columns.items() if name != "id"}
-    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter})
+    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter or ""})
 
 
 def write_vasp(structure: Structure, folder: Path, kind: str) -> None:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl.config import nearest
 from cfrl.crystals.crystal import reduced_formula
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 from cfrl.files import atomic_file
 from cfrl.rewards.expression import Expression, Term
 from cfrl.stability.flags import FLAGS, hull_flags, relaxation_flags

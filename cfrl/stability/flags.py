@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from cfrl.config import nearest
 from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.crystals.oxidation import charge_balance
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 
 TOO_DEEP = -0.1  # eV/atom; twice the error of a potential; a phase so far below a full hull would be a sensation
 FEW_REFERENCES = 12  # phases in the chemical system, elements included

@@ -14,11 +14,12 @@ import torch
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 
-from cfrl.config import FinetuneConfig, to_toml
+from cfrl.config import FinetuneConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import write_crystals
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.rl.loop import finetune
+from cfrl.settings import to_toml
 from cfrl.stability.hull import ReferenceHull
 from tests.test_model import TINY
 from tests.test_published import published_layout
@@ -90,8 +91,8 @@ def tuning(model: Path) -> FinetuneConfig:
         reward="density",
         model=str(model),
         steps=1,
+        n=4,
         batch_size=4,
-        minibatch=4,
         scale_crystals=4,
         min_distance=0.0,
         evaluate=0,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from cfrl import config
+from cfrl.settings import to_toml
 from tests.fuzz.cases import NUMBERS, WORDS, Case, garbled
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.structures import stored_problem
@@ -28,7 +29,7 @@ QUICK = {
     "screen": ["screen", "missing.cif", "-o", "table"],
     "predictor": ["rewards", "train", "missing.csv", "-o", "out.safetensors"],
 }
-TEMPLATE = config.to_toml({name: cls() for name, cls in config.SECTIONS.items()}, comments=True)
+TEMPLATE = to_toml({name: cls() for name, cls in config.SECTIONS.items()}, comments=True)
 LITERALS = (
     *(
         "nan",
@@ -188,7 +189,7 @@ _WORK = [
     (
         "sample",
         ["sample", "--model", "MODEL", "-n", "2", "--keep-invalid", "-o", "out.h5", "--device", "cpu"],
-        ["max_atoms", "temperature", "top_p", "min_distance", "seed", "batch_size"],
+        ["max_atoms", "temperature", "top_p", "min_distance", "seed", "draw_size"],
         lambda: stored_problem(Path("out.h5"), drawn=True),
     ),
     (
@@ -237,7 +238,7 @@ _WORK = [
             "replay",
             "replay_size",
             "seed",
-            *("replay_clip", "temperature", "top_p", "minibatch", "micro_batch", "sample_batch", "diversity_window"),
+            *("replay_clip", "temperature", "top_p", "batch_size", "micro_batch", "draw_size", "diversity_window"),
         ],
         _finite_models,
     ),

@@ -76,7 +76,7 @@ def prepare(folder: Path) -> None:
     write_crystals(folder / "old.h5", crystals[:3])
     model = str(base_model(folder / "base.safetensors"))
     settings = {"space_group": GROUPS, "min_distance": 0.0, "evaluate": 0, "plots": False, "device": "cpu"}
-    config = FinetuneConfig(reward="density", model=model, steps=2, batch_size=16, lr=1e-2, **settings)
+    config = FinetuneConfig(reward="density", model=model, steps=2, n=16, lr=1e-2, **settings)
     finetune(config, root=folder / "runs", quiet=True).path.rename(folder / "tuned")
 
 
@@ -94,7 +94,7 @@ def _pretrain(inputs: Path) -> list[str]:
 
 
 def _finetune(*more: str) -> Callable[[Path], list[str]]:
-    settings = "--reward density --steps 4 -n 12 --minibatch 6 --replay 4 --evaluate 8 --min-distance 0 --lr 0.01"
+    settings = "--reward density --steps 4 -n 12 --batch-size 6 --replay 4 --evaluate 8 --min-distance 0 --lr 0.01"
     settings += f" --scale-crystals 64 --space-group {GROUPS} --checkpoint-minutes 0 --device cpu"
     return lambda inputs: ["finetune", "--model", str(inputs / "base.safetensors"), *settings.split(), *more]
 

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CrystalBatch": "cfrl.crystals.crystal",
     "CrystalTransformer": "cfrl.model.transformer",
-    "load_model": "cfrl.model.transformer",
-    "save_model": "cfrl.model.transformer",
+    "load_model": "cfrl.model.files",
+    "save_model": "cfrl.model.files",
     "sample": "cfrl.model.sampler",
     "SamplerOptions": "cfrl.model.distributions",
     "read_crystals": "cfrl.io.storage",

@@ -215,7 +215,7 @@ def sample(
 
     Example: cfrl sample -n 1000 --space-group 225 --elements Ba,Ti,O -o crystals.csv
     """
-    from cfrl.model.sampler import run_sample
+    from cfrl.commands.sample import run_sample
 
     run_sample(config, output, _console())
 
@@ -262,7 +262,7 @@ def screen(
 
     Example: cfrl screen crystals.h5 --known mp_20.h5 --filter "ehull < 0.05"
     """
-    from cfrl.screening.screen import screen as run
+    from cfrl.commands.screen import screen as run
 
     run(source, config, output, Path(resume) if resume else None, _console())
 
@@ -276,7 +276,7 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 
     Example: cfrl retrieve --dataset mp_20.h5 --property band_gap
     """
-    from cfrl.screening.retrieval import retrieve as run
+    from cfrl.commands.retrieve import retrieve as run
 
     run(config, _console(), trust=trust)
 
@@ -318,7 +318,7 @@ def data_hull(
 
     Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
     """
-    from cfrl.screening.hull_builder import build_hull
+    from cfrl.commands.data_hull import build_hull
 
     build_hull(datasets, output, **vars(config), console=_console())
 
@@ -339,7 +339,7 @@ def model_import(
 
     Example: cfrl model import epoch_005500.pkl -o alex-20.safetensors
     """
-    from cfrl.model.published import run_import
+    from cfrl.commands.model import run_import
 
     run_import(checkpoint, output, dataset, num_heads or None, coord_components or None, _console())
 
@@ -356,7 +356,7 @@ def model_pack(
 
     Example: cfrl model pack runs/20260131-142507-pretrain-mp_20 -o mp_20.safetensors --dataset "MP-20, 2026"
     """
-    from cfrl.model.transformer import pack_model
+    from cfrl.commands.model import pack_model
 
     pack_model(model, output, dataset)
 
@@ -369,7 +369,7 @@ def model_info(
 
     Example: cfrl model info alex-20.safetensors
     """
-    from cfrl.model.transformer import describe_model
+    from cfrl.commands.model import describe_model
 
     _console().print(describe_model(model))
 
@@ -385,7 +385,7 @@ def data_import(
 
     Example: cfrl data import mp_20.csv.gz more_cifs/ -o mine.h5 --validation 0.05
     """
-    from cfrl.io.datasets import run_import
+    from cfrl.commands.data import run_import
 
     run_import(inputs, output, config, console=_console())
 
@@ -400,7 +400,7 @@ def data_fetch(
 
     It is kept in the cache folder (`cfrl doctor` shows which). Example: cfrl data fetch mp-20
     """
-    from cfrl.io.datasets import run_fetch
+    from cfrl.commands.data import run_fetch
 
     path = run_fetch(name, config, _console())
     print(f"'{name}' is ready ({path})")
@@ -412,7 +412,7 @@ def data_info(dataset: Annotated[str, typer.Argument(help="An .h5 file, a fetche
 
     Example: cfrl data info prototypes
     """
-    from cfrl.io.datasets import run_info
+    from cfrl.commands.data import run_info
 
     run_info(dataset, _console())
 
@@ -428,7 +428,7 @@ def rewards(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
         from rich.console import Console
 
-        from cfrl.rewards.listing import show_rewards
+        from cfrl.commands.rewards import show_rewards
 
         show_rewards(Console())
 
@@ -446,7 +446,7 @@ def rewards_train(
     """
     from rich.console import Console
 
-    from cfrl.rewards.predictor_training import run_train
+    from cfrl.commands.rewards_train import run_train
 
     run_train(data, output, config, Console())
 

@@ -17,14 +17,32 @@ from typing import Annotated, Any, Literal, TypeVar
 import tomli
 
 from cfrl.errors import UserError, nearest
-from cfrl.settings import Range, Settings, build, option, to_toml
+from cfrl.io.options import ImportOptions
+from cfrl.model.options import TrainingOptions
+from cfrl.rl.options import TuningOptions
+from cfrl.settings import (
+    Count,
+    CountOrZero,
+    Distance,
+    Minutes,
+    PositiveFraction,
+    Range,
+    Seconds,
+    Seed,
+    Settings,
+    Temperature,
+    Tolerance,
+    Workers,
+    build,
+    option,
+    to_toml,
+)
 from cfrl.untrusted import one_line, read_text
 
 T = TypeVar("T")
 USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
-PRESETS = ("default", "small", "alex-20")
 DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
 REWARDS = (
     "ehull",
@@ -47,62 +65,23 @@ POTENTIALS = ("chgnet", "mace")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-# Wide enough for any sensible use, narrow enough for memory, torch and patience.
-Count = Annotated[int, Range(1, 10**7)]
-CountOrZero = Annotated[int, Range(0, 10**7)]
-Workers = Annotated[int, Range(1, 4096)]
-Seed = Annotated[int, Range(0, 2**62)]
-Fraction = Annotated[float, Range(0, 1)]
-PositiveFraction = Annotated[float, Range(0, 1, open_below=True)]
-FractionBelowOne = Annotated[float, Range(0, 1, open_above=True)]
-Weight = Annotated[float, Range(0, 10**6)]
-PositiveWeight = Annotated[float, Range(0, 10**6, open_below=True)]
-SignedWeight = Annotated[float, Range(-(10**6), 10**6)]
-Minutes = Annotated[float, Range(0, 10**6)]
-Seconds = Annotated[float, Range(0, 10**6)]
-Temperature = Annotated[float, Range(0.01, 100)]
-Gigabytes = Annotated[float, Range(0, 10**5, open_below=True)]
-Ratio = Annotated[float, Range(1, 10**6)]
-Distance = Annotated[float, Range(0, 10)]
-Tolerance = Annotated[float, Range(0, 1, open_below=True)]
-
-
 @dataclass(frozen=True)
-class PretrainConfig(Settings):
-    """Train the transformer on a dataset of crystals."""
+class PretrainInputs(Settings):
+    """What training starts from."""
 
     dataset: str = option(
         "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
     )
-    preset: Literal[*PRESETS] = option("default", "Architecture: default, small, alex-20 (the published one).")
     init: str | None = option(
         None, "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.", unset=""
     )
-    epochs: Count = option(100, "Passes over the training split.")
-    batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
-    lr: PositiveFraction = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")
-    lr_final: Fraction = option(0.02, "Learning rate at the end, as a fraction of the peak (cosine decay).")
-    warmup: CountOrZero = option(300, "Steps of linear learning-rate warm-up.")
-    weight_decay: Weight = option(0.05, "AdamW weight decay, on matrices only.")
-    clip: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
-    dropout: FractionBelowOne | None = option(
-        None, "Probability of dropout, 0 to 1; negative: the preset's own.", unset=-1.0
-    )
-    ema: FractionBelowOne | None = option(
-        0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.", unset=0.0
-    )
-    augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
-    keep: Literal["best", "last"] = option("best", "Weights that become the model: best (by validation loss) or last.")
-    patience: Count | None = option(
-        None, "Stop after so many epochs without a better validation loss; 0: never.", unset=0
-    )
-    validate_every: Count = option(1, "Epochs between validations.")
-    checkpoint_minutes: Minutes = option(2.0, "Minutes between checkpoints (one is also written at the end).")
-    precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "auto (bfloat16 on CUDA, float32 on CPU), float32, bfloat16."
-    )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingOptions, PretrainInputs):
+    """Train the transformer on a dataset of crystals."""
+
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
-    seed: Seed = option(0, "Seed of weights, data order and dropout.")
 
 
 @dataclass(frozen=True)
@@ -136,101 +115,25 @@ class SampleConfig(Settings):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Settings):
-    """Tune a model towards a reward."""
+class FinetuneInputs(Settings):
+    """What tuning starts from, and what it is for."""
 
     reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
-    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "rebel"] = option(
-        "ppo",
-        "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
-        "(differences of reward between pairs).",
-    )
     model: str | None = option(
         None,
         "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.",
         choices=("last",),
         unset="",
     )
-    steps: Count = option(60, "Rounds of sampling, scoring and updating.")
-    time_limit: Minutes | None = option(
+    rollouts: str | None = option(
+        None, "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample.", unset=""
+    )
+    dataset: str | None = option(
         None,
-        "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit.",
-        unset=0.0,
-    )
-    n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
-    draw_size: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
-    epochs: Count = option(2, "Passes over each step's crystals.")
-    batch_size: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
-    micro_batch: Count = option(32, "Crystals per backward pass; gradients of a batch are accumulated.")
-    lr: PositiveFraction = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
-    lr_final: Fraction = option(
-        0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
-    )
-    warmup: CountOrZero = option(5, "Steps of linear learning-rate warm-up.")
-    clip_gradient: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
-    clip_ratio: PositiveWeight = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
-    clip_advantage: PositiveWeight | None = option(
-        5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit.", unset=0.0
-    )
-    baseline_decay: Fraction = option(
-        0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
-    )
-    standardize: bool = option(
-        True, "Count rewards in standard deviations of the starting model's, so that beta suits any reward."
-    )
-    scale_crystals: Count = option(
-        1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
-    )
-    beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
-    kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
-    target_kl: PositiveWeight | None = option(
-        None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0
-    )
-    max_kl: PositiveWeight | None = option(
-        100.0, "Stop the run when the KL passes this many nats; 0: never.", unset=0.0
-    )
-    max_step_kl: PositiveWeight | None = option(
-        0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never.", unset=0.0
-    )
-    entropy_wyckoff: SignedWeight = option(
-        0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat."
-    )
-    entropy_species: SignedWeight = option(0.0, "Bonus for the entropy of elements, in units of the reward per nat.")
-    entropy_coords: SignedWeight = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
-    entropy_lattice: SignedWeight = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
-    penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
-    diversity: Count | None = option(
-        1,
-        "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
-        "diversity_window crystals earns less; 0: never.",
-        unset=0,
-    )
-    diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
-    replay: CountOrZero = option(
-        0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
-    )
-    replay_size: Count = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
-    replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
-    space_group: str | None = option(
-        None,
-        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
-        choices=("uniform",),
+        "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
+        choices=DATASETS,
         unset="",
     )
-    learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
-    space_group_lr: PositiveFraction = option(0.03, "Learning rate of the space groups' logits.")
-    space_group_floor: FractionBelowOne = option(
-        0.1, "Each space group keeps this part of its share; needs learn_space_groups."
-    )
-    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
-    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
-    temperature: Temperature = option(
-        1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained."
-    )
-    top_p: PositiveFraction = option(
-        1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all."
-    )
-    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
     potential: str = option(
         "chgnet",
         "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
@@ -243,50 +146,27 @@ class FinetuneConfig(Settings):
         "negative: the reward's own number.",
         unset=-1.0,
     )
-    rollouts: str | None = option(
-        None, "dpo, rebel: learn from this rollouts.h5 and its rewards, not from samples; empty: sample.", unset=""
+    reward_timeout: Seconds | None = option(
+        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
     )
-    dataset: str | None = option(
-        None,
-        "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
-        choices=DATASETS,
-        unset="",
-    )
-    validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TuningOptions, FinetuneInputs):
+    """Tune a model towards a reward."""
+
     evaluate: CountOrZero = option(
         256, "Fresh crystals of the model before and after that are compared at the end; 0: none."
     )
     plots: bool = option(True, "Draw progress.png (and pareto.png) and write report.html at the end.")
     checkpoint_minutes: Minutes = option(1.0, "Minutes between checkpoints (one is also written at the end).")
-    reward_timeout: Seconds | None = option(
-        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
-    )
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
-    seed: Seed = option(0, "Seed of sampling and of the order of updates.")
 
 
 @dataclass(frozen=True)
-class DataConfig(Settings):
+class DataConfig(ImportOptions):
     """Import, fetch and look into datasets."""
 
-    symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
-    max_sites: Count = option(20, "Drop crystals with more symmetry-inequivalent sites (20 is what a model can hold).")
-    max_atoms: Count | None = option(
-        None, "Drop crystals with more atoms in the conventional cell; 0: no limit.", unset=0
-    )
-    validation: FractionBelowOne = option(
-        0.1, "Fraction (0 to 1) of the crystals for validation, where the source has no splits."
-    )
-    test: FractionBelowOne = option(0.0, "Fraction (0 to 1) of the crystals for test, where the source has no splits.")
-    split_by: Literal["row", "formula"] = option(
-        "row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits."
-    )
-    seed: Seed = option(0, "Seed of the splits.")
-    workers: Workers | None = option(None, "Processes for parsing and symmetry; 0: one per core.", unset=0)
-    max_file_gb: Gigabytes = option(4.0, "GB; refuse files that are larger, unfolded where they are compressed.")
-    max_ratio: Ratio = option(
-        200.0, "Refuse compressed files that unfold into more than 64 MB and so many times their size."
-    )
     sources: dict[str, Any] = option(
         {}, 'More datasets to fetch, e.g. mine = { url = "https://...", sha256 = "..." }; a list for several files.'
     )

@@ -41,6 +41,26 @@ class Range:
         return f"{low} {self.least:,} and {high} {self.most:,}"
 
 
+# Wide enough for any sensible use, narrow enough for memory, torch and patience.
+Count = Annotated[int, Range(1, 10**7)]
+CountOrZero = Annotated[int, Range(0, 10**7)]
+Workers = Annotated[int, Range(1, 4096)]
+Seed = Annotated[int, Range(0, 2**62)]
+Fraction = Annotated[float, Range(0, 1)]
+PositiveFraction = Annotated[float, Range(0, 1, open_below=True)]
+FractionBelowOne = Annotated[float, Range(0, 1, open_above=True)]
+Weight = Annotated[float, Range(0, 10**6)]
+PositiveWeight = Annotated[float, Range(0, 10**6, open_below=True)]
+SignedWeight = Annotated[float, Range(-(10**6), 10**6)]
+Minutes = Annotated[float, Range(0, 10**6)]
+Seconds = Annotated[float, Range(0, 10**6)]
+Temperature = Annotated[float, Range(0.01, 100)]
+Gigabytes = Annotated[float, Range(0, 10**5, open_below=True)]
+Ratio = Annotated[float, Range(1, 10**6)]
+Distance = Annotated[float, Range(0, 10)]
+Tolerance = Annotated[float, Range(0, 1, open_below=True)]
+
+
 def option(
     default: Any, help: str, *, unset: Any = None, flags: tuple[str, ...] = (), choices: tuple[str, ...] = ()
 ) -> Any:

@@ -13,7 +13,8 @@ import torch
 
 from cfrl.config import DataConfig
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.io.datasets import assign_splits, load_dataset, read_files
+from cfrl.io.datasets import load_dataset
+from cfrl.io.importing import assign_splits, read_files
 from cfrl.io.storage import SPLITS, write_crystals
 from cfrl.potentials import load_potential
 from cfrl.stability.hull import ReferenceHull

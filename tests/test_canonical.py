@@ -8,12 +8,13 @@ import torch
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Structure
 
+from cfrl.commands.data import run_import
 from cfrl.config import DataConfig
 from cfrl.crystals import symmetry
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.io.datasets import run_import
 from cfrl.io.storage import read_crystals, write_crystals
-from cfrl.model.transformer import CrystalTransformer, load_model
+from cfrl.model.files import load_model
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.screening.retrieval import rank
 
 CELL = torch.tensor([[36.4, 41.2, 46.8, 83.0, 101.0, 97.0]], dtype=torch.float64)

@@ -68,8 +68,8 @@ def test_only_what_the_commands_accept():
     from cfrl.rewards import all_rewards
     from cfrl.rewards.predictors import BUILT_IN
     from cfrl.rl.policy import ALGORITHMS
+    from cfrl.screening.results import DFT_SETS
     from cfrl.screening.retrieval import RANKINGS
-    from cfrl.screening.screen import DFT_SETS
     from cfrl.stability.flags import FLAGS
 
     def offered(section: str, name: str) -> set[str]:

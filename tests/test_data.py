@@ -25,13 +25,19 @@ import pytest
 import torch
 from rich.console import Console
 
+from cfrl.commands import data as commands
 from cfrl.config import DataConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.io import catalogue, fetch, importing, readers, storage
 from cfrl.io import datasets as data
-from cfrl.io import fetch, readers, storage
+from cfrl.io.splits import assign_splits
 
 ONE = DataConfig(workers=1)
+
+
+def assigned(crystals, options):
+    return assign_splits(crystals, options.validation, options.test, options.split_by, options.seed)
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +157,7 @@ def test_cif_with_symmetry_operations(structures, cifs):
         text = str(CifWriter(structure, symprec=0.01))
         assert readers.plain_cif(text) is None
         rows.append(readers.parse("cif", text))
-    units = [data.analyse(*row) for row in rows]
+    units = [importing.analyse(*row) for row in rows]
     same_crystals(CrystalBatch.from_units(units), CrystalBatch.from_structures(structures[:8]), 1e-3)
 
 
@@ -218,7 +224,7 @@ NAMES = "a.csv b.csv.gz python.csv json.csv folder c.zip many.cif poscars list.j
 @pytest.mark.parametrize("name", [*NAMES.split(), "d.extxyz", "e.h5"])
 def test_every_format_gives_the_same_crystals(formats, structures, name):
     expected = CrystalBatch.from_structures([structures[i] for i in range(0, 60, 5)])
-    imported = data.read_files([str(formats / name)], ONE)
+    imported = importing.read_files([str(formats / name)], ONE)
     assert imported.dropped == []
     same_crystals(imported.crystals, expected)
     assert len(set(imported.crystals.ids)) == 12
@@ -230,7 +236,7 @@ def test_every_format_gives_the_same_crystals(formats, structures, name):
 
 def test_ids_and_columns_of_formats(formats):
     def read(name):
-        imported = data.read_files([str(formats / name)], ONE)
+        imported = importing.read_files([str(formats / name)], ONE)
         return imported.crystals.ids, imported.columns
 
     ids = [f"m-{i}" for i in range(0, 60, 5)]
@@ -253,7 +259,7 @@ def test_kinds_of_columns():
         {"gap": "", "source": "", "mixed": "x", "empty": "", "split": "1"},
         {"gap": "None", "source": "2", "mixed": "", "empty": "", "split": "0", "json": 4.0},
     ]
-    columns = data._columns(rows)
+    columns = importing._columns(rows)
     np.testing.assert_equal(columns["gap"], [1.5, np.nan, np.nan])
     assert columns["source"] == ["mp", "", "2"]
     assert columns["mixed"] == ["1", "x", ""]
@@ -299,7 +305,7 @@ def bad_rows(cifs: list[str]) -> list[dict]:
 
 def test_bad_rows_never_stop_the_others(tmp_path, cifs):
     path = write_csv(tmp_path / "bad.csv", bad_rows(cifs))
-    imported = data.run_import([str(path)], tmp_path / "out.h5", ONE)
+    imported = commands.run_import([str(path)], tmp_path / "out.h5", ONE)
     reasons = {row.id: row.reason.partition(":")[0] for row in imported.dropped}
     assert reasons == {
         "empty": "unparsable",
@@ -322,14 +328,14 @@ def test_bad_rows_never_stop_the_others(tmp_path, cifs):
     assert [(row["row"], row["id"]) for row in table[:2]] == [("2", "empty"), ("3", "prose")]
     assert {row["file"] for row in table} == {str(path)}
     assert all("\n" not in row["reason"] for row in table)
-    data.run_import([str(write_csv(tmp_path / "good.csv", bad_rows(cifs)[:1]))], tmp_path / "out.h5", ONE)
+    commands.run_import([str(write_csv(tmp_path / "good.csv", bad_rows(cifs)[:1]))], tmp_path / "out.h5", ONE)
     assert not (tmp_path / "out.dropped.csv").exists()  # a table of an earlier import would mislead
 
 
 def test_limits(tmp_path, formats):
-    plain = data.read_files([str(formats / "a.csv")], ONE).crystals
+    plain = importing.read_files([str(formats / "a.csv")], ONE).crystals
     for source in ("a.csv", "e.h5"):
-        imported = data.read_files([str(formats / source)], replace(ONE, max_atoms=12, max_sites=2))
+        imported = importing.read_files([str(formats / source)], replace(ONE, max_atoms=12, max_sites=2))
         fits = (plain.num_atoms <= 12) & (plain.num_sites <= 2)
         assert 0 < len(imported.crystals) < 12
         same_crystals(imported.crystals, plain[fits])
@@ -341,8 +347,8 @@ def test_many_processes_give_what_one_gives(tmp_path, cifs):
     rows = [{"cif": text, "n": i} for i, text in enumerate(cifs * 6)] + bad_rows(cifs)
     rows = [{"cif": row["cif"], "n": i} for i, row in enumerate(rows)]
     path = write_csv(tmp_path / "a.csv", rows)
-    one = data.read_files([str(path)], ONE)
-    two = data.read_files([str(path)], replace(ONE, workers=2))
+    one = importing.read_files([str(path)], ONE)
+    two = importing.read_files([str(path)], replace(ONE, workers=2))
     assert one.dropped == two.dropped
     assert one.columns["n"].tolist() == two.columns["n"].tolist()
     for name in ("space_group", "wyckoff", "species", "frac_coords", "lattice"):
@@ -350,13 +356,13 @@ def test_many_processes_give_what_one_gives(tmp_path, cifs):
 
 
 def test_several_inputs(tmp_path, formats):
-    data.run_import(
+    commands.run_import(
         [str(formats / n) for n in ("a.csv", "d.extxyz")], tmp_path / "one.h5", replace(ONE, validation=0.5)
     )
     assert storage.describe(tmp_path / "one.h5")["splits"] == {"train": 12, "validation": 12, "test": 0}
     before = storage.read_columns(tmp_path / "one.h5")
     assert np.isnan(before["energy_ev"]).sum() == 12
-    data.run_import(
+    commands.run_import(
         [str(tmp_path / "one.h5"), str(formats / "folder")], tmp_path / "two.h5", replace(ONE, validation=0)
     )
     columns = storage.read_columns(tmp_path / "two.h5")
@@ -369,21 +375,21 @@ def test_splits():
     crystals = data.load_dataset("prototypes")
     n = len(crystals)
     config = replace(ONE, validation=0.2, test=0.1)
-    split = data.assign_splits(crystals, config)
+    split = assigned(crystals, config)
     assert np.bincount(split).tolist() == [n - int((split > 0).sum()), round(0.2 * n), round(0.1 * n)]
-    assert np.array_equal(split, data.assign_splits(crystals, config))
-    assert not np.array_equal(split, data.assign_splits(crystals, replace(config, seed=1)))
+    assert np.array_equal(split, assigned(crystals, config))
+    assert not np.array_equal(split, assigned(crystals, replace(config, seed=1)))
     by_formula = replace(config, split_by="formula")
-    split = data.assign_splits(crystals, by_formula)
+    split = assigned(crystals, by_formula)
     homes = {}
     for formula, code in zip(crystals.formulas(), split.tolist(), strict=True):
         homes.setdefault(formula, set()).add(code)
     assert all(len(codes) == 1 for codes in homes.values())
     assert abs((split == 1).mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(homes))
-    assert np.array_equal(data.assign_splits(crystals[50:60], by_formula), split[50:60])  # whoever else is there
+    assert np.array_equal(assigned(crystals[50:60], by_formula), split[50:60])  # whoever else is there
     for wrong in ({"validation": 0.7, "test": 0.3}, {"validation": 0.9, "test": 0.9}):
         with pytest.raises(UserError, match="must be"):
-            data.assign_splits(crystals, replace(config, **wrong))
+            assigned(crystals, replace(config, **wrong))
 
 
 def test_bad_inputs(tmp_path, formats):
@@ -420,7 +426,7 @@ def test_bad_inputs(tmp_path, formats):
     }
     for name, message in expected.items():
         with pytest.raises(UserError, match=message) as caught:
-            data.run_import([str(tmp_path / name)], tmp_path / "out.h5", ONE)
+            commands.run_import([str(tmp_path / name)], tmp_path / "out.h5", ONE)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out.h5").exists()
@@ -430,7 +436,7 @@ def test_bad_inputs(tmp_path, formats):
         "what.pdf/a.h5": "not a folder",
     }.items():
         with pytest.raises(UserError, match=message):
-            data.run_import([str(formats / "a.csv")], tmp_path / output, ONE)
+            commands.run_import([str(formats / "a.csv")], tmp_path / output, ONE)
 
 
 def test_broken_files_among_many(tmp_path, cifs):
@@ -445,7 +451,7 @@ def test_broken_files_among_many(tmp_path, cifs):
         for path in sorted((tmp_path / "in").iterdir()):
             archive.write(path, path.name)
     for name in ("in", "in.zip"):
-        imported = data.read_files([str(tmp_path / name)], ONE)
+        imported = importing.read_files([str(tmp_path / name)], ONE)
         assert imported.crystals.ids == ["0", "1", "2"]
         assert sorted(Path(row.file).name for row in imported.dropped) == ["0b.cif.gz", "1b.json", "2b.extxyz"]
         assert imported.reasons() == {"unparsable": 3}
@@ -506,13 +512,13 @@ def test_killed_while_writing(tmp_path, cifs):
     script = (
         "import os, signal, cfrl.files\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "from cfrl.io.datasets import run_import, DataConfig\n"
+        "from cfrl.commands.data import run_import, DataConfig\n"
         f"run_import([{str(path)!r}], {str(tmp_path / 'out.h5')!r}, DataConfig(workers=1))"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert not (tmp_path / "out.h5").exists()
     assert len(list(tmp_path.glob(".out.h5.*.tmp"))) == 1
-    data.run_import([str(path)], tmp_path / "out.h5", ONE)
+    commands.run_import([str(path)], tmp_path / "out.h5", ONE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "out.h5"]
 
 
@@ -527,7 +533,7 @@ def test_prototypes(cache):
     assert len(data.load_dataset("prototypes", "train")) + len(data.load_dataset("prototypes", "validation")) == len(
         crystals
     )
-    path = data.dataset_path("prototypes")
+    path = catalogue.dataset_path("prototypes")
     assert path.parent == cache
     assert "Cinnabar" in storage.read_columns(path, ["mineral"])["mineral"]
     path.write_bytes(path.read_bytes()[:1000])
@@ -548,7 +554,7 @@ def test_load_dataset_of_any_file(formats):
         with pytest.raises(UserError, match=message):
             data.load_dataset(name)
     with pytest.raises(UserError, match="is not a dataset yet; make one of it: cfrl data import"):
-        data.dataset_path(formats / "a.csv")
+        catalogue.dataset_path(formats / "a.csv")
 
 
 def test_info_counts(tmp_path):
@@ -562,12 +568,12 @@ def test_info_counts(tmp_path):
     assert counted["atoms"].tolist() == crystals.num_atoms.tolist()
     assert len(counted["properties"]["half"]) == len(crystals) // 2
     console = Console(record=True, width=100, file=io.StringIO())
-    data.run_info(str(tmp_path / "a.h5"), console)
+    commands.run_info(str(tmp_path / "a.h5"), console)
     shown = console.export_text()
     for part in (f"{len(crystals)} crystals", "cubic", "half", "schema_version", "validation"):
         assert part in shown
     storage.write_crystals(tmp_path / "none.h5", CrystalBatch.empty())
-    data.run_info(str(tmp_path / "none.h5"), console)
+    commands.run_info(str(tmp_path / "none.h5"), console)
 
 
 # ---- fetch ----
@@ -713,16 +719,16 @@ def test_fetch_a_source_of_the_config(tmp_path, server, formats, monkeypatch):
     from cfrl.config import resolve
 
     config = resolve(DataConfig, {"workers": 1})
-    data.run_fetch("mine", config)
+    commands.run_fetch("mine", config)
     assert len(data.load_dataset("mine")) == 24
     assert len(data.load_dataset("mine", "test")) == 12
     assert data.load_dataset("mine", "test").ids[0] == "m-0"
-    data.run_fetch("single", config)
+    commands.run_fetch("single", config)
     assert len(data.load_dataset("single", "validation")) == 1
     with pytest.raises(UserError, match=r"data\.sources\.wrong: must be a table with url"):
-        data.run_fetch("wrong", config)
+        commands.run_fetch("wrong", config)
     with pytest.raises(UserError, match="no dataset named 'mien' is known; did you mean 'mine'"):
-        data.run_fetch("mien", config)
+        commands.run_fetch("mien", config)
 
 
 def test_public_sources_are_well_formed():
@@ -742,10 +748,10 @@ def test_worker_function_survives_a_panic(monkeypatch):
     def panics(*_):
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr(data, "analyse", panics)
+    monkeypatch.setattr(importing, "analyse", panics)
     cell = readers.Cell(np.eye(3) * 4, np.zeros((1, 3)), np.array([3]))
     monkeypatch.setitem(readers._PARSERS, "cell", lambda payload: payload)
-    work = partial(data._analyse, symprec=0.01, max_sites=20, max_atoms=0)
+    work = partial(importing._analyse, symprec=0.01, max_sites=20, max_atoms=0)
     arrays, reasons = work([("cell", cell)])
     assert len(arrays[0]) == 0
     assert reasons == {0: "symmetry not found: PanicException: index out of bounds"}

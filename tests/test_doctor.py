@@ -103,7 +103,7 @@ def _truncate(path: Path, into: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "module", "constant"),
-    [("default.safetensors", "model.transformer", "DEFAULT_MODEL"), ("hull.h5", "stability.hull", "DEFAULT_HULL")],
+    [("default.safetensors", "model.files", "DEFAULT_MODEL"), ("hull.h5", "stability.hull", "DEFAULT_HULL")],
 )
 def test_half_a_file_is_named(folder, monkeypatch, name, module, constant):
     """And the others are still looked at."""

@@ -24,8 +24,9 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
+from cfrl.model.files import load_model
 from cfrl.model.sampler import SamplerOptions, sample, space_group_prior
-from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model
+from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
@@ -736,8 +737,8 @@ def test_energies_on_another_scale_than_the_hull_are_refused_before_a_run(tiny_m
 
 def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     """The real pipeline: CHGNet's energies against a hull of prototypes, which lacks some of the elements."""
+    from cfrl.commands.data_hull import build_hull
     from cfrl.potentials import load_potential
-    from cfrl.screening.hull_builder import build_hull
 
     hull = build_hull(["prototypes"], tmp_path / "hull.h5")
     settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)

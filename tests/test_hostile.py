@@ -22,8 +22,8 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io import datasets as data
 from cfrl.io import readers, storage
+from cfrl.model.files import load_model
 from cfrl.model.published import read_checkpoint
-from cfrl.model.transformer import load_model
 from cfrl.runs.folder import RunFolder
 from cfrl.stability.hull import ReferenceHull
 from cfrl.untrusted import read_json

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
+from cfrl.commands.data_hull import build_hull
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.storage import write_crystals
@@ -11,7 +12,6 @@ from cfrl.potentials import load_potential
 from cfrl.potentials.relax import relax
 from cfrl.runs.engine import LocalEngine
 from cfrl.screening import stages
-from cfrl.screening.hull_builder import build_hull
 from cfrl.stability.hull import ReferenceHull
 
 

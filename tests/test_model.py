@@ -7,23 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from cfrl.commands.model import pack_model
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import multiplicity, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.files import load_model, read_header, save_model
 from cfrl.model.published import import_published, read_checkpoint
 from cfrl.model.sampler import draw
-from cfrl.model.transformer import (
-    PRESETS,
-    CrystalTransformer,
-    KeyValueCache,
-    ModelConfig,
-    load_model,
-    pack_model,
-    read_header,
-    save_model,
-    unscale_lattice,
-)
+from cfrl.model.transformer import PRESETS, CrystalTransformer, KeyValueCache, ModelConfig, unscale_lattice
 from cfrl.runs.folder import RunFolder
 
 TINY = ModelConfig(8, 12, 16, 2, 2, 8, 3, 4, 2, dropout=0.0)

@@ -19,7 +19,8 @@ from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import append_crystals, write_crystals
-from cfrl.model.transformer import CrystalTransformer, save_model
+from cfrl.model.files import save_model
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
 from tests.tiny import SIZES, base_model
 

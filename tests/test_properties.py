@@ -15,17 +15,10 @@ from typer.testing import CliRunner
 
 import cfrl
 from cfrl.assets import ASSETS
+from cfrl.commands.rewards_train import card, read_targets, run_train
 from cfrl.errors import UserError
 from cfrl.potentials import load_potential
-from cfrl.rewards.predictor_training import (
-    PredictorOptions,
-    assign_folds,
-    card,
-    make_splits,
-    prototypes_of,
-    read_targets,
-    run_train,
-)
+from cfrl.rewards.predictor_training import PredictorOptions, assign_folds, make_splits, prototypes_of
 from cfrl.rewards.predictor_training import train as train_on
 from cfrl.rewards.predictors import BUILT_IN, composition, load_predictor
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
+from cfrl.commands.retrieve import retrieve
+from cfrl.commands.screen import screen
 from cfrl.config import FinetuneConfig, RetrieveConfig, ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
@@ -25,8 +27,6 @@ from cfrl.reports.report import newest_reportable, write_report
 from cfrl.rewards import RewardContext, build_reward
 from cfrl.rl import monitor
 from cfrl.runs.folder import RunFolder
-from cfrl.screening.retrieval import retrieve
-from cfrl.screening.screen import screen
 from tests.tiny import tuned_run
 
 HOSTILE = '</script><script>document.title="broken"</script>'

@@ -18,16 +18,18 @@ import pytest
 import torch
 from rich.console import Console
 
+from cfrl.commands.retrieve import retrieve
 from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.files import load_model, save_model
 from cfrl.model.sampler import draw, sample
-from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model, save_model
+from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.screening.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
-from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank, retrieve
+from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank
 from cfrl.settings import to_toml
 from tests.tiny import SIZES, tuned_run
 

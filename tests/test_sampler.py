@@ -11,6 +11,7 @@ import torch
 from scipy import integrate, stats
 
 import cfrl
+from cfrl.commands.sample import run_sample
 from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import tables
@@ -18,8 +19,9 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
-from cfrl.model.sampler import draw, run_sample, sample, space_group_prior
-from cfrl.model.transformer import NUM_ELEMENTS, CrystalTransformer, save_model
+from cfrl.model.files import save_model
+from cfrl.model.sampler import draw, sample, space_group_prior
+from cfrl.model.transformer import NUM_ELEMENTS, CrystalTransformer
 from cfrl.rl.tuning import Tuning
 from tests.test_model import FACTORS, TINY, tiny_model
 

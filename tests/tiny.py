@@ -8,7 +8,8 @@ import torch
 
 from cfrl.config import FinetuneConfig, Settings
 from cfrl.io.datasets import load_dataset
-from cfrl.model.transformer import CrystalTransformer, ModelConfig, save_model
+from cfrl.model.files import save_model
+from cfrl.model.transformer import CrystalTransformer, ModelConfig
 from cfrl.rl.loop import finetune
 from cfrl.runs.folder import RunFolder
 

@@ -243,7 +243,7 @@ def _element_table() -> str:
 
 
 def _generator() -> str:
-    from cfrl.model.transformer import load_model
+    from cfrl.model.files import load_model
 
     return f"generator, {sum(p.numel() for p in load_model().parameters()):,} parameters"
 

@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from cfrl.errors import UserError
-from cfrl.files import check_writable
-from cfrl.io.datasets import load_dataset
-from cfrl.model.transformer import CrystalTransformer, ModelConfig, build_model, save_model, space_group_shares
+from cfrl.model.files import build_model
+from cfrl.model.transformer import CrystalTransformer, ModelConfig, space_group_shares
 from cfrl.untrusted import check_weights, read_bytes
 
 # heads x key size cannot be told apart from the shapes alone; these are the sizes that were published
@@ -203,31 +201,3 @@ def _translate(p: Mapping[str, np.ndarray], num_layers: int) -> dict[str, Tensor
 
 def _numbered(name: str, i: int) -> str:
     return f"{name}_{i}" if i else name
-
-
-def run_import(
-    checkpoint: str, output: str, dataset: str, num_heads: int | None, coord_components: int | None, console: Console
-) -> None:
-    """`cfrl model import`: published pickle -> our weights file.
-
-    Raises:
-        UserError: a file that is no such checkpoint, or a dataset that cannot be read.
-    """
-    check_writable(output, (".safetensors",))
-    parameters = read_checkpoint(checkpoint)
-    try:
-        model = import_published(parameters, num_heads, coord_components)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
-    if dataset:
-        model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))
-    save_model(model, output, {"source": Path(checkpoint).name, "dataset": dataset})
-    config = model.config
-    console.print(
-        f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_layers} layers of "
-        f"{config.num_heads} heads x {config.key_size}, {config.coord_components} components a coordinate"
-    )
-    if not dataset:
-        console.print(
-            "Space groups will be drawn evenly: such a checkpoint does not hold their distribution (--dataset)."
-        )

@@ -7,12 +7,9 @@ users call: it also chooses space groups, seeds, and draws impossible crystals a
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from cfrl.config import FinetuneConfig, SampleConfig
@@ -20,12 +17,8 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import atomic_number
 from cfrl.crystals.symmetry import constrain_lattice, tables
 from cfrl.errors import UserError
-from cfrl.io.export import check_output, export_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, load_model, model_path, unscale_lattice
-from cfrl.runs.devices import choose_device
-from cfrl.runs.folder import RunFolder
-from cfrl.runs.progress import progress_bar
+from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, unscale_lattice
 
 UNIFORM = "uniform"
 SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
@@ -273,59 +266,3 @@ def seeded(device: torch.device, seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:
-    """`cfrl sample`: generates crystals, writes them, and says what they are like.
-
-    Args:
-        config: settings.
-        output: file or folder to write (see `export`); empty: `crystals.h5` in a new run folder.
-
-    Raises:
-        UserError: bad settings, no such model, nowhere to write.
-    """
-    console = console or Console(quiet=True)
-    if output:
-        check_output(output)
-    model = load_model(config.model, choose_device(config.device))
-    limit = config.max_atoms
-    elements = parse_elements(config.elements.split(",")) if config.elements else None
-    space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
-    path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
-    with progress_bar("sampling", config.n, console) as advance:
-        crystals = sample(
-            model,
-            config.n,
-            space_group=config.space_group,
-            elements=elements,
-            max_atoms=limit,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=config.seed,
-            keep_invalid=config.keep_invalid,
-            min_distance=config.min_distance,
-            draw_size=config.draw_size,
-            progress=advance,
-        )
-    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
-    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
-    _describe(crystals, console)
-    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
-    return path
-
-
-def _describe(crystals: CrystalBatch, console: Console) -> None:
-    if not len(crystals):
-        return
-    draws, valid = crystals.properties["draws"].sum(), crystals.properties["valid"].sum()
-    # Every crystal's last draw is the only one of its draws that can have been valid.
-    console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
-    if valid < len(crystals):
-        console.print(f"{len(crystals) - valid:.0f} invalid crystals are among them (valid = 0)")
-    formulas = Counter(crystals.formulas())
-    console.print(
-        f"{len(formulas)} distinct formulas in {len(set(crystals.space_group.tolist()))} space groups; "
-        f"{crystals.num_sites.double().mean():.1f} sites and {crystals.num_atoms.double().mean():.1f} atoms a cell"
-    )
-    console.print("for instance " + ", ".join(list(formulas)[:8]))

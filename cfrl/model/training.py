@@ -28,15 +28,8 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite, UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.io.datasets import load_dataset
-from cfrl.model.transformer import (
-    FACTORS,
-    PRESETS,
-    CrystalTransformer,
-    chunk_size,
-    load_model,
-    save_model,
-    space_group_shares,
-)
+from cfrl.model.files import load_model, save_model
+from cfrl.model.transformer import FACTORS, PRESETS, CrystalTransformer, chunk_size, space_group_shares
 from cfrl.runs.devices import processes
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import stop_on_signal

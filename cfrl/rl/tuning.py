@@ -13,8 +13,9 @@ from cfrl.config import FinetuneConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.storage import append_crystals, read_columns
+from cfrl.model.files import load_model, model_path, save_model
 from cfrl.model.sampler import sampler_options, space_group_prior
-from cfrl.model.transformer import FACTORS, CrystalTransformer, load_model, model_path, save_model
+from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import Reward
 from cfrl.rl.policy import GroupBaseline, floored_log_prob
 from cfrl.rl.rollouts import Memory

@@ -11,10 +11,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -29,9 +31,14 @@ _ATTEMPTS = 2  # of a chunk, before its items are tried one by one
 Function = Callable[[list[Any]], list[Any]]
 
 
-def count_workers(asked: int, device: str) -> int:
-    """As many as asked for; 0: one for each core, or one where the work is done by a GPU."""
-    return asked or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+def count_workers(asked: int | None, device: str = "cpu") -> int:
+    """As many as asked for; None: one for each core, or one where the work is done by a GPU."""
+    return asked or (count_cores() if device == "cpu" else 1)
+
+
+def count_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -45,40 +52,53 @@ class Task:
 
 
 class Ledger:
-    """Tasks that wait, and the results of chunks that are not yet complete."""
+    """Chunks to do, tasks to do again, and the results of chunks that are not yet complete."""
 
-    def __init__(self, chunks: Sequence[list[Any]]) -> None:
-        self.waiting = deque(Task(i, list(items), list(range(len(items)))) for i, items in enumerate(chunks))
-        self._results: list[list[Any]] = [[None] * len(items) for items in chunks]
-        self._open = [len(items) for items in chunks]
+    def __init__(self, chunks: Iterable[list[Any]], attempts: int = _ATTEMPTS) -> None:
+        self._chunks, self._attempts = enumerate(chunks), attempts
+        self._again: deque[Task] = deque()
+        self._results: dict[int, list[Any]] = {}
+        self._open: dict[int, int] = {}
+
+    def take(self) -> Task | None:
+        """The next task; None if there is none left, but for those that are being worked on."""
+        if self._again:
+            return self._again.popleft()
+        chunk, items = next(self._chunks, (None, []))
+        if chunk is None:
+            return None
+        self._results[chunk], self._open[chunk] = [None] * len(items), len(items)
+        return Task(chunk, list(items), list(range(len(items))))
 
     def enter(self, task: Task, values: list[Any] | None) -> Iterator[tuple[int, list[Any]]]:
         """Take the results of a task, None if its worker died; yields the chunk if that completes it."""
         if values is None:
             task.attempts += 1
-            if task.attempts < _ATTEMPTS:
-                self.waiting.appendleft(task)
+            if task.attempts < self._attempts:
+                self._again.appendleft(task)
                 return
             if len(task.items) > 1:
                 parts = zip(task.items, task.places, strict=True)
-                self.waiting.extendleft(Task(task.chunk, [item], [place]) for item, place in parts)
+                self._again.extendleft(Task(task.chunk, [item], [place]) for item, place in parts)
                 return
             values = [None]
         for place, value in zip(task.places, values, strict=True):
             self._results[task.chunk][place] = value
         self._open[task.chunk] -= len(values)
         if not self._open[task.chunk]:
-            yield task.chunk, self._results[task.chunk]
+            yield task.chunk, self._results.pop(task.chunk)
 
 
 class LocalEngine:
     """Worker processes of this machine, started when they are first needed. Close it, or use it with `with`.
 
     Each worker computes with one thread, so that results do not depend on the number of workers.
+
+    patience: seconds for a chunk, after which its worker counts as dead; attempts: of a chunk whose worker dies.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, patience: float | None = None, attempts: int = _ATTEMPTS) -> None:
+        self.workers, self.patience, self.attempts = workers, patience, attempts
         self._pool: list[_Worker] = []
 
     def __enter__(self) -> LocalEngine:
@@ -93,38 +113,54 @@ class LocalEngine:
             worker.stop()
         self._pool = []
 
-    def map(self, function: Function, chunks: Sequence[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+    def map(self, function: Function, chunks: Iterable[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
         """Yield (index of a chunk, results of its items), in the order in which chunks are done.
 
-        A lost item has the result None. `function` gives one result per item and can be pickled.
+        Chunks are taken as workers get free. A lost item has the result None. `function` gives one result per item
+        and can be pickled.
 
         Raises:
             UserError: as the function raises it.
             RuntimeError: any other exception of the function, with its traceback.
         """
-        ledger = Ledger(chunks)
+        ledger = Ledger(chunks, self.attempts)
         busy: dict[Connection, _Worker] = {}
         try:
-            while ledger.waiting or busy:
-                for worker in self._idle(min(self.workers, len(ledger.waiting) + len(busy)), busy):
-                    if ledger.waiting:
-                        worker.start(function, ledger.waiting.popleft())
-                        busy[worker.connection] = worker
-                for connection in wait(list(busy)):
+            while True:
+                while len(busy) < self.workers and (task := ledger.take()) is not None:
+                    worker = self._idle(busy)
+                    worker.start(function, task)
+                    busy[worker.connection] = worker
+                if not busy:
+                    return
+                for connection in self._done(busy):
                     worker = busy.pop(connection)
-                    task, values = worker.task, worker.result()
+                    values = worker.result()
                     if values is None:
                         self._pool.remove(worker)
-                    yield from ledger.enter(task, values)
+                    yield from ledger.enter(worker.task, values)
         finally:
             for worker in busy.values():
                 worker.stop()
                 self._pool.remove(worker)
 
-    def _idle(self, wanted: int, busy: dict[Connection, _Worker]) -> list[_Worker]:
-        while len(self._pool) < wanted:
-            self._pool.append(_Worker())
-        return [worker for worker in self._pool if worker.connection not in busy]
+    def _idle(self, busy: dict[Connection, _Worker]) -> _Worker:
+        for worker in self._pool:
+            if worker.connection not in busy:
+                return worker
+        self._pool.append(_Worker())
+        return self._pool[-1]
+
+    def _done(self, busy: dict[Connection, _Worker]) -> list[Connection]:
+        """Of those that have something to tell; what has had its time is killed, and tells so."""
+        if self.patience is None:
+            return wait(list(busy))
+        deadline = self.patience + min(worker.since for worker in busy.values())
+        done = wait(list(busy), max(deadline - time.monotonic(), 0))
+        for worker in [] if done else busy.values():
+            if time.monotonic() - worker.since >= self.patience:
+                worker.process.kill()
+        return done
 
 
 class RayEngine:
@@ -153,17 +189,18 @@ class RayEngine:
         """Leave the cluster; a local one ends."""
         self._ray.shutdown()
 
-    def map(self, function: Function, chunks: Sequence[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
+    def map(self, function: Function, chunks: Iterable[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
         """As `LocalEngine.map`."""
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
         attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_attempt)
         ledger = Ledger(chunks)
         busy: dict[Any, Task] = {}
         try:
-            while ledger.waiting or busy:
-                while ledger.waiting:
-                    task = ledger.waiting.popleft()
+            while True:
+                while (task := ledger.take()) is not None:
                     busy[attempt.remote(function, task.items)] = task
+                if not busy:
+                    return
                 for reference in self._ray.wait(list(busy))[0]:
                     task = busy.pop(reference)
                     try:
@@ -202,9 +239,10 @@ class _Worker:
                 os.environ["OMP_NUM_THREADS"] = threads
         theirs.close()
         self.task: Task
+        self.since: float  # monotonic seconds
 
     def start(self, function: Function, task: Task) -> None:
-        self.task = task
+        self.task, self.since = task, time.monotonic()
         with suppress(BrokenPipeError):  # it died while idle; `result` will tell
             self.connection.send((function, task.items))
 
@@ -225,6 +263,7 @@ class _Worker:
 def _serve(connection: Connection) -> None:
     """Life of a worker process: compute what comes until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # of pymatgen, once per worker
     while True:
         try:
@@ -235,6 +274,12 @@ def _serve(connection: Connection) -> None:
             connection.send(_attempt(function, items))
         except BrokenPipeError:
             return
+
+
+def _end_with_parent() -> None:
+    """A killed command must not leave workers at work."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _attempt(function: Function, items: list[Any]) -> tuple[str, Any]:

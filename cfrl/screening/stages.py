@@ -18,6 +18,7 @@ from cfrl.crystals.crystal import DALTON_PER_CUBIC_ANGSTROM, CrystalBatch
 from cfrl.crystals.distances import contacts, shortest_distance
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
+from cfrl.runs.journal import Record
 from cfrl.stability.flags import APART, composition_flags
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from cfrl.potentials import Evaluation, Potential
 
-Record = dict[str, Any]
 
 CHECKED = 2  # the edition of `check`: journals of an earlier one hold less, and are not taken for those of this one
 MAX_SITES = 1000  # inequivalent sites; screening also takes crystals that the generator could not write

@@ -24,8 +24,8 @@ import torch
 from cfrl import config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
+from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.model.transformer import load_model
 from cfrl.potentials import load_potential
 from cfrl.rewards import RewardContext, build_reward, register_reward
 from cfrl.rl import loop as module

@@ -20,10 +20,10 @@ from conftest import SHARED
 from rich.console import Console
 from rich.table import Table
 
+from cfrl.commands.data import run_import
 from cfrl.config import DataConfig
 from cfrl.crystals import symmetry
 from cfrl.io import readers
-from cfrl.io.datasets import run_import
 
 SAMPLE = 1000  # entries for the rates of the parts
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from cfrl.config import DataConfig, PretrainConfig
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.io.datasets import load_dataset, read_files
+from cfrl.io.datasets import load_dataset
+from cfrl.io.importing import read_files
 from cfrl.model.sampler import draw, space_group_prior
 from cfrl.model.training import Trainer, epoch_batches
 from cfrl.runs.devices import choose_device

@@ -11,8 +11,8 @@ import argparse
 import numpy as np
 
 from cfrl.io.storage import read_columns, read_crystals
+from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.model.transformer import load_model
 from cfrl.potentials import load_potential
 from cfrl.stability.hull import ReferenceHull
 

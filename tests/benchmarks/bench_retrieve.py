@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.io.datasets import dataset_path
+from cfrl.io.catalogue import dataset_path
 from cfrl.io.storage import iter_crystals
 from cfrl.model.transformer import PRESETS, CrystalTransformer
 from cfrl.screening.retrieval import rank

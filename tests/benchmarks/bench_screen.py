@@ -16,14 +16,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from rich.console import Console
 
+from cfrl.commands.screen import screen
 from cfrl.config import ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints, group_by
 from cfrl.io.datasets import load_dataset
 from cfrl.model.sampler import sample
 from cfrl.runs.engine import LocalEngine
-from cfrl.screening.journal import Work
-from cfrl.screening.screen import screen
+from cfrl.runs.journal import Work
 from cfrl.screening.stages import Group, match
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -64,7 +64,7 @@ def matching(num_samples: int, num_known: int, cores: int) -> None:
 
 def stages(n: int) -> None:
     from cfrl.io.storage import write_crystals
-    from cfrl.model.transformer import load_model
+    from cfrl.model.files import load_model
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "samples.h5"

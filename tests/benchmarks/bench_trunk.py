@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfrl.commands.rewards_train import read_targets
 from cfrl.potentials import load_potential
 from cfrl.potentials.base import pool_features
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.chgnet import CHGNetPotential, _Batch
-from cfrl.rewards.predictor_training import PredictorOptions, _fit, assign_folds, read_targets
+from cfrl.rewards.predictor_training import PredictorOptions, _fit, assign_folds
 from cfrl.rewards.predictors import describe, standardise
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from scipy.optimize import curve_fit
 
 from cfrl.io.datasets import load_dataset
+from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.model.transformer import load_model
 from cfrl.stability.hull import ReferenceHull, _group_rows, expected_gap, fractions
 
 NEAR_HULL = 0.05  # eV/atom, as in the embedded reference

@@ -22,7 +22,7 @@ _LAZY = (
     "cfrl.model.training",
     "cfrl.rewards.predictor_training",
     "cfrl.screening.retrieval",
-    "cfrl.screening.hull_builder",
+    "cfrl.commands.data_hull",
     "cfrl.screening.judge",
     "matplotlib.pyplot",
 )

@@ -20,7 +20,7 @@ import numpy as np
 from pymatgen.core import Lattice, Structure
 
 from cfrl.io import readers
-from cfrl.screening.screen import read_samples
+from cfrl.screening.inputs import read_samples
 from tests.fuzz import seeds
 from tests.fuzz.cases import Case, damaged, garbled
 

@@ -33,7 +33,7 @@ from tests.kill.jobs import JOBS, Job, Result
 PRELOADED = (  # so that no child has to
     "cfrl.model.training",
     "cfrl.rl.loop",
-    "cfrl.screening.screen",
+    "cfrl.commands.screen",
     "cfrl.screening.retrieval",
     "cfrl.cli",
     "cfrl.stability.hull",

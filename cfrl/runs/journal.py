@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cfrl.errors import UserError
 from cfrl.runs.engine import LOST, Engine
 from cfrl.runs.progress import progress_bar
-from cfrl.screening.stages import Record
 from cfrl.untrusted import read_bytes
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 K = TypeVar("K", bound=Hashable)
+Record = dict[str, Any]  # what a stage says of one item
 
 
 def digest(structures: Iterable[Structure]) -> str:

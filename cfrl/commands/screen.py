@@ -19,12 +19,9 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,33 +29,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cfrl.config import ScreenConfig
-from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.fingerprint import fingerprints, group_by
+from cfrl.crystals.fingerprint import group_by
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, check_writable, provenance
-from cfrl.io import readers
-from cfrl.io.datasets import load_dataset, read_structures
-from cfrl.io.storage import write_crystals
+from cfrl.files import atomic_file, check_writable
 from cfrl.potentials import full_name, model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
+from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
-from cfrl.screening.journal import Work, digest
+from cfrl.screening.inputs import KnownCrystal, is_formula_list, read_formulas, read_known, read_samples
+from cfrl.screening.results import _write
 from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale
 
 if TYPE_CHECKING:
-    import pandas as pd
     from pymatgen.core import Structure
     from rich.console import Console
 
 K = TypeVar("K", bound=Hashable)
 
-DFT_SETS = {"scan": "MPScanRelaxSet", "pbe": "MPRelaxSet"}
 _CHECK_CHUNK, _MATCH_CHUNK = 64, 8
 _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
 _SHOWN = 10  # candidates on the terminal
@@ -72,31 +65,6 @@ _COLUMNS_SHOWN = {
     "rmsd": "rmsd",
     "flags": "flags",
 }
-
-
-@dataclass
-class Samples:
-    """What the input holds: n rows, first the m readable crystals, then the others.
-
-    ids: n names, unique
-    structures: m pymatgen structures
-    problems: n - m reasons why a row cannot be read
-    columns: name -> (n,) numbers or strings that stood beside the crystals
-    """
-
-    ids: list[str]
-    structures: list[Structure]
-    problems: list[str]
-    columns: dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class KnownCrystal:
-    """One crystal of a `--known` dataset; its fingerprint is "" if unknown."""
-
-    name: str
-    structure: Structure
-    fingerprint: str
 
 
 def screen(
@@ -171,101 +139,6 @@ def screen(
     if console:
         _show(run.path, table, order, summary, config, console)
     return run.path
-
-
-def read_samples(source: str) -> Samples:
-    """The crystals of the input, and a row for each that cannot be read.
-
-    Raises:
-        UserError: the input cannot be read, or holds nothing at all.
-    """
-    structures, ids, columns, dropped = read_structures(source)
-    ids += [entry.id or f"{Path(entry.file).name}:{entry.row}" for entry in dropped]
-    if not ids:
-        raise UserError(f"{source}: there is no crystal in it")
-    ids = _distinct(ids)
-    filled = {}
-    for name, values in columns.items():
-        values = np.asarray(values)
-        blank = np.full(len(dropped), np.nan if values.dtype.kind == "f" else "", dtype=values.dtype)
-        filled[name] = np.concatenate([values, blank])
-    return Samples(ids, structures, [entry.reason for entry in dropped], filled)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The second "a" becomes "a#2" and so on."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for name in names:
-        seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return distinct
-
-
-def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[KnownCrystal]]:
-    """Crystals of datasets or structure files that have one of these reduced formulas, by formula.
-
-    Raises:
-        UserError: a dataset that does not exist or cannot be read.
-    """
-    known: dict[str, list[KnownCrystal]] = {}
-    for name in names:
-        from_files = Path(name).exists() and Path(name).suffix not in (".h5", ".hdf5")
-        for formula, crystal in (_known_in_files if from_files else _known_in_dataset)(name, formulas):
-            known.setdefault(formula, []).append(crystal)
-    return known
-
-
-def _known_in_dataset(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
-    crystals = load_dataset(name)
-    own = np.array(crystals.formulas(), dtype=object)
-    rows = np.nonzero(np.isin(own, list(formulas)))[0]
-    crystals = crystals[rows]
-    ids = crystals.ids or [f"{name}:{row}" for row in rows]
-    for item in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
-        yield item[0], KnownCrystal(*item[1:])
-
-
-def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
-    for path in readers.input_files(name):
-        for _, entry in readers.iter_entries(path):
-            try:
-                cell = readers.parse(entry.kind, entry.payload)
-            except readers.Unusable:
-                continue
-            formula = reduced_formula(cell.numbers.tolist(), [1] * len(cell.numbers))
-            if formula in formulas:
-                yield formula, KnownCrystal(entry.id or f"{path.name}:{entry.row}", readers.to_structure(cell), "")
-
-
-def is_formula_list(name: str) -> bool:
-    """Whether this is a CSV with a column `formula` and without structures."""
-    if ".csv" not in Path(name).suffixes or not Path(name).is_file():
-        return False
-    head = _csv_columns(name, nrows=0).columns
-    return "formula" in head and not set(readers.STRUCTURE_COLUMNS) & set(head)
-
-
-def read_formulas(name: str) -> ReferenceHull:
-    """The formulas of such a list, as phases without energies.
-
-    Raises:
-        UserError: a row that is no formula.
-    """
-    formulas = _csv_columns(name, usecols=["formula"])["formula"].tolist()
-    try:
-        return ReferenceHull.from_compositions(formulas, np.full(len(formulas), np.nan))
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _csv_columns(name: str, **options: Any) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        return pd.read_csv(name, dtype=str, keep_default_na=False, **options)  # NaN is a formula
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read as a CSV: {error}") from error
 
 
 def load_hull(config: ScreenConfig) -> ReferenceHull:
@@ -396,78 +269,6 @@ def _predictors(names: str | None) -> dict[str, str]:
 
 
 # ---- results ----
-
-
-def _write(
-    path: Path,
-    table: Table,
-    order: np.ndarray,
-    structures: dict[int, Structure],
-    config: ScreenConfig,
-    summary: Summary,
-) -> None:
-    """Table, crystals, summary, and the candidates' files. `order`: rows, the candidates first."""
-    table.write_csv(path / "table.csv", order)
-    table.write_csv(path / "flagged.csv", [row for row in order if table["held_back"][row]])
-    _write_crystals(path / "screen.h5", table, order, structures, config)
-    with atomic_file(path / "summary.json") as temp:
-        temp.write_text(json.dumps(summary.as_dict() | provenance(), indent=2) + "\n", encoding="utf-8")
-    candidates = [int(row) for row in order if table["candidate"][row]][: config.top]
-    width = len(str(len(candidates)))
-    names = {row: f"{place:0{width}d}-{table['formula'][row]}" for place, row in enumerate(candidates, 1)}
-    with _replaced(path / "cifs") as folder:
-        for row, name in names.items():
-            structures[row].to(folder / f"{name}.cif", fmt="cif", symprec=config.symprec)
-    if config.dft:
-        with _replaced(path / "dft") as folder:
-            for row, name in names.items():
-                write_vasp(structures[row], folder / name, config.dft)
-
-
-def _write_crystals(
-    path: Path, table: Table, order: np.ndarray, structures: dict[int, Structure], config: ScreenConfig
-) -> None:
-    rows = [int(row) for row in order if table["space_group"][row] > 0]
-    dropped: dict[int, str] = {}
-    crystals = CrystalBatch.from_structures(
-        [structures[row] for row in rows],
-        config.symprec,
-        [table["id"][row] for row in rows],
-        errors="skip",
-        dropped=dropped,
-        max_sites=stages.MAX_SITES,
-    )
-    rows = [row for place, row in enumerate(rows) if place not in dropped]
-    columns = {name: values[rows] for name, values in table.columns.items() if name != "id"}
-    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter or ""})
-
-
-def write_vasp(structure: Structure, folder: Path, kind: str) -> None:
-    """VASP inputs of the primitive cell: POSCAR, INCAR, KPOINTS and POTCAR.spec (which POTCARs to concatenate).
-
-    Args:
-        structure: the crystal.
-        folder: where to; it is made.
-        kind: a key of `DFT_SETS`.
-    """
-    from pymatgen.io.vasp import sets
-
-    inputs = getattr(sets, DFT_SETS[kind])(structure.get_primitive_structure())
-    inputs.write_input(folder, potcar_spec=True)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of an old one when the block ends."""
-    partial_path = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial_path, ignore_errors=True)
-    try:
-        partial_path.mkdir(parents=True)
-        yield partial_path
-        shutil.rmtree(path, ignore_errors=True)
-        partial_path.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _show(

@@ -22,8 +22,8 @@ from cfrl.io.datasets import load_dataset
 from cfrl.potentials import full_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
-from cfrl.screening.journal import Work, digest
 from cfrl.stability.hull import ReferenceHull
 
 if TYPE_CHECKING:

@@ -1,0 +1,382 @@
+"""`cfrl retrieve`: ranks known materials by how much likelier tuning has made them, and judges the ranking."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from rich.console import Console
+
+from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.errors import UserError, nearest
+from cfrl.files import atomic_file, provenance
+from cfrl.io.catalogue import PROTOTYPES, dataset_path
+from cfrl.io.datasets import _Dataset
+from cfrl.io.storage import read_crystals, write_crystals
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.files import load_model, model_path, read_header
+from cfrl.model.sampler import sample, sampler_options, space_group_prior
+from cfrl.model.transformer import CrystalTransformer
+from cfrl.runs.devices import choose_device
+from cfrl.runs.folder import RunFolder, newest_run
+from cfrl.runs.progress import progress_bar
+from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
+from cfrl.screening.retrieval import RANKINGS, Columns, Meetings, _descending, discovery_curve, meet, rank
+from cfrl.stability.hull import fractions
+
+if TYPE_CHECKING:
+    pass
+
+
+RESULT = "retrieval.json"
+
+
+COUNTS = ("space_group", "sites", "atoms")
+
+
+MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
+
+
+MAX_JUDGED = 50_000  # labelled crystals; a larger dataset is judged on a random part of it
+
+
+def retrieve(
+    config: RetrieveConfig, console: Console | None = None, root: str | Path = "runs", trust: bool = False
+) -> RunFolder:
+    """`cfrl retrieve`: rank a dataset, sample both models, judge, and write it all down.
+
+    Args:
+        config: settings.
+        console: for progress and results; None: silent.
+        root: where runs are looked for, and where the run folder is made.
+        trust: import code that the settings of the run name, to score crystals with its reward; else the user is asked.
+
+    Returns:
+        The run folder: ranking.h5 (every crystal, in the order of the dataset), retrieved.csv and retrieved.h5 (the
+        first ones), met.csv and discovery.csv, retrieval.json (all figures), report.html and plots.
+
+    Raises:
+        UserError: nothing to compare, bad settings, or a file that cannot be read.
+    """
+    from cfrl.reports.report import write_report
+    from cfrl.rewards.trust import confirm_code
+
+    console = console or Console(quiet=True)
+    config, tuning = _complete(config, root, console)
+    if config.reward_crystals and tuning.reward:
+        confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
+    device = choose_device(config.device)
+    tuned, base = load_model(config.run, device), load_model(config.base, device)
+    dataset = _Dataset(config.dataset, config.split)
+    label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
+    options, groups = sampler_options(tuning), _space_groups(tuning)
+    shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
+
+    run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
+    with progress_bar("likelihoods", dataset.size, console) as advance:
+        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank, options, shares)
+    _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
+    result: dict[str, Any] = {
+        "tuned": config.run,
+        "base": config.base or "default",
+        "dataset": config.dataset,
+        "reward": tuning.reward,
+        "ranked_by": RANKINGS[config.rank],
+        "crystals": len(ranking["id"]),
+        "scored": int((ranking["rank"] > 0).sum()),
+    }
+    if config.samples:
+        drawn = [
+            _draw(*sampler, options, config, console)
+            for sampler in zip(("tuned", "base"), (tuned, base), groups, strict=True)
+        ]
+        with progress_bar("matching", dataset.size, console) as advance:
+            meetings = meet(*drawn, dataset.batches(advance))
+        result["sampling"] = _write_meetings(run.path, meetings, ranking)
+    label = sign * ranking[label_name] if label_name else None
+    result |= _evaluate(run.path, config, tuning, ranking, dataset, label, console)
+    result["property"] = ("-" if sign < 0 else "") + label_name
+    with atomic_file(run.path / RESULT) as temp:
+        temp.write_text(json.dumps(_jsonable(result), indent=2) + "\n", encoding="utf-8")
+    write_report(run)
+    run.finish()
+    show(run, console)
+    return run
+
+
+def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:
+    """The settings with every default filled in, and those of the fine-tuning run."""
+    run = config.run
+    if not run:
+        newest = newest_run("finetune", root, holding="model.safetensors")
+        if newest is None:
+            raise UserError(f"there is no fine-tuning run in {root}; tune a model (cfrl finetune) or give --run")
+        run = str(newest.path)
+        console.print(f"Tuned model: {run} (the newest fine-tuning run)", highlight=False)
+    header = read_header(model_path(run))
+    tuning = _tuning_settings(model_path(run), header)
+    base = config.base or header.get("base_model", tuning.model)
+    dataset = config.dataset
+    if not dataset:
+        dataset = read_header(model_path(base)).get("dataset", "")
+        if not dataset or not _at_hand(dataset):
+            missing = f"{dataset}, which the base model was trained on, is not here" if dataset else "none was named"
+            console.print(f"Dataset: {PROTOTYPES} ({missing})", highlight=False)
+            dataset = PROTOTYPES
+    return replace(config, run=run, base=base, dataset=dataset), tuning
+
+
+def _tuning_settings(model: Path, header: dict[str, str]) -> FinetuneConfig:
+    """Those of the run folder that a tuned model lies in; of a model alone, what its header says of the sampler."""
+    settings = model.parent / "config.toml"
+    if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
+        return read_run_config(FinetuneConfig, settings)
+    return FinetuneConfig(reward="", **{name: header.get(name, "") for name in ("space_group", "elements")})
+
+
+def _space_groups(tuning: FinetuneConfig) -> tuple[str, str]:
+    """The space groups of the tuned and of the base model, as settings: the model file holds shares that were tuned."""
+    return "" if tuning.learn_space_groups else tuning.space_group, tuning.space_group
+
+
+def _at_hand(dataset: str) -> bool:
+    try:
+        return dataset_path(dataset).is_file()
+    except UserError:
+        return False
+
+
+def _draw(
+    name: str,
+    model: CrystalTransformer,
+    space_group: str,
+    options: SamplerOptions,
+    config: RetrieveConfig,
+    console: Console,
+) -> CrystalBatch:
+    """Samples as the fine-tuning run drew them, invalid ones included."""
+    with progress_bar(f"sampling, {name}", config.samples, console) as advance:
+        return sample(
+            model,
+            config.samples,
+            space_group=space_group,
+            elements=options.elements,
+            max_atoms=options.max_atoms,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=config.seed,
+            keep_invalid=True,
+            progress=advance,
+        )
+
+
+def _label(wanted: str, reward: str, known: list[str]) -> tuple[str, int]:
+    """Name of the column that says what is good, and +1 (high is good) or -1. ("", 1) where there is none.
+
+    Raises:
+        UserError: `wanted` is no column.
+    """
+    name, sign = wanted.lstrip("-"), -1 if wanted.startswith("-") else 1
+    if name and name not in known:
+        raise UserError(f"property '{name}': the dataset has no such column{nearest(name, known)}")
+    if name:
+        return name, sign
+    words = re.findall(r"[a-z_]\w*", reward.lower())
+    if "ehull" in words and "e_above_hull" in known:
+        return "e_above_hull", -1
+    return next((word for word in words if word in known), ""), 1
+
+
+def _evaluate(
+    folder: Path,
+    config: RetrieveConfig,
+    tuning: FinetuneConfig,
+    ranking: Columns,
+    dataset: _Dataset,
+    label: np.ndarray | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Figures of merit. Here, after the ranking is made and written, labels are looked at for the first time."""
+    usable = ranking["rank"] > 0
+    if label is not None:
+        usable &= np.isfinite(label)
+    random = np.random.default_rng(config.seed)
+    rows = np.sort(random.permutation(np.flatnonzero(usable))[:MAX_JUDGED])
+    some = np.sort(random.permutation(len(rows))[: config.reward_crystals if tuning.reward else 0])
+    ratio, group = ranking[RANKINGS[config.rank]][rows], ranking["space_group"][rows]
+    reward = np.full(len(rows), np.nan)
+    if len(some):
+        reward[some] = _rewards(tuning, dataset.pick(rows[some]), config.device, console)
+    figures: dict[str, Any] = {"correlation": rank_correlation(ratio[some], reward[some], group[some])}
+    table = {"id": ranking["id"][rows[some]], "ratio": ratio[some], "reward": reward[some]}
+    _write_csv(folder / "rewards.csv", table)
+    if label is None or len(rows) < MIN_JUDGED:
+        return figures
+    good, composition = is_good(label[rows]), fractions(dataset.pick(rows))[0]
+    rankings = {
+        "likelihood ratio": ratio,
+        "random": np.zeros(len(rows)),
+        "base model's likelihood": ranking["log_prob_base"][rows],
+    }
+    seeds = _best_rollouts(Path(config.run))
+    if len(seeds):
+        rankings["composition near best rollouts"] = composition_neighbours(composition, seeds, None)
+    rankings["composition neighbours' labels"] = composition_neighbours(composition, composition, label[rows])
+    verdicts = [judge(name, scores, good) for name, scores in rankings.items() if 0 < good.sum() < len(good)]
+    scored = np.isfinite(reward)
+    if 0 < good[scored].sum() < scored.sum():
+        part = "" if scored.all() else " (the same part)"
+        verdicts.append(judge(f"reward model{part}", reward[scored], good[scored]))
+        if part:
+            verdicts.append(judge(f"likelihood ratio{part}", ratio[scored], good[scored]))
+    return figures | {"verdicts": [asdict(verdict) for verdict in verdicts]}
+
+
+def _rewards(tuning: FinetuneConfig, crystals: CrystalBatch, device: str, console: Console) -> np.ndarray:
+    """What the run was rewarded for, on crystals that it may never have drawn; (n,), NaN where it cannot be scored."""
+    from cfrl.rewards import RewardContext, build_reward
+
+    context = RewardContext.from_config(tuning, choose_device(device))
+    reward = build_reward(tuning.reward, context=context)
+    total = []
+    with progress_bar("reward on the dataset", len(crystals), console) as advance:
+        for start in range(0, len(crystals), 128):
+            total.append(np.asarray(reward(crystals[start : start + 128]).total, dtype=np.float64))
+            advance(min(start + 128, len(crystals)))
+    return np.concatenate(total) if total else np.zeros(0)
+
+
+def _best_rollouts(run: Path, share: float = 0.05, limit: int = 1000) -> np.ndarray:
+    """Compositions (m, 119) of the best crystals that the run drew; none where it kept no rollouts."""
+    path = run / "rollouts.h5"
+    if not path.is_file():
+        return np.zeros((0, 119))
+    rollouts = read_crystals(path)
+    order = _descending(rollouts.properties["reward"].numpy())
+    return np.unique(fractions(rollouts[order[: min(limit, max(1, int(share * len(order))))]])[0], axis=0)
+
+
+def _write_ranking(folder: Path, ranking: Columns, best: CrystalBatch, by: str) -> None:
+    """ranking.h5: every crystal, in the order of the dataset; retrieved.h5 and retrieved.csv: the first ones."""
+    with atomic_file(folder / "ranking.h5") as temp, h5py.File(temp, "w") as file:
+        file.attrs.update(format="cfrl-ranking", schema_version=1, ranked_by=by, **provenance())
+        for name, values in ranking.items():
+            text = {"dtype": h5py.string_dtype("utf-8")} if values.dtype == object else {}
+            file.create_dataset(name.replace("/", "."), data=values, compression="gzip", shuffle=not text, **text)
+    first = np.argsort(np.where(ranking["rank"] > 0, ranking["rank"], len(ranking["rank"]) + 1))[: len(best)]
+    columns = {name: ranking[name][first] for name in ranking if name not in ("id", *COUNTS)}
+    write_crystals(folder / "retrieved.h5", best, columns=columns)
+    table = {
+        "rank": columns.pop("rank"),
+        "id": ranking["id"][first],
+        "formula": np.array(best.formulas(), dtype=object),
+    }
+    _write_csv(folder / "retrieved.csv", table | {name: ranking[name][first] for name in COUNTS} | columns)
+
+
+def _write_meetings(folder: Path, meetings: Meetings, ranking: Columns) -> dict[str, Any]:
+    """met.csv: materials, and how often each model drew them; discovery.csv: distinct ones against draws."""
+    counts = meetings.counts()
+    rows = counts.pop("row")
+    table = {
+        "id": ranking["id"][rows],
+        **counts,
+        "rank": ranking["rank"][rows],
+        "log_ratio": ranking["log_ratio"][rows],
+    }
+    _write_csv(folder / "met.csv", table)
+    curves = {name: discovery_curve(getattr(meetings, name)) for name in ("tuned", "base")}
+    _write_csv(folder / "discovery.csv", {"draws": np.arange(1, len(meetings.tuned) + 1), **curves})
+    met = {name: getattr(meetings, name) for name in ("tuned", "base")}
+    return {
+        "draws": len(meetings.tuned),
+        "draws_that_meet": {name: int((rows >= 0).sum()) for name, rows in met.items()},
+        "materials_met": {name: len(np.unique(rows[rows >= 0])) for name, rows in met.items()},
+        "log_ratio_of_met": {name: _mean(ranking["log_ratio"][rows[rows >= 0]]) for name, rows in met.items()},
+    }
+
+
+def _write_csv(path: Path, columns: Columns) -> None:
+    with atomic_file(path) as temp, open(temp, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(_texts(values) for values in columns.values()), strict=True))
+
+
+def _texts(values: np.ndarray) -> list[str]:
+    """For CSV: numbers to six digits, nothing for NaN."""
+    if values.dtype.kind == "f":
+        return ["" if np.isnan(value) else f"{value:.6g}" for value in values]
+    return [str(value) for value in values]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain values for JSON, which knows no NaN."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def show(run: RunFolder, console: Console) -> None:
+    """The results in short: the first crystals, what sampling met, the verdicts, and where everything is."""
+    from rich.table import Table
+
+    result = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
+    with open(run.path / "retrieved.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]
+    shown += [name for name in [result["property"].lstrip("-")] if name]
+    title = f"first of {result['scored']:,} crystals of {result['dataset']}, by {result['ranked_by']} (nats)"
+    table = Table(*shown, title=title, title_justify="left")
+    for row in rows[:10]:
+        table.add_row(*(row[name] for name in shown))
+    console.print(table)
+    if beyond := result["crystals"] - result["scored"]:
+        console.print(f"{beyond:,} crystals are not ranked: the run's sampler cannot draw them", highlight=False)
+    if sampling := result.get("sampling"):
+        met, hits = sampling["materials_met"], sampling["draws_that_meet"]
+        console.print(
+            f"Of {sampling['draws']:,} draws of each model, {hits['tuned']:,} (tuned) and {hits['base']:,} (base) are "
+            f"known crystals: {met['tuned']:,} and {met['base']:,} different ones",
+            highlight=False,
+        )
+    correlation = result["correlation"]
+    if correlation["crystals"]:
+        all_, within = (_text(correlation[name]) for name in ("all", "within"))
+        console.print(
+            f"Rank correlation with the reward on {correlation['crystals']:,} crystals: {all_}; "
+            f"within space groups: {within}",
+            highlight=False,
+        )
+    if verdicts := result.get("verdicts"):
+        cuts = [k for k in ("10", "100", "1000") if all(k in v["enrichment"] for v in verdicts)]
+        head = ["crystals", *(f"at {k}" for k in cuts), "ROC AUC"]
+        title = f"times random in finding the top {GOOD_SHARE:.0%} of {result['property']}, among the first k"
+        table = Table("ranking", title=title, title_justify="left")
+        for name in head:
+            table.add_column(name, justify="right", no_wrap=True)
+        for verdict in verdicts:
+            enrichment = (_text(verdict["enrichment"][k]) for k in cuts)
+            table.add_row(verdict["name"], f"{verdict['crystals']:,}", *enrichment, _text(verdict["auc"]))
+        console.print(table)
+    for name in ("report.html", "retrieved.csv", "retrieved.h5", "ranking.h5"):
+        console.print(f"Written: {run.path / name}", highlight=False, soft_wrap=True)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,90 @@
+"""Datasets by name: where their HDF5 files lie, and pymatgen's prototypes, which are always there."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from cfrl import __version__
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.errors import UserError, nearest
+from cfrl.io import fetch, storage
+from cfrl.io.options import ImportOptions
+from cfrl.io.splits import assign_splits
+
+PROTOTYPES = "prototypes"
+
+
+HDF5 = (".h5", ".hdf5")
+
+
+def dataset_path(name: str | Path) -> Path:
+    """The HDF5 file of a dataset: "prototypes", a fetched name, or the path of an `.h5` file itself.
+
+    Raises:
+        UserError: there is none; a structure file has to be imported first.
+    """
+    path = Path(name)
+    if str(name) == PROTOTYPES and not path.exists():
+        return _prototypes()
+    if path.suffix in HDF5:
+        return path
+    if path.exists():
+        raise UserError(f"{name}: is not a dataset yet; make one of it: cfrl data import {name} -o {path.stem}.h5")
+    if path.suffix or len(path.parts) > 1:
+        raise UserError(f"{name}: no such file")
+    prepared = prepared_path(str(name))
+    if prepared.exists():
+        return prepared
+    if str(name) in fetch.SOURCES:
+        raise UserError(f"the dataset '{name}' is not on this machine; get it with: cfrl data fetch {name}")
+    known = [PROTOTYPES, *sorted(fetch.SOURCES)]
+    raise UserError(
+        f"no dataset named '{name}' is known or fetched{nearest(str(name), known)} (known: {', '.join(known)})"
+    )
+
+
+def is_dataset(name: str | Path) -> bool:
+    return Path(name).suffix in HDF5 or not Path(name).exists()
+
+
+def prepared_path(name: str) -> Path:
+    return fetch.cache_folder() / f"{name}.h5"
+
+
+def _prototypes() -> Path:
+    """pymatgen's AFLOW prototypes as a dataset in the cache folder, made at the first call."""
+    path = prepared_path(f"{PROTOTYPES}-{__version__}")
+    if path.exists():
+        try:
+            storage.describe(path)
+            return path
+        except UserError:  # damaged, or of an older schema: made again below
+            pass
+    from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
+
+    structures = [prototype["snl"].structure for prototype in AFLOW_PROTOTYPE_LIBRARY]
+    ids = _unique([prototype["tags"]["aflow"] for prototype in AFLOW_PROTOTYPE_LIBRARY])
+    dropped: dict[int, str] = {}
+    crystals = CrystalBatch.from_structures(structures, ids=ids, errors="skip", dropped=dropped)
+    tags = [prototype["tags"] for i, prototype in enumerate(AFLOW_PROTOTYPE_LIBRARY) if i not in dropped]
+    columns = {name: [str(tag[name]) for tag in tags] for name in ("mineral", "pearson", "strukturbericht")}
+    split = assign_splits(crystals, ImportOptions().validation)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_crystals(
+            path, crystals, columns=columns, split=split, attrs={"source": "pymatgen, AFLOW prototypes"}
+        )
+    except (OSError, UserError) as error:
+        raise UserError(f"{path}: cannot be written; set CFRL_CACHE to a folder of yours") from error
+    return path
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names told apart: A, B, A -> A, B, A-2."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(f"{name}-{seen[name]}" if seen[name] > 1 else name)
+    return unique

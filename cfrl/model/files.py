@@ -1,0 +1,109 @@
+"""Model files: safetensors with a header that tells sizes, training data and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfrl import config as settings
+from cfrl.assets import ASSETS
+from cfrl.errors import UserError
+from cfrl.files import atomic_file
+from cfrl.model.transformer import CrystalTransformer, ModelConfig
+from cfrl.runs.folder import newest_run
+from cfrl.untrusted import fitting, one_line, read_tensors
+
+if TYPE_CHECKING:
+    pass
+
+
+DEFAULT_MODEL = ASSETS / "default.safetensors"
+
+
+def save_model(
+    model: CrystalTransformer,
+    path: str | Path,
+    info: dict[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes weights, configuration and space-group distribution as safetensors, atomically.
+
+    Args:
+        info: strings to keep in the header (provenance, dataset, figures).
+        dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
+    """
+    from safetensors.torch import save_file
+
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    if dtype is not None:
+        weights = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in weights.items()}
+    header = {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config)), **(info or {})}
+    with atomic_file(path) as temporary:
+        save_file(weights, temporary, metadata=header)
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """The header of a model file: "config" (JSON) and whatever was put in.
+
+    Raises:
+        UserError: not a model file of ours.
+    """
+    return _read_model(Path(path))[0]
+
+
+def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
+    """A model, ready to use: in evaluation mode, float32.
+
+    Args:
+        model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors);
+            "last": the newest run of finetune or pretrain under runs/.
+
+    Raises:
+        UserError: there is no such model, the file is not one, or there is NaN or infinity in it.
+    """
+    path = model_path(model)
+    header, weights = _read_model(path)
+    with fitting(path):
+        config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
+    return build_model(config, weights, path).to(device).eval()
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:
+    """A network with these weights. Raises UserError, naming the source, if they are not of these sizes."""
+    if config.num_weights > sum(t.numel() for t in weights.values()):  # before room is made for what is not there
+        raise UserError(f"{source}: the weights do not fit their configuration (it asks for more of them)")
+    network = CrystalTransformer(config)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{source}: the weights do not fit their configuration ({one_line(error)})") from error
+    return network
+
+
+def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    header, weights = read_tensors(path, "not a readable safetensors file")
+    if header.get("format") != "cfrl-model-1":
+        raise UserError(f"{path}: not a cfrl model; published checkpoints come in by `cfrl model import FILE.pkl`")
+    return header, weights
+
+
+def model_path(model: str | Path | None) -> Path:
+    """The weights file that a model's name stands for. Raises UserError where there is none."""
+    if not model or str(model) == "default":
+        return DEFAULT_MODEL
+    if str(model) == "last":
+        run = newest_run(("finetune", "pretrain"), holding="model.safetensors")
+        if run is None:
+            raise UserError("model 'last': there is no finished tuning or training under runs/ here yet")
+        return run.path / "model.safetensors"
+    path = Path(model)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such model; give a weights file, a run folder, or nothing for the default")
+    return path

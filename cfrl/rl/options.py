@@ -1,0 +1,116 @@
+"""How a policy is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cfrl.settings import (
+    Count,
+    CountOrZero,
+    Distance,
+    Fraction,
+    FractionBelowOne,
+    Minutes,
+    PositiveFraction,
+    PositiveWeight,
+    Seed,
+    Settings,
+    SignedWeight,
+    Temperature,
+    Weight,
+    option,
+)
+
+
+@dataclass(frozen=True)
+class TuningOptions(Settings):
+    """Draw, score, update: sizes, objective, limits."""
+
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "rebel"] = option(
+        "ppo",
+        "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
+        "(differences of reward between pairs).",
+    )
+    steps: Count = option(60, "Rounds of sampling, scoring and updating.")
+    time_limit: Minutes | None = option(
+        None,
+        "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit.",
+        unset=0.0,
+    )
+    n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
+    draw_size: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    epochs: Count = option(2, "Passes over each step's crystals.")
+    batch_size: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
+    micro_batch: Count = option(32, "Crystals per backward pass; gradients of a batch are accumulated.")
+    lr: PositiveFraction = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
+    lr_final: Fraction = option(
+        0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
+    )
+    warmup: CountOrZero = option(5, "Steps of linear learning-rate warm-up.")
+    clip_gradient: PositiveWeight = option(1.0, "Largest norm of the gradient; longer ones are shortened to it.")
+    clip_ratio: PositiveWeight = option(0.2, "PPO: policy ratios beyond 1 +- this earn nothing more.")
+    clip_advantage: PositiveWeight | None = option(
+        5.0, "Largest size of an advantage, in units of the reward (see standardize); 0: no limit.", unset=0.0
+    )
+    baseline_decay: Fraction = option(
+        0.9, "Decay, per step, of the running means of rewards, one for each space group, that are PPO's baseline."
+    )
+    standardize: bool = option(
+        True, "Count rewards in standard deviations of the starting model's, so that beta suits any reward."
+    )
+    scale_crystals: Count = option(
+        1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
+    )
+    beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
+    kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
+    target_kl: PositiveWeight | None = option(
+        None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0
+    )
+    max_kl: PositiveWeight | None = option(
+        100.0, "Stop the run when the KL passes this many nats; 0: never.", unset=0.0
+    )
+    max_step_kl: PositiveWeight | None = option(
+        0.3, "Leave a step's crystals once the policy is this many nats from where it drew them; 0: never.", unset=0.0
+    )
+    entropy_wyckoff: SignedWeight = option(
+        0.0, "Bonus for the entropy of Wyckoff letters, in units of the reward per nat."
+    )
+    entropy_species: SignedWeight = option(0.0, "Bonus for the entropy of elements, in units of the reward per nat.")
+    entropy_coords: SignedWeight = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
+    entropy_lattice: SignedWeight = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
+    penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
+    diversity: Count | None = option(
+        1,
+        "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
+        "diversity_window crystals earns less; 0: never.",
+        unset=0,
+    )
+    diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
+    replay: CountOrZero = option(
+        0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
+    )
+    replay_size: Count = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
+    replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
+    space_group: str | None = option(
+        None,
+        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
+        choices=("uniform",),
+        unset="",
+    )
+    learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
+    space_group_lr: PositiveFraction = option(0.03, "Learning rate of the space groups' logits.")
+    space_group_floor: FractionBelowOne = option(
+        0.1, "Each space group keeps this part of its share; needs learn_space_groups."
+    )
+    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
+    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
+    temperature: Temperature = option(
+        1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained."
+    )
+    top_p: PositiveFraction = option(
+        1.0, "Of the sampler: keep the likeliest choices up to this total probability; 1: all."
+    )
+    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
+    validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
+    seed: Seed = option(0, "Seed of sampling and of the order of updates.")

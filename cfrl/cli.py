@@ -193,7 +193,7 @@ def pretrain(
 
     On several devices: torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20
     """
-    from cfrl.model.training import pretrain as run
+    from cfrl.commands.pretrain import pretrain as run
 
     run(config, Path(resume) if resume else None)
 
@@ -234,7 +234,7 @@ def finetune(
 
     Example: cfrl finetune --reward "dielectric_bandgap - 2*ehull" --steps 100
     """
-    from cfrl.rl.loop import finetune as run
+    from cfrl.commands.finetune import finetune as run
 
     run(config, resume=resume or None, trust=trust)
 

@@ -68,7 +68,7 @@ def test_only_what_the_commands_accept():
     from cfrl.rewards import all_rewards
     from cfrl.rewards.predictors import BUILT_IN
     from cfrl.rl.policy import ALGORITHMS
-    from cfrl.screening.results import DFT_SETS
+    from cfrl.screening.dft import DFT_SETS
     from cfrl.screening.retrieval import RANKINGS
     from cfrl.stability.flags import FLAGS
 

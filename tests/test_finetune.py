@@ -18,6 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from cfrl.commands import finetune as command
+from cfrl.commands.finetune import finetune, start
 from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
@@ -27,11 +29,11 @@ from cfrl.io.storage import read_columns, read_crystals, write_crystals
 from cfrl.model.files import load_model
 from cfrl.model.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.rewards import RewardContext
+from cfrl.reports import monitor
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
-from cfrl.rl import monitor, rollouts
-from cfrl.rl.loop import finetune, spread
+from cfrl.rl import rollouts
+from cfrl.rl.loop import spread
 from cfrl.rl.policy import GroupBaseline
 from cfrl.rl.rollouts import INVALID, Memory, Rollout, collect
 from cfrl.rl.tuning import SpaceGroupPrior, Tuning
@@ -151,7 +153,7 @@ def test_what_a_crystal_counts_for(tiny_model):
     """Reward in units of its spread, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
     config = FinetuneConfig(model=tiny_model, device="cpu", kl="reward", beta=0.5, entropy_species=0.2,
                             entropy_lattice=0.1, clip_advantage=1.5)  # fmt: skip
-    tuning = Tuning(config)
+    tuning = start(config)
     tuning.scale = 2.0
     rng = torch.Generator().manual_seed(0)
     old, base = -3 * torch.rand(2, 24, 5, generator=rng, dtype=torch.float64)
@@ -159,13 +161,13 @@ def test_what_a_crystal_counts_for(tiny_model):
     crystals.properties = {}
     earned = torch.randn(24, generator=rng, dtype=torch.float64)
     earned[0] = 1e6
-    batch = module._prepare(tuning, config, crystals, earned, old, base, {}, 24, rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, 24, rng)
     score = earned / 2 - 0.5 * (old - base).sum(1) - 0.2 * old[:, 1] - 0.1 * old[:, 3]
     torch.testing.assert_close(batch.advantage, (score - score.mean()).clamp(-1.5, 1.5))
     assert tuning.baseline.mean == pytest.approx(float(score.mean()))
     tuning.baseline = GroupBaseline(0.9)
     tuning.baseline.mean = 0.3
-    batch = module._prepare(tuning, config, crystals, earned, old, base, {}, 24, rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, 24, rng)
     torch.testing.assert_close(batch.advantage, (score - 0.3).clamp(-1.5, 1.5))
     assert batch.advantage[0] == 1.5
     assert batch.advantage.abs().min() < 1
@@ -477,7 +479,7 @@ def test_settings_beside_resume_win(tiny_model, tmp_path):
 
     def resumed(**changes: Any) -> Tuning:
         config = FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, **first, **changes})
-        tuning = Tuning(config)
+        tuning = start(config)
         tuning.load_state_dict(run.load_checkpoint())
         return tuning
 
@@ -500,7 +502,7 @@ def test_settings_beside_resume_win(tiny_model, tmp_path):
 
 def test_a_beta_that_was_adapted_stays_so(tiny_model, tmp_path):
     run = tune(tiny_model, tmp_path, steps=2, target_kl=50.0)
-    tuning = Tuning(FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, "target_kl": 50.0}))
+    tuning = start(FinetuneConfig(**{"model": tiny_model, "reward": "toy", **QUICK, "target_kl": 50.0}))
     tuning.load_state_dict(run.load_checkpoint())
     assert tuning.beta < 0.09
 
@@ -553,7 +555,7 @@ KILLED = """
 import sys, torch
 from types import SimpleNamespace
 from cfrl.config import FinetuneConfig
-from cfrl.rl.loop import finetune
+from cfrl.commands.finetune import finetune
 torch.set_num_threads(1)
 
 def reward(crystals):
@@ -763,7 +765,7 @@ REPEATED = """
 import sys, time, torch
 from pathlib import Path
 from cfrl.config import FinetuneConfig
-from cfrl.rl.loop import finetune
+from cfrl.commands.finetune import finetune
 from cfrl.rewards import build_reward
 torch.set_num_threads(1)
 reward = build_reward("dielectric_bandgap")
@@ -807,14 +809,14 @@ def test_a_seed_fixes_a_run_in_fresh_processes(tiny_model, tmp_path):
 
 def test_models_load_before_the_first_step(tiny_model, tmp_path, monkeypatch):
     """And what cannot be loaded is said before a run folder is made."""
-    monkeypatch.setattr(module, "_step", lambda *_: (_ for _ in ()).throw(UserError("no step today")))
+    monkeypatch.setattr(command, "step", lambda *_: (_ for _ in ()).throw(UserError("no step today")))
     settings = FinetuneConfig(model=tiny_model, reward="dielectric_bandgap", standardize=False, **QUICK)
-    context = RewardContext.from_config(settings)
-    monkeypatch.setattr(module.RewardContext, "from_config", lambda *_: context)
+    made = command.configured_reward(settings, "cpu")
+    monkeypatch.setattr(command, "configured_reward", lambda *_: made)
     with pytest.raises(UserError, match="no step today"):
         finetune(settings, root=tmp_path, quiet=True)
-    assert {"potential", "_predictors"} <= set(vars(context))
-    assert {"band_gap", "eps_total"} <= set(context._predictors)
+    assert {"potential", "_predictors"} <= set(vars(made.context))
+    assert {"band_gap", "eps_total"} <= set(made.context._predictors)
     monkeypatch.undo()
     with pytest.raises(UserError, match="give --dataset"):
         tune(tiny_model, tmp_path / "none", None, reward="novelty")

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfrl.commands.pretrain import pretrain
 from cfrl.config import PretrainConfig, read_run_config
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import write_crystals
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.model.training import Trainer, epoch_batches, learning_rate, pretrain
+from cfrl.model.training import Trainer, epoch_batches, learning_rate
 from cfrl.model.transformer import PRESETS
 from cfrl.runs.folder import RunFolder
 from tests.test_model import TINY
@@ -88,7 +89,7 @@ def test_a_kill_at_the_end_of_an_epoch_loses_neither_row_nor_model(dataset, monk
 
     def killed(self):
         if older:
-            self.save()
+            RunFolder(next(Path("killed").iterdir())).save_checkpoint(self.state_dict())
         raise SystemExit
 
     training_metrics = Trainer._training_metrics
@@ -177,7 +178,7 @@ def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
 WORKER = """
 import torch
 from cfrl.config import PretrainConfig
-from cfrl.model.training import pretrain
+from cfrl.commands.pretrain import pretrain
 torch.set_num_threads(1)
 pretrain(PretrainConfig(dataset={dataset!r}, preset="small", epochs=2, batch_size=16, dropout=0.0, device="cpu"))
 """

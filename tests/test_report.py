@@ -21,11 +21,11 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, write_crystals
+from cfrl.reports import monitor
 from cfrl.reports.figures import Figure, PeriodicTable, Series, histogram, pareto, pareto_front, place
 from cfrl.reports.page import Page, number_text, scene, space_group_symbol, subscripts
 from cfrl.reports.report import newest_reportable, write_report
 from cfrl.rewards import RewardContext, build_reward
-from cfrl.rl import monitor
 from cfrl.runs.folder import RunFolder
 from tests.tiny import tuned_run
 

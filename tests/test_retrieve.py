@@ -311,7 +311,7 @@ def test_ratios_and_draws_are_those_of_the_runs_own_sampler(run, tmp_path, proto
     )
     options = SamplerOptions(0.7, 0.999, (8, 11, 12, 17, 22), 24)
     drawn = []
-    monkeypatch.setattr("cfrl.screening.retrieval.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    monkeypatch.setattr("cfrl.commands.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
     made = retrieve(
         RetrieveConfig(run=str(folder), dataset="prototypes", samples=300, reward_crystals=0, top=5, device="cpu"),
         root=tmp_path / "runs",
@@ -349,7 +349,7 @@ def test_draws_and_joint_ratio_use_the_runs_own_shares(run, tmp_path, learned, m
     save_model(base, tmp_path / "base.safetensors")
     save_model(tuned, folder / "model.safetensors")
     drawn = []
-    monkeypatch.setattr("cfrl.screening.retrieval.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
+    monkeypatch.setattr("cfrl.commands.retrieve.sample", lambda *a, **k: drawn.append(sample(*a, **k)) or drawn[-1])
     config = RetrieveConfig(run=str(folder), base=str(tmp_path / "base.safetensors"), dataset="prototypes")
     made = retrieve(replace(config, samples=400, reward_crystals=0, device="cpu"), root=tmp_path / "runs")
     share = [float((crystals.space_group == 221).double().mean()) for crystals in drawn]

@@ -13,6 +13,7 @@ from pymatgen.core import Lattice, Structure
 from typer.testing import CliRunner
 
 import cfrl
+from cfrl.config import reward_definitions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
@@ -431,12 +432,13 @@ def test_rewards_of_installed_packages(crystals: CrystalBatch, tmp_path: Path) -
 
 def test_named_formulas_of_cfrl_toml(crystals: CrystalBatch, tmp_path: Path) -> None:
     (tmp_path / "cfrl.toml").write_text('[rewards.light]\nexpression = "target(density, wanted)"\nwanted = 2.0\n')
-    density = crystals.densities().double().numpy()
-    assert build_reward("light")(crystals).total == pytest.approx(-np.abs(density - 2))
-    assert build_reward("2*light(wanted=4)")(crystals).total == pytest.approx(-2 * np.abs(density - 4))
+    density, own = crystals.densities().double().numpy(), reward_definitions()
+    assert build_reward("light", definitions=own)(crystals).total == pytest.approx(-np.abs(density - 2))
+    doubled = build_reward("2*light(wanted=4)", definitions=own)
+    assert doubled(crystals).total == pytest.approx(-2 * np.abs(density - 4))
     (tmp_path / "cfrl.toml").write_text("[rewards.light]\nwanted = 2.0\n")
     with pytest.raises(UserError, match=r"\[rewards.light\] needs a line like expression"):
-        build_reward("light")
+        reward_definitions()
 
 
 # ---- bad input: one clear line each ------------------------------------------------------------------------------

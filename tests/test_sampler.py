@@ -11,6 +11,7 @@ import torch
 from scipy import integrate, stats
 
 import cfrl
+from cfrl.commands.finetune import start
 from cfrl.commands.sample import run_sample
 from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
@@ -22,7 +23,6 @@ from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, Sa
 from cfrl.model.files import save_model
 from cfrl.model.sampler import draw, sample, space_group_prior
 from cfrl.model.transformer import NUM_ELEMENTS, CrystalTransformer
-from cfrl.rl.tuning import Tuning
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()
@@ -329,7 +329,7 @@ def test_a_space_group_setting_means_the_same_everywhere(tmp_path, setting):
     shares[1] = 98
     model.space_group_log_prob.copy_((shares / shares.sum()).log())
     save_model(model, path)
-    tuning = Tuning(FinetuneConfig(model=str(path), space_group=setting, device="cpu"))
+    tuning = start(FinetuneConfig(model=str(path), space_group=setting, device="cpu"))
     config = SampleConfig(n=200, model=str(path), space_group=setting, keep_invalid=True)
     drawn = read_crystals(run_sample(config, str(tmp_path / "drawn.h5")))
     expected = tuning.prior.log_prob().exp() * 200

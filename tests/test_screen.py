@@ -18,6 +18,7 @@ from pymatgen.core import Composition, Lattice, Structure
 from pymatgen.io.vasp import Incar, Poscar
 
 import cfrl
+from cfrl.commands import screen as screening
 from cfrl.commands.screen import screen
 from cfrl.config import ScreenConfig, read_run_config
 from cfrl.errors import UserError
@@ -25,7 +26,6 @@ from cfrl.io.storage import read_columns
 from cfrl.reports.report import write_report
 from cfrl.runs import journal
 from cfrl.runs.journal import Journal
-from cfrl.screening import screen as screening
 from cfrl.screening import stages
 from cfrl.screening.tally import rate
 from cfrl.stability.flags import FLAGS

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import torch
 
+from cfrl.commands.finetune import finetune
 from cfrl.config import FinetuneConfig, Settings
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import save_model
 from cfrl.model.transformer import CrystalTransformer, ModelConfig
-from cfrl.rl.loop import finetune
 from cfrl.runs.folder import RunFolder
 
 Config = TypeVar("Config", bound=Settings)

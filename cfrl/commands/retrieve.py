@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 from rich.console import Console
 
+from cfrl.commands.finetune import configured_reward
 from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError, nearest
@@ -22,7 +23,7 @@ from cfrl.io.datasets import _Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_model, model_path, read_header
-from cfrl.model.sampler import sample, sampler_options, space_group_prior
+from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
@@ -76,7 +77,9 @@ def retrieve(
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = _Dataset(config.dataset, config.split)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
-    options, groups = sampler_options(tuning), _space_groups(tuning)
+    elements = parse_elements(tuning.elements)
+    options = SamplerOptions(tuning.temperature, tuning.top_p, elements, tuning.max_atoms)
+    groups = _space_groups(tuning)
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
@@ -241,10 +244,7 @@ def _evaluate(
 
 def _rewards(tuning: FinetuneConfig, crystals: CrystalBatch, device: str, console: Console) -> np.ndarray:
     """What the run was rewarded for, on crystals that it may never have drawn; (n,), NaN where it cannot be scored."""
-    from cfrl.rewards import RewardContext, build_reward
-
-    context = RewardContext.from_config(tuning, choose_device(device))
-    reward = build_reward(tuning.reward, context=context)
+    reward = configured_reward(tuning, choose_device(device))
     total = []
     with progress_bar("reward on the dataset", len(crystals), console) as advance:
         for start in range(0, len(crystals), 128):

@@ -32,7 +32,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
         check_output(output)
     model = load_model(config.model, choose_device(config.device))
     limit = config.max_atoms
-    elements = parse_elements(config.elements.split(",")) if config.elements else None
+    elements = parse_elements(config.elements)
     space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:

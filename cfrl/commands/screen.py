@@ -19,6 +19,7 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict
@@ -29,18 +30,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from cfrl.config import ScreenConfig
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import group_by
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, check_writable
+from cfrl.files import atomic_file, check_writable, provenance
+from cfrl.io.storage import write_crystals
 from cfrl.potentials import full_name, model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
+from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import KnownCrystal, is_formula_list, read_formulas, read_known, read_samples
-from cfrl.screening.results import _write
 from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
@@ -328,3 +331,47 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     for row in zip(*(texts[name] for name in shown), strict=True):
         grid.add_row(*row)
     console.print(grid)
+
+
+def _write(
+    path: Path,
+    table: Table,
+    order: np.ndarray,
+    structures: dict[int, Structure],
+    config: ScreenConfig,
+    summary: Summary,
+) -> None:
+    """Table, crystals, summary, and the candidates' files. `order`: rows, the candidates first."""
+    table.write_csv(path / "table.csv", order)
+    table.write_csv(path / "flagged.csv", [row for row in order if table["held_back"][row]])
+    _write_crystals(path / "screen.h5", table, order, structures, config)
+    with atomic_file(path / "summary.json") as temp:
+        temp.write_text(json.dumps(summary.as_dict() | provenance(), indent=2) + "\n", encoding="utf-8")
+    candidates = [int(row) for row in order if table["candidate"][row]][: config.top]
+    width = len(str(len(candidates)))
+    names = {row: f"{place:0{width}d}-{table['formula'][row]}" for place, row in enumerate(candidates, 1)}
+    with replaced_folder(path / "cifs") as folder:
+        for row, name in names.items():
+            structures[row].to(folder / f"{name}.cif", fmt="cif", symprec=config.symprec)
+    if config.dft:
+        with replaced_folder(path / "dft") as folder:
+            for row, name in names.items():
+                write_vasp(structures[row], folder / name, config.dft)
+
+
+def _write_crystals(
+    path: Path, table: Table, order: np.ndarray, structures: dict[int, Structure], config: ScreenConfig
+) -> None:
+    rows = [int(row) for row in order if table["space_group"][row] > 0]
+    dropped: dict[int, str] = {}
+    crystals = CrystalBatch.from_structures(
+        [structures[row] for row in rows],
+        config.symprec,
+        [table["id"][row] for row in rows],
+        errors="skip",
+        dropped=dropped,
+        max_sites=stages.MAX_SITES,
+    )
+    rows = [row for place, row in enumerate(rows) if place not in dropped]
+    columns = {name: values[rows] for name, values in table.columns.items() if name != "id"}
+    write_crystals(path, crystals, columns=columns, attrs={"rank": config.rank, "filter": config.filter or ""})

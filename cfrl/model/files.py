@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cfrl import config as settings
+from cfrl import settings
 from cfrl.assets import ASSETS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import atomic_number
 from cfrl.crystals.symmetry import constrain_lattice, tables
@@ -242,16 +241,11 @@ def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
         ) from error
 
 
-def sampler_options(config: SampleConfig | FinetuneConfig) -> SamplerOptions:
-    """How a command's settings, or those of a run, say that crystals are drawn. Raises UserError for no element."""
-    elements = parse_elements(config.elements.split(",")) if config.elements else None
-    return SamplerOptions(config.temperature, config.top_p, elements, config.max_atoms)
-
-
-def parse_elements(elements: Iterable[str | int] | None) -> tuple[int, ...] | None:
-    """Atomic numbers of symbols or numbers. Raises UserError for what is no element."""
+def parse_elements(elements: str | Iterable[str | int] | None) -> tuple[int, ...] | None:
+    """Atomic numbers of "Ba,Ti,O", or of symbols or numbers. Raises UserError for what is no element."""
     if elements is None:
         return None
+    elements = elements.split(",") if isinstance(elements, str) else elements
     numbers = sorted({e if isinstance(e, int) else atomic_number(e.strip()) for e in elements})
     if not numbers or not all(1 <= number <= 118 for number in numbers):
         raise UserError("elements: give symbols such as Ba,Ti,O")

@@ -1,74 +1,46 @@
-"""`cfrl pretrain`: maximum likelihood on a dataset of crystals.
+"""Training by maximum likelihood.
 
-What happens at a step depends on the settings and the step's number alone (data order, dropout and augmentation are
+What happens at a step depends on the options and the step's number alone (data order, dropout and augmentation are
 seeded by it), so a resumed run continues exactly as if it had never stopped. Under `torchrun` every process takes its
 share of each batch (DDP).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.errors import NotFinite, UserError
-from cfrl.files import atomic_file, provenance
-from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_model, save_model
+from cfrl.errors import NotFinite
+from cfrl.model.options import TrainingOptions
 from cfrl.model.transformer import FACTORS, PRESETS, CrystalTransformer, chunk_size, space_group_shares
-from cfrl.runs.devices import processes
-from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import stop_on_signal
-from cfrl.untrusted import fitting
 
 BUCKET = 50  # batches among which crystals are sorted by length
 
 
-def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, root: str = "runs") -> RunFolder:
-    """Trains a model; returns the run folder, whose `model.safetensors` is the best or the last one, as `keep` says.
+class Watcher:
+    """Who is told how a training goes, and keeps what is to be kept. This one does neither."""
 
-    Args:
-        config: settings; None: the defaults or, with `resume`, those of the run.
-        resume: an interrupted run to go on with.
-        root: where the new run folder goes.
+    def begin(self, trainer: Trainer) -> None:
+        """The first step comes now."""
 
-    Raises:
-        UserError: bad settings, dataset or device.
-        KeyboardInterrupt: after a checkpoint was written.
-    """
-    if resume is not None:
-        run = RunFolder.open(resume)
-        config = config or read_run_config(PretrainConfig, run.path / "config.toml")
-    config = config or PretrainConfig()
-    with processes(config.device) as (rank, world, device):
-        train, validation = _datasets(config)
-        trainer = Trainer(config, train, validation, device, rank, world)
-        if resume is None:
-            run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root) if rank == 0 else None
-        with run.locked() if rank == 0 else nullcontext():
-            # Every process reads the checkpoint; only the first one writes.
-            trainer.run = run if rank == 0 else None
-            if resume is not None:
-                with fitting(run.path / "checkpoint.pt"):
-                    trainer.restore(run.load_checkpoint())
-                if rank == 0:
-                    run.write_config("pretrain", config)
-            trainer.fit()
-    return run
+    def step(self, done: int, loss: float) -> None:
+        """So many steps are done; `loss`: mean since the last epoch, nats per crystal."""
+
+    def epoch(self, trainer: Trainer, metrics: dict[str, float], better: bool) -> None:
+        """An epoch is over; comes before any checkpoint that knows of it."""
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """What `Trainer.restore` goes on from."""
 
 
 class Trainer:
@@ -76,65 +48,62 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        options: TrainingOptions,
         train: CrystalBatch,
         validation: CrystalBatch,
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        init: CrystalTransformer | None = None,
     ) -> None:
-        self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.run: RunFolder | None = None  # where to write; the first process sets it
+        self.options, self.device, self.rank, self.world = options, device, rank, world
         self.train, self.validation = train, validation
-        torch.manual_seed(config.seed)
-        self.model = initial_model(config, train).to(device)
+        torch.manual_seed(options.seed)
+        self.model = initial_model(options, train, init).to(device)
         self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
-        self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if config.ema else None
-        self.optimizer = _optimizer(self.model, config)
-        self.batches_per_epoch = math.ceil(len(train) / config.batch_size)
-        self.total_steps = config.epochs * self.batches_per_epoch
+        self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if options.ema else None
+        self.optimizer = _optimizer(self.model, options)
+        self.batches_per_epoch = math.ceil(len(train) / options.batch_size)
+        self.total_steps = options.epochs * self.batches_per_epoch
         self.step = 0
         self.best, self.best_epoch = math.inf, 0
         self.sums: dict[str, float] = defaultdict(float)  # of the losses since they were last logged
-        self.console = Console(quiet=rank > 0)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    def fit(self) -> None:
-        """Trains to the last epoch, an early stop, or Ctrl-C (which lets a step end and leaves a checkpoint)."""
-        self._announce()
-        saved = time.monotonic()
-        with self._progress() as (progress, task), stop_on_signal() as stop:
-            self._end_epoch()  # of a checkpoint by an older version, which was written before it
+    def fit(self, watcher: Watcher | None = None) -> None:
+        """Trains to the last epoch or an early stop.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, which lets a step end and leaves a checkpoint.
+        """
+        watcher, saved = watcher or Watcher(), time.monotonic()
+        watcher.begin(self)
+        with stop_on_signal() as stop:
+            self._end_epoch(watcher)  # of a checkpoint by an older version, which was written before it
             while self.step < self.total_steps and not self._out_of_patience():
                 epoch, first = divmod(self.step, self.batches_per_epoch)
-                batches = epoch_batches(self.train.num_sites, self.config.batch_size, self.config.seed, epoch)
+                batches = epoch_batches(self.train.num_sites, self.options.batch_size, self.options.seed, epoch)
                 for rows in batches[first:]:
                     self._train_step(rows)
-                    progress.update(task, completed=self.step, loss=self._mean_loss())
-                    self._end_epoch()
+                    watcher.step(self.step, self._mean_loss())
+                    self._end_epoch(watcher)
                     if stop.requested:
-                        self._stop()
-                    if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
-                        self.save()
+                        watcher.checkpoint(self.state_dict())
+                        raise KeyboardInterrupt
+                    if time.monotonic() - saved > 60 * self.options.checkpoint_minutes:
+                        watcher.checkpoint(self.state_dict())
                         saved = time.monotonic()
-        self.save()
-        self._finish()
-
-    def _stop(self) -> None:
-        self.save()
-        if self.run is not None:
-            self.console.print(f"Stopped at step {self.step}. Go on: cfrl pretrain --resume {self.run.path}")
-        raise KeyboardInterrupt
+        watcher.checkpoint(self.state_dict())
 
     def _train_step(self, rows: Tensor) -> None:
         began = time.monotonic()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.total_steps, self.config)
+            group["lr"] = learning_rate(self.step, self.total_steps, self.options)
         # A function of the step alone: nothing about randomness needs to be saved.
-        torch.manual_seed(hash((self.config.seed, self.step, self.rank)) % 2**63)
+        torch.manual_seed(hash((self.options.seed, self.step, self.rank)) % 2**63)
         mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
-        if self.config.augment:
+        if self.options.augment:
             choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()
             mine = mine.described_as(choice.long())
         self.network.train()
@@ -144,7 +113,7 @@ class Trainer:
             last = i == len(parts) - 1
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
                 self._accumulate(mine[part].trim(), len(rows))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
         self._require_finite("gradient", float(norm))
         self.optimizer.step()
         self.step += 1
@@ -164,14 +133,14 @@ class Trainer:
         for name in FACTORS:
             self.sums[f"train/{name}"] += losses[name].item()
 
-    def _end_epoch(self) -> None:
-        """Where an epoch ends: validation, model file, row of metrics; in this order, and before any checkpoint.
+    def _end_epoch(self, watcher: Watcher) -> None:
+        """Where an epoch ends: validation, and what the watcher keeps of it; before any checkpoint.
 
         A kill on the way leaves a checkpoint of an earlier step, from which all of this comes again. A checkpoint of
         this step knows that it is done: the sums are empty.
         """
         epoch, inside = divmod(self.step, self.batches_per_epoch)
-        if inside or not self.sums or (epoch % self.config.validate_every and self.step < self.total_steps):
+        if inside or not self.sums or (epoch % self.options.validate_every and self.step < self.total_steps):
             return
         metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self._training_metrics()}
         if len(self.validation):
@@ -181,11 +150,7 @@ class Trainer:
         better = judged < self.best
         if better:
             self.best, self.best_epoch = judged, epoch
-        if self.run is not None and (better or self.config.keep == "last"):
-            self._write_model(metrics)
-        if self.run is not None:
-            self.run.log(self.step, metrics)
-            self.console.print(_epoch_line(metrics, best=self.best_epoch == epoch))
+        watcher.epoch(self, metrics, better)
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
@@ -213,7 +178,7 @@ class Trainer:
         if not math.isfinite(value):
             raise NotFinite(
                 f"the {name} is {value} after {self.step} steps: go on from the last checkpoint with --resume and a "
-                f"lower --lr than {self.config.lr:g}, or start again"
+                f"lower --lr than {self.options.lr:g}, or start again"
             )
 
     def _mean_loss(self) -> float:
@@ -223,7 +188,7 @@ class Trainer:
 
     def _out_of_patience(self) -> bool:
         epoch = self.step // self.batches_per_epoch
-        return bool(self.config.patience) and epoch - self.best_epoch >= self.config.patience
+        return bool(self.options.patience) and epoch - self.best_epoch >= self.options.patience
 
     # ---- what is kept ------------------------------------------------------------------------------------------
 
@@ -233,102 +198,50 @@ class Trainer:
 
     def _average_weights(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
         # The average is short at first, so that it does not remember the random start.
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
-    def save(self) -> None:
-        """Writes the checkpoint (first process only)."""
-        if self.run is not None:
-            state = {
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict() if self.average is not None else None,
-                "optimizer": self.optimizer.state_dict(),
-                "sums": dict(self.sums),
-                **{name: getattr(self, name) for name in ("step", "best", "best_epoch")},
-            }
-            self.run.save_checkpoint(state)
-
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Continues from a checkpoint; None: from the start."""
-        if state is not None:
-            self.model.load_state_dict(state["model"])
-            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # the setting counts
-                group["weight_decay"] = decay
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
-            self.sums = defaultdict(float, state["sums"])
-            self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]
-        if self.run is not None:
-            self.run.truncate(self.step)
-
-    def _write_model(self, metrics: dict[str, float]) -> None:
-        dataset = Path(self.config.dataset)
-        info = {
-            "dataset": str(dataset.resolve()) if dataset.exists() else self.config.dataset,
-            "preset": self.config.preset,
-            "training_crystals": str(len(self.train)),
-            "metrics": json.dumps({name: round(value, 5) for name, value in metrics.items()}),
-            "provenance": json.dumps(provenance()),
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "sums": dict(self.sums),
+            **{name: getattr(self, name) for name in ("step", "best", "best_epoch")},
         }
-        save_model(self.averaged_model(), self.run.path / "model.safetensors", info)
 
-    def _finish(self) -> None:
-        if self.run is None:
-            return
-        plot = plot_losses(self.run)
-        self.run.finish()
-        self.console.print(f"Best epoch {self.best_epoch}: {self.best:.3f} nats per crystal.")
-        for path in (self.run.path / "model.safetensors", self.run.path / "metrics.csv", plot):
-            if path is not None:
-                self.console.print(f"  {path}", highlight=False)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from a checkpoint."""
+        self.model.load_state_dict(state["model"])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):  # the setting counts
+            group["weight_decay"] = decay
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.sums = defaultdict(float, state["sums"])
+        self.step, self.best, self.best_epoch = state["step"], state["best"], state["best_epoch"]
 
     # ---- odds and ends -----------------------------------------------------------------------------------------
 
     def _autocast(self):
-        wanted = self.config.precision
+        wanted = self.options.precision
         if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def _announce(self) -> None:
-        size = sum(p.numel() for p in self.model.parameters())
-        self.console.print(
-            f"{len(self.train)} crystals to train on, {len(self.validation)} to validate; {size:,} parameters "
-            f"({self.config.preset}) on {self.device}; step {self.step} of {self.total_steps}"
-            + (f"; run {self.run.path}" if self.run is not None else "")
-        )
 
-    @contextmanager
-    def _progress(self) -> Iterator[tuple[Progress, TaskID]]:
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.2f}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, disable=self.rank > 0) as progress:
-            yield progress, progress.add_task("", total=self.total_steps, completed=self.step, loss=math.nan)
-
-
-def initial_model(config: PretrainConfig, train: CrystalBatch) -> CrystalTransformer:
-    """Random or given weights, and the space-group distribution of the training crystals.
-
-    Raises:
-        UserError: weights that cannot be loaded.
-    """
-    if config.init:
-        model = load_model(config.init)
-        architecture = model.config
-    else:
-        model, architecture = None, PRESETS[config.preset]
-    if config.dropout is not None:
-        architecture = replace(architecture, dropout=config.dropout)
+def initial_model(
+    options: TrainingOptions, train: CrystalBatch, init: CrystalTransformer | None = None
+) -> CrystalTransformer:
+    """Random or given weights, and the space-group distribution of the training crystals."""
+    architecture = PRESETS[options.preset] if init is None else init.config
+    if options.dropout is not None:
+        architecture = replace(architecture, dropout=options.dropout)
     network = CrystalTransformer(architecture)
-    if model is not None:
-        network.load_state_dict(model.state_dict())
+    if init is not None:
+        network.load_state_dict(init.state_dict())
     network.space_group_log_prob.copy_(space_group_shares(train.space_group))
     return network
 
@@ -346,73 +259,19 @@ def epoch_batches(num_sites: Tensor, batch_size: int, seed: int, epoch: int) -> 
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
-def learning_rate(step: int, total: int, config: PretrainConfig) -> float:
+def learning_rate(step: int, total: int, options: TrainingOptions) -> float:
     """Linear warm-up, then a cosine down to `lr_final` of the peak."""
-    warmup = min(config.warmup, max(total // 10, 1))
+    warmup = min(options.warmup, max(total // 10, 1))
     if step < warmup:
-        return config.lr * (step + 1) / warmup
+        return options.lr * (step + 1) / warmup
     progress = (step - warmup) / max(total - warmup, 1)
-    return config.lr * (config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return options.lr * (options.lr_final + (1 - options.lr_final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def plot_losses(run: RunFolder) -> Path | None:
-    """Loss curves, total and by factor, as `loss.png`; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    metrics = run.metrics()
-    figure, axes = plt.subplots(1, 5, figsize=(16, 3.2), constrained_layout=True)
-    for axis, name in zip(axes, ("loss", *FACTORS), strict=True):
-        for split in ("train", "validation"):
-            if f"{split}/{name}" in metrics:
-                axis.plot(metrics["epoch"], metrics[f"{split}/{name}"], label=split)
-        axis.set(title=name, xlabel="epoch")
-    axes[0].set_ylabel("nats per crystal")
-    axes[0].legend()
-    path = run.path / "loss.png"
-    with atomic_file(path) as temp:
-        figure.savefig(temp, format="png", dpi=150)
-    plt.close(figure)
-    return path
-
-
-def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
     """AdamW; weight decay acts on the matrices of linear layers, not on biases, norms and embeddings."""
     decayed, plain = [], []
     for name, parameter in model.named_parameters():
         (plain if parameter.dim() < 2 or "embedding.weight" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
-
-
-def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
-    limit = PRESETS[config.preset].max_sites - 1
-    train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
-    if not len(train):
-        raise UserError(f"{config.dataset}: no crystals to train on")
-    for part in (train, validation):
-        _refuse_impossible_cells(config.dataset, part)
-    return tuple(part[part.num_sites <= limit].canonical() for part in (train, validation))
-
-
-def _refuse_impossible_cells(name: str, crystals: CrystalBatch) -> None:
-    """No sampler drew these, and nothing is to be learned from them."""
-    bad = (~crystals.possible_cells()).nonzero()[:, 0].tolist()
-    if bad:
-        which = f"crystal {crystals.ids[bad[0]]}" if crystals.ids else "a crystal"
-        cell = ", ".join(f"{v:.4g}" for v in crystals.lattice[bad[0]].tolist())
-        raise UserError(
-            f"{name}: {which} has an impossible cell ({cell}; {len(bad):,} such); import it anew: cfrl data import"
-        )
-
-
-def _epoch_line(metrics: dict[str, float], best: bool) -> str:
-    line = f"epoch {metrics['epoch']:4d}  train {metrics['train/loss']:7.3f}"
-    if "validation/loss" in metrics:
-        parts = "  ".join(f"{name} {metrics[f'validation/{name}']:.3f}" for name in FACTORS)
-        line += f"  validation {metrics['validation/loss']:7.3f} ({parts})"
-    return line + f"  {metrics['crystals_per_second']:.0f} crystals/s" + ("  best" if best else "")
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfrl import config as settings
+from cfrl import settings
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.symmetry import tables

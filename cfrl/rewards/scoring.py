@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl import config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.rewards.expression import Expression, Term
@@ -96,18 +95,6 @@ class RewardContext:
         self.memo: dict[Any, Any] = {}
         self._predictors: dict[str, Predictor] = {}
         self._others: dict[str, Potential] = {}
-
-    @classmethod
-    def from_config(cls, settings: Any, device: torch.device | str | None = None) -> RewardContext:
-        """From a dataclass with these settings, such as `FinetuneConfig`."""
-        return cls(
-            settings.potential,
-            settings.hull,
-            settings.dataset,
-            device,
-            settings.caution,
-            settings.reward_timeout,
-        )
 
     @cached_property
     def potential(self) -> Potential:
@@ -204,13 +191,20 @@ class Inputs:
         return self._predictions[name]
 
 
-def build_reward(spec: str, *, context: RewardContext | None = None) -> Reward:
-    """The reward of an expression, or of a name that `cfrl rewards` lists or `cfrl.toml` defines.
+def build_reward(
+    spec: str, *, context: RewardContext | None = None, definitions: Mapping[str, Mapping[str, Any]] | None = None
+) -> Reward:
+    """The reward of an expression, or of a name that `cfrl rewards` lists.
+
+    Args:
+        context: what the reward works with; None: the embedded models.
+        definitions: names of your own, as the tables [rewards.NAME] of cfrl.toml have them: an `expression` and the
+            numbers that it names.
 
     Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load, a
     potential and a hull on different energy scales where both are needed.
     """
-    expression = Expression(spec, config.reward_definitions())
+    expression = Expression(spec, definitions or {})
     infos = {term: find_reward(term.name) for term in expression.terms}
     return Reward(expression, infos, context or RewardContext())
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cfrl.config import FinetuneConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.io.storage import append_crystals, read_columns
-from cfrl.model.files import load_model, model_path, save_model
-from cfrl.model.sampler import sampler_options, space_group_prior
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.sampler import parse_elements, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.rewards import Reward
+from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import GroupBaseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
-from cfrl.runs.devices import choose_device
-from cfrl.runs.folder import RunFolder
-from cfrl.untrusted import fitting
 
 STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
@@ -68,42 +64,51 @@ class Tuning:
 
     The model stays in evaluation mode: with dropout the policy that is updated would not be the one that drew.
 
+    Args:
+        model: to tune; it is changed, a copy of it stays.
+        options: sizes, objective, limits.
+        offline: learn from crystals that were drawn before.
+        settings: all that the run was asked for, by name; a checkpoint keeps it. None: the options.
+
     Raises:
-        UserError: no such model, device, element, space group or penalty.
+        UserError: no such element, space group or penalty.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.settings = config.plain()
-        device = choose_device(config.device)
-        self.base = load_model(config.model, device).requires_grad_(False)
-        self.model = load_model(config.model, device)
-        self.options = sampler_options(config)
-        shares = space_group_prior(self.model, config.space_group, self.options.max_atoms)
-        self.prior = SpaceGroupPrior(shares, config.learn_space_groups, config.space_group_floor).to(device)
-        groups = [{"params": list(self.model.parameters()), "lr": config.lr, "peak": config.lr}]
-        if config.learn_space_groups:
-            rate = config.space_group_lr
+    def __init__(
+        self,
+        model: CrystalTransformer,
+        options: TuningOptions,
+        offline: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options, self.settings = options, dict(settings or options.plain())
+        self.base = copy.deepcopy(model).requires_grad_(False)
+        self.model, device = model, model.device
+        elements = parse_elements(options.elements)
+        self.sampler = SamplerOptions(options.temperature, options.top_p, elements, options.max_atoms)
+        shares = space_group_prior(self.model, options.space_group, options.max_atoms)
+        self.prior = SpaceGroupPrior(shares, options.learn_space_groups, options.space_group_floor).to(device)
+        groups = [{"params": list(self.model.parameters()), "lr": options.lr, "peak": options.lr}]
+        if options.learn_space_groups:
+            rate = options.space_group_lr
             groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
-        diversity = None if config.rollouts else config.diversity
-        kept = config.replay_size if config.replay else 0
-        self.memory = Memory(config.penalty, diversity, config.diversity_window, kept)
-        self.header = {"base_model": str(model_path(config.model).resolve()) if config.model else "default"}
-        told = ("reward", "algorithm", "space_group", "elements")
-        self.header |= {name: getattr(config, name) or "" for name in told}
-        self.beta, self.step, self.seconds = config.beta, 0, 0.0
-        self.baseline = GroupBaseline(config.baseline_decay)
+        diversity = None if offline else options.diversity
+        kept = options.replay_size if options.replay else 0
+        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept)
+        self.beta, self.step, self.seconds = options.beta, 0, 0.0
+        self.baseline = GroupBaseline(options.baseline_decay)
         self.scale: float | None = None
 
     # ---- likelihoods: (n, 5) float64, the four factors of log P(C | G), and log P(G) where that is tuned ----
 
     def nuclei(self, crystals: CrystalBatch) -> dict[str, Tensor]:
         """What top-p keeps now, choice by choice: a step compares policies within it, else ratios are 0 or infinite."""
-        return self.model.nuclei(crystals, self.options)
+        return self.model.nuclei(crystals, self.sampler)
 
     def log_probs(self, crystals: CrystalBatch, nuclei: dict[str, Tensor]) -> Tensor:
         """Under the policy within `nuclei`, with gradients."""
-        scores = self.model.log_prob(crystals, self.options, nuclei=nuclei)
+        scores = self.model.log_prob(crystals, self.sampler, nuclei=nuclei)
         return self._columns(scores, crystals, self.prior.log_prob())
 
     @torch.no_grad()
@@ -111,14 +116,14 @@ class Tuning:
         self, crystals: CrystalBatch, nuclei: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Under the policy within `nuclei`, and the entropy (n,) of each factor along the crystals."""
-        scores = self.model.log_prob(crystals, self.options, entropy=True, nuclei=nuclei)
+        scores = self.model.log_prob(crystals, self.sampler, entropy=True, nuclei=nuclei)
         entropies = {name: scores[f"entropy/{name}"] for name in FACTORS}
         return self._columns(scores, crystals, self.prior.log_prob()), entropies
 
     @torch.no_grad()
     def log_probs_base(self, crystals: CrystalBatch) -> Tensor:
         """Under the starting model; not cut to its own nucleus, which the policy may well leave."""
-        scores = self.base.log_prob(crystals, replace(self.options, top_p=1.0))
+        scores = self.base.log_prob(crystals, replace(self.sampler, top_p=1.0))
         return self._columns(scores, crystals, self.prior.base)
 
     def _columns(self, scores: dict[str, Tensor], crystals: CrystalBatch, group_log_prob: Tensor) -> Tensor:
@@ -127,10 +132,6 @@ class Tuning:
         return torch.stack([*(scores[name].double() for name in FACTORS), group], 1)
 
     # ---- files ----
-
-    def save_model(self, path: Path) -> None:
-        """Write the policy as a model file."""
-        save_model(self.policy(), path, {**self.header, "step": str(self.step)})
 
     def policy(self) -> CrystalTransformer:
         """A copy of the policy, with the learned shares of the space groups."""
@@ -175,54 +176,5 @@ class Tuning:
             self.memory.forget_scores()
         else:
             self.scale = state["scale"]
-        if self.settings["target_kl"] and "beta" not in changed:  # it has been adapted
+        if self.options.target_kl and "beta" not in changed:  # it has been adapted
             self.beta = state["beta"]
-
-
-class RunLog:
-    """Metrics, rollouts and checkpoints of a run, so ordered that a kill between any two writes does no harm.
-
-    Rows of rollouts wait in memory and are written right before the checkpoint that knows of them. If a kill comes
-    between, the steps that are done again give the same rows, and are not written twice.
-    """
-
-    def __init__(self, run: RunFolder, tuning: Tuning, reward: Reward | None = None) -> None:
-        self.run, self.tuning, self.reward = run, tuning, reward
-        self.path = run.path / "rollouts.h5"
-        self.waiting: list[tuple[CrystalBatch, list[str]]] = []
-        self.written = self.saved = 0  # the last step of the rollouts, and of the checkpoint
-
-    def restore(self) -> None:
-        """Go on from the run's checkpoint, if there is one."""
-        state = self.run.load_checkpoint()
-        if state is not None:
-            with fitting(self.run.path / "checkpoint.pt"):
-                self.tuning.load_state_dict(state)
-                if self.reward is not None and "reward" not in self.tuning.changed(state):
-                    self.reward.load_state_dict(state["reward"])
-        self.saved = self.tuning.step
-        self.run.truncate(self.tuning.step)
-        if self.path.exists():
-            self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
-
-    def add(self, crystals: CrystalBatch, status: list[str], metrics: dict[str, float]) -> None:
-        """One step."""
-        self.run.log(self.tuning.step, metrics)
-        if self.tuning.step > self.written:
-            self.waiting.append((crystals, status))
-
-    def save(self) -> None:
-        """Rollouts, checkpoint, model file."""
-        if self.waiting:
-            status = [reason for _, part in self.waiting for reason in part]
-            crystals = CrystalBatch.cat(part for part, _ in self.waiting)
-            append_crystals(self.path, crystals, columns={"status": status})
-            self.written = self.tuning.step
-            self.waiting.clear()
-        state = self.tuning.state_dict()
-        if self.reward is not None:
-            state["reward"] = self.reward.state_dict()
-        self.run.save_checkpoint(state)
-        self.saved = self.tuning.step
-        if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
-            self.tuning.save_model(self.run.path / "model.safetensors")

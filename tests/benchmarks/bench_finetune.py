@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from cfrl import config
+from cfrl.commands.finetune import finetune
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.model.files import load_model
@@ -29,7 +30,6 @@ from cfrl.model.sampler import sample
 from cfrl.potentials import load_potential
 from cfrl.rewards import RewardContext, build_reward, register_reward
 from cfrl.rl import loop as module
-from cfrl.rl.loop import finetune
 from cfrl.rl.tuning import Tuning
 from cfrl.runs.folder import RunFolder
 from cfrl.stability.hull import ReferenceHull

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from cfrl import config
+from cfrl.settings import set_kind
 from tests.fuzz import seeds
 from tests.fuzz.cases import WORDS, Case
-from tests.fuzz.settings import QUICK, fits
+from tests.fuzz.settings import QUICK, fits, unset
 
 PATHS = (
     "missing",
@@ -66,7 +67,7 @@ def case(rng: random.Random) -> Case:
         )
         words.append(f"{flag}={value}")
         values.append(value)
-        if not _possible(value, kind):
+        if not _possible(value, kind, unset(section, name)):
             wrong += [flag, name]
     names = [
         n
@@ -75,18 +76,19 @@ def case(rng: random.Random) -> Case:
         for n in (word.split("=")[0], word.split("=")[0][2:].replace("-", "_"))
     ]
     if wrong:
-        return Case(words, ["missing", *wrong, *names], wrong=f"{' and '.join(wrong)} cannot be so")
-    return Case(words, ["missing", "out", *names, *(shown for value in values for shown in _shown(value))])
+        return Case(words, ["missing", "target", *wrong, *names], wrong=f"{' and '.join(wrong)} cannot be so")
+    return Case(words, ["missing", "out", "target", *names, *(shown for value in values for shown in _shown(value))])
 
 
 def _shown(value: str) -> list[str]:
     return [part for part in (value, repr(value)[1:-1], " ".join(value.split()), value[:60]) if part.strip()]
 
 
-def _possible(text: str, kind: object) -> bool:
-    """Whether this text is a value of such a flag."""
+def _possible(text: str, kind: object, none: object) -> bool:
+    """Whether this text is a value of such a flag; `none` stands for None."""
+    kind, may_be_none = set_kind(kind), kind != set_kind(kind)
     if get_origin(kind) is Literal:
-        return text in get_args(kind)
+        return text in get_args(kind) or (may_be_none and text == none)
     if get_origin(kind) is not Annotated:
         return True
     number = get_args(kind)[0]
@@ -94,4 +96,6 @@ def _possible(text: str, kind: object) -> bool:
         value = number(text)
     except (ValueError, OverflowError):
         return False
+    if may_be_none and value == none:
+        return True
     return not (isinstance(value, float) and math.isnan(value)) and fits(value, kind)

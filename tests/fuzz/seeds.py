@@ -14,11 +14,11 @@ import torch
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
 
+from cfrl.commands.finetune import finetune
 from cfrl.config import FinetuneConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import write_crystals
 from cfrl.model.transformer import CrystalTransformer
-from cfrl.rl.loop import finetune
 from cfrl.settings import to_toml
 from cfrl.stability.hull import ReferenceHull
 from tests.test_model import TINY

@@ -7,12 +7,13 @@ import tomllib
 from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from cfrl import config
-from cfrl.settings import to_toml
+from cfrl.settings import set_kind, to_toml
 from tests.fuzz.cases import NUMBERS, WORDS, Case, garbled
 from tests.fuzz.seeds import Seeds
 from tests.fuzz.structures import stored_problem
@@ -123,12 +124,23 @@ def _faults(document: dict[str, Any], section: str) -> list[str]:
     kinds = get_type_hints(config.SECTIONS[section], include_extras=True)
     known = {name for name in kinds if f"--{name}" not in QUICK[section]}  # a flag wins over the file
     return unknown + [
-        name for name in values if name not in kinds or (name in known and not fits(values[name], kinds[name]))
+        name
+        for name in values
+        if name not in kinds or (name in known and not fits(values[name], kinds[name], unset(section, name)))
     ]
 
 
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a setting may have this value, said a second time."""
+def unset(section: str, name: str) -> Any:
+    """How a file writes that this setting is not set."""
+    return next(f.metadata["unset"] for f in fields(config.SECTIONS[section]) if f.name == name)
+
+
+def fits(value: Any, kind: Any, none: Any = None) -> bool:
+    """Whether a setting may have this value, said a second time; `none` stands for None."""
+    if NoneType in get_args(kind):
+        if value == none and not isinstance(value, bool):
+            return True
+        kind = set_kind(kind)
     if get_origin(kind) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(kind))
     if get_origin(kind) is Annotated:
@@ -159,9 +171,10 @@ def _at_work(rng: random.Random, seeds_: Seeds) -> Case:
     ]
     kinds, values = get_type_hints(config.SECTIONS[section], include_extras=True), {}
     for name in rng.sample(left, rng.choice((1, 2, 3))):
-        number, limits = get_args(kinds[name])
+        kind = set_kind(kinds[name])
+        number, limits = get_args(kind)
         ends = (limits.least, limits.most, limits.least + 1e-9, limits.most - 1e-9, *NUMBERS)
-        good = [v for v in ends if fits(number(v) if number is int and v == v and abs(v) < 1e300 else v, kinds[name])]
+        good = [v for v in ends if fits(number(v) if number is int and v == v and abs(v) < 1e300 else v, kind)]
         values[name] = number(rng.choice(good))
     lines = [f"{name} = {value!r}" for name, value in values.items()]
     Path("cfrl.toml").write_text("\n".join([f"[{section}]", *lines]))

@@ -16,10 +16,10 @@ import h5py
 import numpy as np
 from safetensors.numpy import load_file
 
+from cfrl.commands.finetune import finetune
 from cfrl.config import FinetuneConfig
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
-from cfrl.rl.loop import finetune
 from cfrl.runs.folder import RunFolder, newest_run
 from tests.tiny import SIZES, base_model
 

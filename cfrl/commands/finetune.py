@@ -1,0 +1,239 @@
+"""`cfrl finetune`: draws crystals, scores them, moves the policy towards the reward, and repeats."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cfrl.config import FinetuneConfig, read_run_config, reward_definitions
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.errors import NotFinite, UserError
+from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
+from cfrl.model.files import load_model, model_path, save_model
+from cfrl.reports import monitor
+from cfrl.reports.report import write_report
+from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.rewards.trust import confirm_code
+from cfrl.rl import policy
+from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, step, unit, validate, why_end
+from cfrl.rl.rollouts import random_seed
+from cfrl.rl.tuning import Tuning
+from cfrl.runs.devices import choose_device
+from cfrl.runs.folder import RunFolder
+from cfrl.runs.interrupt import Abandoned, stop_on_signal
+from cfrl.untrusted import fitting
+
+VALIDATION_CRYSTALS = 512
+
+
+def finetune(
+    config: FinetuneConfig | None = None,
+    *,
+    reward: Scorer | None = None,
+    resume: str | Path | None = None,
+    root: str | Path = "runs",
+    quiet: bool = False,
+    trust: bool = False,
+) -> RunFolder:
+    """Tune a model towards a reward.
+
+    Args:
+        config: the settings; default: those of the run that is resumed, else the defaults.
+        reward: what scores a batch of crystals; default: made of `config.reward` by `build_reward`.
+        resume: a run folder to go on with, instead of a new one.
+        root: where a new run folder is made.
+        quiet: show nothing.
+        trust: import code that the settings of a resumed run name; else the user is asked.
+
+    Returns:
+        The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
+        also before.h5 and after.h5, fresh crystals of both models.
+
+    Raises:
+        UserError: a setting, a file or the reward is at fault; finished steps are saved.
+        KeyboardInterrupt: after Ctrl-C, once the step at hand is finished and saved.
+    """
+    if config is None:
+        config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
+    _check(config)
+    if resume and reward is None and not config.rollouts:
+        confirm_code(config.reward, Path(resume) / "config.toml", trust)
+    tuning = start(config)
+    scorer = reward
+    if scorer is None and not config.rollouts:
+        scorer = configured_reward(config, tuning.model.device)
+        scorer.load()
+    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
+    validation = _validation_crystals(config)
+    run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
+    log = RunLog(run, tuning, _header(config), scorer if isinstance(scorer, Reward) else None)
+    reason = ""
+    with run.locked(), stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
+        log.restore()
+        if resume:
+            run.write_config("finetune", config)
+        saved = time.monotonic()
+        while tuning.step < config.steps and not reason:
+            began = time.monotonic()
+            try:
+                if tuning.scale is None:
+                    tuning.scale = unit(tuning, source)
+                    live.say(f"Unit of the reward: {tuning.scale:.4g}.")
+                crystals, status, metrics = step(tuning, source)
+            except NotFinite as error:  # the weights are spoilt: what was saved last is better
+                raise NotFinite(
+                    f"{error} (in step {tuning.step + 1}; {run.path} holds {log.saved} steps: go on from there with "
+                    f"--resume and a lower --lr than {config.lr:g})"
+                ) from error
+            except UserError as error:
+                log.save()
+                raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
+            except Abandoned as error:
+                live.say(f"Step {tuning.step + 1} is lost: {error}.")
+                break
+            if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
+                metrics |= validate(tuning, validation)
+            tuning.seconds += time.monotonic() - began
+            log.add(crystals, status, metrics)
+            live.update(tuning.step, metrics)
+            if not metrics["scored"]:
+                reason, count = Counter(status).most_common(1)[0]
+                live.say(
+                    f"Step {tuning.step}: nothing to learn from, no crystal has a score ({count} times: {reason})."
+                )
+            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                log.save()
+                saved = time.monotonic()
+            reason = "Stopped." if stop.requested else why_end(config, metrics, tuning.seconds)
+        log.save()
+        if stop.requested:
+            run.close()
+            live.say(f"Stopped after step {tuning.step}. Go on with: cfrl finetune --resume {run.path}")
+            raise KeyboardInterrupt
+        if reason:
+            live.say(f"{reason} The run ends after step {tuning.step} of {config.steps}.")
+        if config.evaluate and not config.rollouts:
+            live.say(f"Drawing {config.evaluate} fresh crystals from the model before and after.")
+            evaluate(source, config, run.path)
+    if config.plots:
+        monitor.plot(run)
+        write_report(run)
+    run.finish()
+    if not quiet:
+        monitor.summarise(run)
+    return run
+
+
+def start(config: FinetuneConfig) -> Tuning:
+    """The state before the first step."""
+    model = load_model(config.model, choose_device(config.device))
+    return Tuning(model, config, offline=config.rollouts is not None, settings=config.plain())
+
+
+def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Reward:
+    """The reward of the settings, with all that it works with; nothing is loaded yet."""
+    context = RewardContext(
+        potential=config.potential,
+        hull=config.hull,
+        dataset=config.dataset,
+        device=device,
+        caution=config.caution,
+        timeout=config.reward_timeout,
+    )
+    return build_reward(config.reward, context=context, definitions=reward_definitions())
+
+
+def _recorded(config: FinetuneConfig) -> RecordedCrystals:
+    reward = torch.from_numpy(read_columns(config.rollouts, ["reward"])["reward"])
+    try:
+        return RecordedCrystals(read_crystals(config.rollouts), reward, config.n)
+    except UserError as error:
+        raise UserError(f"{config.rollouts}: {error}") from error
+
+
+def _header(config: FinetuneConfig) -> dict[str, str]:
+    """What the tuned model's file tells of its making."""
+    told = {name: getattr(config, name) or "" for name in ("reward", "algorithm", "space_group", "elements")}
+    return {"base_model": str(model_path(config.model).resolve()) if config.model else "default", **told}
+
+
+def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
+    """Some of the dataset's validation split (of all its crystals where it has none)."""
+    if not config.dataset:
+        return None
+    from cfrl.io.datasets import load_dataset
+
+    crystals = load_dataset(config.dataset, split="validation")
+    crystals = crystals if len(crystals) else load_dataset(config.dataset)
+    order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
+    return crystals[order[:VALIDATION_CRYSTALS]].canonical()
+
+
+def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> None:
+    """Draw and score fresh crystals of the starting model and of the policy; same seeds, a file each."""
+    if isinstance(source.scorer, Reward):
+        source = FreshCrystals(source.tuning, partial(source.scorer, update=False))
+    seed = random_seed(config.seed, 0)
+    for name, tuned in (("before.h5", False), ("after.h5", True)):
+        rollout = source.draw(config.evaluate, seed, tuned)
+        write_crystals(folder / name, rollout.crystals, columns={"status": rollout.status})
+
+
+def _check(config: FinetuneConfig) -> None:
+    """Settings that exclude each other. Raises UserError."""
+    if config.rollouts and config.algorithm not in policy.PAIRED:
+        raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
+
+
+class RunLog:
+    """Metrics, rollouts and checkpoints of a run, so ordered that a kill between any two writes does no harm.
+
+    Rows of rollouts wait in memory and are written right before the checkpoint that knows of them. If a kill comes
+    between, the steps that are done again give the same rows, and are not written twice.
+    """
+
+    def __init__(self, run: RunFolder, tuning: Tuning, header: dict[str, str], reward: Reward | None = None) -> None:
+        self.run, self.tuning, self.header, self.reward = run, tuning, header, reward
+        self.path = run.path / "rollouts.h5"
+        self.waiting: list[tuple[CrystalBatch, list[str]]] = []
+        self.written = self.saved = 0  # the last step of the rollouts, and of the checkpoint
+
+    def restore(self) -> None:
+        """Go on from the run's checkpoint, if there is one."""
+        state = self.run.load_checkpoint()
+        if state is not None:
+            with fitting(self.run.path / "checkpoint.pt"):
+                self.tuning.load_state_dict(state)
+                if self.reward is not None and "reward" not in self.tuning.changed(state):
+                    self.reward.load_state_dict(state["reward"])
+        self.saved = self.tuning.step
+        self.run.truncate(self.tuning.step)
+        if self.path.exists():
+            self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
+
+    def add(self, crystals: CrystalBatch, status: list[str], metrics: dict[str, float]) -> None:
+        """One step."""
+        self.run.log(self.tuning.step, metrics)
+        if self.tuning.step > self.written:
+            self.waiting.append((crystals, status))
+
+    def save(self) -> None:
+        """Rollouts, checkpoint, model file."""
+        if self.waiting:
+            status = [reason for _, part in self.waiting for reason in part]
+            crystals = CrystalBatch.cat(part for part, _ in self.waiting)
+            append_crystals(self.path, crystals, columns={"status": status})
+            self.written = self.tuning.step
+            self.waiting.clear()
+        state = self.tuning.state_dict()
+        if self.reward is not None:
+            state["reward"] = self.reward.state_dict()
+        self.run.save_checkpoint(state)
+        self.saved = self.tuning.step
+        if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
+            header = {**self.header, "step": str(self.tuning.step)}
+            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header)

@@ -75,7 +75,8 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "config"]
         kinds = get_type_hints(cls)
         flagged = [f for f in fields(cls) if get_origin(kinds[f.name]) is not dict]  # tables are for cfrl.toml alone
-        generated = [_flag(f, kinds[f.name]) for f in flagged]
+        panels = {name: theme for theme, names in cls.THEMES.items() for name in names}
+        generated = [_flag(f, kinds[f.name], panels.get(f.name)) for f in flagged]
         context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [context, *own, *generated]
 
@@ -110,14 +111,14 @@ def _run_to_resume(run: str, command: str) -> str:
     return str(newest.path)
 
 
-def _flag(f: Field, kind: Any) -> inspect.Parameter:
+def _flag(f: Field, kind: Any, panel: str | None) -> inspect.Parameter:
     """A field as a parameter of the command. Its range is checked by the dataclass, for files and flags alike."""
     offered = choices(kind) or f.metadata["choices"]
     kind = str if choices(kind) else set_kind(kind)
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default
-    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(offered))
+    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(offered), rich_help_panel=panel)
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )

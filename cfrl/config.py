@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tomli
 
@@ -80,6 +80,13 @@ class PretrainInputs(Settings):
 @dataclass(frozen=True)
 class PretrainConfig(TrainingOptions, PretrainInputs):
     """Train the transformer on a dataset of crystals."""
+
+    THEMES: ClassVar = {
+        "How the model learns": (
+            *("lr_final", "warmup", "weight_decay", "clip", "dropout", "ema", "augment", "precision"),
+        ),
+        "When it ends, what is kept": ("keep", "patience", "validate_every", "checkpoint_minutes"),
+    }
 
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
@@ -155,6 +162,24 @@ class FinetuneInputs(Settings):
 class FinetuneConfig(TuningOptions, FinetuneInputs):
     """Tune a model towards a reward."""
 
+    THEMES: ClassVar = {
+        "Which crystals are drawn": (
+            *("max_atoms", "temperature", "top_p", "min_distance", "draw_size"),
+            *("learn_space_groups", "space_group_lr", "space_group_floor"),
+        ),
+        "How the reward counts": (
+            *("caution", "reward_timeout", "standardize", "scale_crystals", "penalty", "diversity_window"),
+            *("replay", "replay_size", "replay_clip", "rollouts"),
+        ),
+        "How the policy moves": (
+            *("batch_size", "micro_batch", "epochs", "lr_final", "warmup", "clip_gradient", "clip_ratio"),
+            *("clip_advantage", "baseline_decay"),
+            *("entropy_wyckoff", "entropy_species", "entropy_coords", "entropy_lattice"),
+        ),
+        "How far it may go": ("kl", "target_kl", "max_kl", "max_step_kl"),
+        "When it ends, what is kept": ("time_limit", "validate_every", "evaluate", "plots", "checkpoint_minutes"),
+    }
+
     evaluate: CountOrZero = option(
         256, "Fresh crystals of the model before and after that are compared at the end; 0: none."
     )
@@ -229,6 +254,14 @@ class RetrieveConfig(Settings):
 @dataclass(frozen=True)
 class ScreenConfig(Settings):
     """Find the crystals that deserve a DFT calculation."""
+
+    THEMES: ClassVar = {
+        "Stages": ("validity", "unique", "relax", "stability"),
+        "What is valid": ("min_distance", "max_density", "symprec"),
+        "Relaxation": ("free", "fmax", "steps"),
+        "What is written": ("top", "report"),
+        "Where it runs": ("workers", "chunk", "engine", "address", "device"),
+    }
 
     known: list[str] = option(
         [],

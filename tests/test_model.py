@@ -1,7 +1,9 @@
 """The network: against the published code's numbers, and against a second, naive implementation."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from cfrl.model.published import import_published, read_checkpoint
 from cfrl.model.sampler import draw
 from cfrl.model.transformer import PRESETS, CrystalTransformer, KeyValueCache, ModelConfig, unscale_lattice
 from cfrl.runs.folder import RunFolder
+
+DATA = Path(__file__).parent / "data"  # numbers of the published code
 
 TINY = ModelConfig(8, 12, 16, 2, 2, 8, 3, 4, 2, dropout=0.0)
 FACTORS = ("wyckoff", "species", "coords", "lattice")
@@ -39,37 +43,38 @@ def crystals() -> CrystalBatch:
 
 
 @pytest.fixture(scope="module")
-def published_crystals(shared) -> CrystalBatch:
-    file = np.load(shared / "crystalformer_reference" / "crystals.npz")
+def published_crystals() -> CrystalBatch:
+    file = np.load(DATA / "crystals.npz")
     group, wyckoff, species = (torch.tensor(file[name]).long() for name in "GWA")
     coords = torch.tensor(np.where(file["XYZ"] > 1e9, 0.0, file["XYZ"]))
     lattice = unscale_lattice(torch.tensor(file["L"]).double(), multiplicity(group, wyckoff).sum(1))
     return CrystalBatch(group, wyckoff, species, coords, lattice)
 
 
-def published_model(shared, size: str) -> CrystalTransformer:
-    folder = shared / "crystalformer_reference"
-    if size == "small":
-        return import_published(read_checkpoint(folder / "small_epoch_000001.pkl"))
-    return import_published(dict(np.load(folder / "alex20_params_f16_seeded.npz")))
+@pytest.fixture(params=["small", "alex20"])
+def published(request) -> tuple[CrystalTransformer, Mapping[str, np.ndarray]]:
+    """A model of the published code, and that code's numbers; the large one's weights are not in this repository."""
+    if request.param == "small":
+        return import_published(read_checkpoint(DATA / "small_epoch_000001.pkl")), np.load(DATA / "small_expected.npz")
+    folder = request.getfixturevalue("shared") / "crystalformer_reference"
+    model = import_published(dict(np.load(folder / "alex20_params_f16_seeded.npz")))
+    return model, np.load(folder / "alex20_expected.npz")
 
 
-@pytest.mark.parametrize("size", ["small", "alex20"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 1e-3)])
-def test_log_probabilities_of_the_published_code(shared, published_crystals, size, dtype, tolerance):
-    expected = np.load(shared / "crystalformer_reference" / f"{size}_expected.npz")
-    model = published_model(shared, size).to(dtype)
+def test_log_probabilities_of_the_published_code(published, published_crystals, dtype, tolerance):
+    model, expected = published
+    model = model.to(dtype)
     with torch.no_grad():
         scores = model.log_prob(published_crystals.to(dtype=dtype))
     for ours, theirs in zip(FACTORS, ("w", "a", "xyz", "l"), strict=True):
         np.testing.assert_allclose(scores[ours], expected[f"logp_{theirs}"], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("size", ["small", "alex20"])
-def test_outputs_of_the_published_code(shared, published_crystals, size):
+def test_outputs_of_the_published_code(published, published_crystals):
     """Row by row, for the first four crystals: logits (masked, normalised), means, widths, concentrations."""
-    expected = torch.tensor(np.load(shared / "crystalformer_reference" / f"{size}_expected.npz")["output_first4"])
-    model, options = published_model(shared, size).double(), SamplerOptions()
+    expected = torch.tensor(published[1]["output_first4"])
+    model, options = published[0].double(), SamplerOptions()
     crystals = published_crystals[:4].trim()
     with torch.no_grad():
         features = model.features(crystals)

@@ -176,3 +176,13 @@ def test_flags_and_files_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     assert resumed('reward = "density"\n', "--beta", "nan").startswith("cfrl: error: beta = nan should be")
     line = resumed('reward = "density"\nbeta = nan\n')
     assert line.startswith(f"cfrl: error: {run.relative_to(tmp_path)}/config.toml: beta = nan should be")
+
+
+@pytest.mark.parametrize("section", config.SECTIONS)
+def test_help_by_theme(section):
+    """Every setting under one heading at most; what is used every day under none."""
+    cls = config.SECTIONS[section]
+    themed = [name for names in cls.THEMES.values() for name in names]
+    assert len(themed) == len(set(themed))
+    assert set(themed) <= {f.name for f in fields(cls)}
+    assert len(fields(cls)) - len(themed) <= 16

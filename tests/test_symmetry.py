@@ -1,5 +1,7 @@
 """Symmetry tables against group theory, geometry and moyo, for all 230 space groups."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -132,9 +134,9 @@ def test_wrap_never_gives_one() -> None:
     assert symmetry.wrap(tiny).tolist() == [0.0, 0.0, 0.0, 0.75]
 
 
-def test_reference_crystals_satisfy_the_first_triplets(shared) -> None:
+def test_reference_crystals_satisfy_the_first_triplets() -> None:
     """The published representation: our tables must leave all its coordinates where they are."""
-    data = np.load(shared / "crystalformer_reference" / "crystals.npz")
+    data = np.load(Path(__file__).parent / "data" / "crystals.npz")
     group, wyckoff = torch.from_numpy(data["G"]).long(), torch.from_numpy(data["W"]).long()
     coords = torch.from_numpy(data["XYZ"])
     apart = (symmetry.project_coords(group, wyckoff, coords) - coords)[wyckoff > 0]

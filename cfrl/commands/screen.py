@@ -2,7 +2,7 @@
 
 `screen` leads crystals from any generator through the stages: validity, duplicates and known crystals, relaxation,
 energy above the hull, properties; then it counts, ranks and writes. What a stage does with a crystal is in
-`stages.py`, how work is spread over processes in `engine.py`, the table and its counts in `tally.py`.
+`screening/stages.py`, how work is spread in `runs/engine.py`, the table and its counts in `screening/tally.py`.
 
 Results of a stage go to a journal in the run folder as they come. A journal is named by all that its results depend
 on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.

@@ -5,7 +5,7 @@ coords, lattice; also space_group where the prior over G is learned). What is ma
 
     J = E[r(C)] - beta * KL(policy || base),        whose optimum is p*(C) ~ p_base(C) exp(r(C) / beta)
 
-(arXiv 2504.02367). Sampling, scoring and the optimiser live in `finetune.py`.
+(arXiv 2504.02367). Sampling, scoring and the optimiser live in `loop.py`.
 """
 
 from __future__ import annotations

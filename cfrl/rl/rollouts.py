@@ -2,7 +2,7 @@
 
 A rollout is a `CrystalBatch` whose properties hold what is known of each crystal (`reward`, every reward term,
 `valid`), and a status for those without a score. Memory: scores seen lately (for the penalty), how often each
-fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`; the loop: `finetune.py`.
+fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`; the loop: `loop.py`.
 """
 
 from __future__ import annotations

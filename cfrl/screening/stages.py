@@ -1,7 +1,7 @@
 """The stages of a screening as functions of lists: what a worker process does with some crystals.
 
 Each takes a list of items and gives one record, a plain dict that JSON can hold, for each. A crystal that cannot
-be worked on gets a record that says why; it never raises. Which crystals go where is decided in `screen.py`.
+be worked on gets a record that says why; it never raises. Which crystals go where is decided in `commands/screen.py`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ WHOLE = (
     *("no_overlap", "charge_neutral", "alloy", "valid", "as_wanted", "unique", "novel", "new_formula", "converged"),
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flagged", "held_back", "candidate"),
 )
-# What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown. Units: README.
+# What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown.
 COLUMNS = (
     *("id", "formula", "num_atoms", "wanted_space_group", "space_group", "as_wanted", "fingerprint"),
     *("shortest_distance", "no_overlap", "isolation", "volume_per_atom", "density"),

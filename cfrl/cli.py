@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
@@ -58,11 +58,21 @@ def _offer(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
     return (lambda incomplete: [word for word in choices if word.startswith(incomplete)]) if choices else None
 
 
+def _runs(incomplete: str) -> list[str]:
+    """Run folders, newest first, for the Tab key."""
+    found = sorted((str(path.parent) for path in Path("runs").glob("*/config.toml")), reverse=True)
+    return [name for name in found if name.startswith(incomplete)]
+
+
+def _last_or_run(incomplete: str) -> list[str]:
+    return [*(["last"] if "last".startswith(incomplete) else []), *_runs(incomplete)]
+
+
 Resume = Annotated[
     str,
     typer.Option(
         help="Go on with this run folder (`last`: the newest), exactly where it stopped; flags change settings.",
-        autocompletion=_offer(("last",)),
+        autocompletion=_last_or_run,
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that the settings of a run folder name as its reward.")]
@@ -284,7 +294,10 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 
 @app.command(rich_help_panel=OTHERS)
 def report(
-    run: Annotated[str, typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.")] = "",
+    run: Annotated[
+        str,
+        typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_runs),
+    ] = "",
 ) -> None:
     """Write report.html of a run once more (each run writes its own at the end).
 
@@ -293,6 +306,44 @@ def report(
     from cfrl.reports.report import newest_reportable, write_report
 
     write_report(run or newest_reportable(), _console())
+
+
+@app.command(rich_help_panel=OTHERS)
+def runs(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="None: list all runs; two: compare them.", autocompletion=_runs),
+    ] = None,
+) -> None:
+    """List the runs under runs/ with reward, status and last figures; or compare two.
+
+    Example: cfrl runs runs/20260131-142507-finetune-ehull runs/20260201-090000-finetune-ehull
+    """
+    from cfrl.commands.runs import show_runs
+
+    show_runs(names or [], _console())
+
+
+@app.command(rich_help_panel=OTHERS)
+def convert(
+    source: Annotated[str, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")],
+    output: Annotated[
+        str, typer.Argument(help="A .cif (with symmetry), .vasp, .extxyz, .json, .csv, .h5, .zip of CIFs or a folder.")
+    ],
+    cell: Annotated[
+        Literal["as-is", "conventional", "primitive"], typer.Option(help="The cell that is written.")
+    ] = "as-is",
+    symprec: Annotated[
+        float, typer.Option(min=1e-6, max=1, help="Angstrom; how far atoms may be off the symmetry looked for.")
+    ] = 0.01,
+) -> None:
+    """Write crystals in another format.
+
+    Example: cfrl convert crystals.h5 crystals.extxyz --cell primitive
+    """
+    from cfrl.commands.convert import convert as run
+
+    run(source, output, cell, symprec, _console())
 
 
 @app.command(rich_help_panel=OTHERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from cfrl.config import DataConfig
 from cfrl.crystals.elements import SYMBOLS
+from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable
 from cfrl.io import fetch, storage
@@ -22,17 +24,6 @@ from cfrl.runs.progress import progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-
-_SYSTEMS = {
-    "triclinic": (1, 2),
-    "monoclinic": (3, 15),
-    "orthorhombic": (16, 74),
-    "tetragonal": (75, 142),
-    "trigonal": (143, 167),
-    "hexagonal": (168, 194),
-    "cubic": (195, 230),
-}
 
 
 def run_import(
@@ -114,7 +105,9 @@ def run_info(name: str, console: Console) -> None:
         return made
 
     groups, elements = statistics["space_groups"], statistics["elements"]
-    systems = [(name, sum(groups[g] for g in range(low, high + 1))) for name, (low, high) in _SYSTEMS.items()]
+    last = [0, *CRYSTAL_SYSTEMS.values()]
+    counts = [sum(groups[g] for g in range(low + 1, high + 1)) for low, high in pairwise(last)]
+    systems = list(zip(CRYSTAL_SYSTEMS, counts, strict=True))
     sizes = [(name, *_quantiles(statistics[name])) for name in ("sites", "atoms")]
     tables = [
         table("splits", ("split", "crystals"), about["splits"].items()),

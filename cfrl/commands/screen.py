@@ -103,7 +103,7 @@ def screen(
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
-    hull = load_hull(config) if config.stability else None
+    hull = ReferenceHull.load(config.hull) if config.stability else None
     if hull is not None:
         check_scale(config.potential, hull)
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
@@ -142,11 +142,6 @@ def screen(
     if console:
         _show(run.path, table, order, summary, config, console)
     return run.path
-
-
-def load_hull(config: ScreenConfig) -> ReferenceHull:
-    """The reference hull of the settings."""
-    return ReferenceHull.load(config.hull)
 
 
 def _judgement(

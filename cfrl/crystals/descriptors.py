@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfrl.assets import ASSETS
-from cfrl.crystals.symmetry import NUM_LETTERS, NUM_SPACE_GROUPS, tables
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS, NUM_LETTERS, NUM_SPACE_GROUPS, tables
 
 ELEMENTS_PATH = ASSETS / "elements.csv"
-NUM_ELEMENTS = 119
 _SCALARS = ("electronegativity", "radius", "ionization_energy", "electron_affinity", "mendeleev")
 _SHELL_SIZES = {"s": 2, "p": 6, "d": 10, "f": 14}
 _OXIDATION_STATES = range(-4, 9)
-_CRYSTAL_SYSTEM_ENDS = (2, 15, 74, 142, 167, 194, 230)  # last group of triclinic, monoclinic, ..., cubic
 # (determinant, trace) of the ten kinds of crystallographic rotations: 1 2 3 4 6 and -1 m -3 -4 -6
 _ROTATION_KINDS = ((1, 3), (1, -1), (1, 0), (1, 1), (1, 2), (-1, -3), (-1, 1), (-1, 0), (-1, -1), (-1, -2))
 
@@ -51,7 +50,7 @@ def space_group_descriptors() -> Tensor:
     rows = [torch.zeros(0)]
     for number in range(1, NUM_SPACE_GROUPS + 1):
         rotation, translation = _general_operations(number)
-        system = sum(number > end for end in _CRYSTAL_SYSTEM_ENDS)
+        system = sum(number > end for end in CRYSTAL_SYSTEMS.values())
         kinds = _kinds(rotation)  # (M, 10)
         fractional = (translation % 1 != 0).any(-1, keepdim=True)
         centring = int((kinds[:, 0] > 0).sum())

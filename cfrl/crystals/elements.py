@@ -14,6 +14,7 @@ SYMBOLS = tuple(
     ).split()
 )
 
+NUM_ELEMENTS = len(SYMBOLS)  # with 0 = empty
 ATOMIC_NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS) if number}
 
 # standard atomic weights (u), indexed by atomic number

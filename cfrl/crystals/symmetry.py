@@ -37,6 +37,16 @@ _STEP_OFFSET = (3 - 5**0.5) / 2  # of a step; the golden ratio is far from all f
 _KEY_END = _ROUNDING**3  # larger than the order key of any point
 _ZERO_TOLERANCE = 1e-6  # a coordinate this close below 1 is 0
 
+CRYSTAL_SYSTEMS = {  # name -> its last space group
+    "triclinic": 2,
+    "monoclinic": 15,
+    "orthorhombic": 74,
+    "tetragonal": 142,
+    "trigonal": 167,
+    "hexagonal": 194,
+    "cubic": 230,
+}
+
 # last space group of the system, independent ones of (a, b, c, alpha, beta, gamma), the length that each of
 # a, b, c copies, angles fixed by symmetry (degrees)
 _LATTICE_SYSTEMS = (

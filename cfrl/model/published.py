@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.symmetry import NUM_SPACE_GROUPS
 from cfrl.errors import UserError
 from cfrl.model.files import build_model
 from cfrl.model.transformer import CrystalTransformer, ModelConfig, space_group_shares
@@ -148,7 +150,7 @@ def import_published(
         raise UserError(f"{NOT_ONE}: parameter {error} is missing") from error
     except (IndexError, ValueError, ZeroDivisionError) as error:  # arrays of other shapes
         raise UserError(f"{NOT_ONE}: {error}") from error
-    weights["space_group_log_prob"] = space_group_shares(torch.arange(1, 231))
+    weights["space_group_log_prob"] = space_group_shares(torch.arange(1, NUM_SPACE_GROUPS + 1))
     check_weights(weights, NOT_ONE)  # what fits into float64 need not fit into float32
     return build_model(config, weights, NOT_ONE).eval()
 
@@ -171,7 +173,7 @@ def _config(p: Mapping[str, np.ndarray], num_heads: int | None, coord_components
         key_size=inner // num_heads,
         fourier=(p["linear_4/w"].shape[0] - embed_size) // 2,
         coord_components=coord_components,
-        lattice_components=(head.shape[1] - 119) // 13,
+        lattice_components=(head.shape[1] - NUM_ELEMENTS) // 13,
         likelihood="published",
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import atomic_number
-from cfrl.crystals.symmetry import constrain_lattice, tables
+from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, constrain_lattice, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, unscale_lattice
@@ -209,9 +209,9 @@ def space_group_prior(
     Raises:
         UserError: no such group, or no position of the groups fits into `max_atoms`.
     """
-    wanted = torch.zeros(231, dtype=torch.bool)
+    wanted = torch.zeros(NUM_SPACE_GROUPS + 1, dtype=torch.bool)
     for number in _space_group_numbers(space_group):
-        if not 1 <= number <= 230:
+        if not 1 <= number <= NUM_SPACE_GROUPS:
             raise UserError(f"space group {number}: the numbers go from 1 to 230")
         wanted[number] = True
     if max_atoms is not None:
@@ -222,7 +222,7 @@ def space_group_prior(
         raise UserError(f"no Wyckoff position of these space groups fits into {max_atoms} atoms; raise --max-atoms")
     prior = model.space_group_log_prob.detach().cpu().masked_fill(~wanted, -torch.inf)
     if prior.isinf().all():
-        prior = torch.zeros(231).masked_fill(~wanted, -torch.inf)
+        prior = torch.zeros(NUM_SPACE_GROUPS + 1).masked_fill(~wanted, -torch.inf)
     if isinstance(space_group, str) and space_group == UNIFORM:
         prior = prior.masked_fill(prior.isfinite(), 0.0)
     return prior.log_softmax(0)
@@ -230,7 +230,7 @@ def space_group_prior(
 
 def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
     if wanted is None or (isinstance(wanted, str) and wanted in ("", UNIFORM)):
-        return range(1, 231)
+        return range(1, NUM_SPACE_GROUPS + 1)
     if not isinstance(wanted, str):
         return [wanted] if isinstance(wanted, int) else wanted
     try:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from cfrl import settings
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
-from cfrl.crystals.symmetry import tables
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 
-NUM_ELEMENTS = 119  # with 0 = empty
 NUM_LETTERS = 28  # with 0 = empty / stop
 TOKENS_PER_SITE = 5
 FACTORS = ("wyckoff", "species", "coords", "lattice")
@@ -213,7 +213,7 @@ class CrystalTransformer(nn.Module):
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.output_size)
         self.register_buffer("rotary", _rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
-        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, 231)))
+        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, NUM_SPACE_GROUPS + 1)))
         self._initialise()
 
     def _initialise(self) -> None:
@@ -532,7 +532,7 @@ def unscale_lattice(scaled: Tensor, num_atoms: Tensor) -> Tensor:
 
 def space_group_shares(space_group: Tensor) -> Tensor:
     """(231,) log of the share of each space group among crystals, by number."""
-    counts = torch.bincount(space_group, minlength=231).float()
+    counts = torch.bincount(space_group, minlength=NUM_SPACE_GROUPS + 1).float()
     return (counts / counts.sum()).log()
 
 

@@ -4,7 +4,7 @@ A crystal is moved along its symmetric modes only: displacements and strains tha
 handful. On these few coordinates quasi-Newton steps within a trust radius (damped BFGS, Nocedal & Wright,
 Numerical Optimization, procedure 18.2), begun from the Hessian of a network of springs between neighbours, need
 far fewer evaluations than FIRE on all atoms. Each round evaluates all crystals in work as one batch; finished
-ones make room for waiting ones. Storing results, and workers, are left to the caller (`on_finished`).
+ones make room for waiting ones. Storing results, and workers, are left to the caller.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ def relax(
     steps: int = 200,
     cell: bool = True,
     keep_symmetry: bool = True,
-    on_finished: Callable[[int, Relaxed], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RelaxResult:
     """Relax pymatgen structures or a CrystalBatch.
@@ -95,7 +94,6 @@ def relax(
     cell: relax the cell too
     keep_symmetry: keep the space group found at the start; otherwise atoms are shaken by 0.01 angstrom first
         (the same way each time) and every coordinate is free
-    on_finished: called with (row, Relaxed) as each crystal ends, in the order they end
     progress: called with the number of crystals done
     """
     structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
@@ -103,8 +101,6 @@ def relax(
 
     def finish(row: int, result: Relaxed) -> None:
         done[row] = result
-        if on_finished is not None:
-            on_finished(row, result)
         if progress is not None:
             progress(len(done))
 

@@ -38,8 +38,7 @@ _SIZE = (3.5, 2.6)  # inches: one column of a journal
 class Series:
     """One set of data of a figure.
 
-    kind: "line", "points", "steps" (a filled histogram; x holds one edge more than y), "bars" (x may be words),
-        or "band" (between y and `upper`).
+    kind: "line", "points", "steps" (a filled histogram; x holds one edge more than y), or "bars" (x may be words).
     text: what the page shows on hover, one per point.
     """
 
@@ -48,7 +47,6 @@ class Series:
     name: str = ""
     kind: str = "line"
     color: str = BLUE
-    upper: Sequence[float] | np.ndarray | None = None
     dash: bool = False
     text: Sequence[str] | None = None
 
@@ -299,14 +297,7 @@ def _bars(s: Series) -> list[dict[str, Any]]:
     return [base | _hover(s)]
 
 
-def _band(s: Series) -> list[dict[str, Any]]:
-    edge = {"type": "scatter", "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-    low = edge | {"x": _plain(s.x), "y": _plain(s.y), "showlegend": False}
-    high = edge | {"x": _plain(s.x), "y": _plain(s.upper), "name": s.name, "fill": "tonexty"}
-    return [low, high | {"fillcolor": _faint(s.color), "showlegend": bool(s.name)}]
-
-
-_TRACES = {"line": _line, "points": _points, "steps": _steps, "bars": _bars, "band": _band}
+_TRACES = {"line": _line, "points": _points, "steps": _steps, "bars": _bars}
 
 
 def _faint(color: str) -> str:
@@ -347,11 +338,7 @@ def _draw_bars(axes: Any, s: Series, words: list[Series]) -> None:
     axes.bar(centre, s.y, width, color=s.color, label=_mathtext(s.name))
 
 
-def _draw_band(axes: Any, s: Series, words: list[Series]) -> None:
-    axes.fill_between(s.x, s.y, s.upper, color=s.color, alpha=0.18, linewidth=0, label=_mathtext(s.name))
-
-
-_DRAW = {"line": _draw_line, "points": _draw_points, "steps": _draw_steps, "bars": _draw_bars, "band": _draw_band}
+_DRAW = {"line": _draw_line, "points": _draw_points, "steps": _draw_steps, "bars": _draw_bars}
 
 
 def _mathtext(label: str) -> str:

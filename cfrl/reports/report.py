@@ -17,6 +17,7 @@ import numpy as np
 import tomli
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
 from cfrl.io.storage import read_crystals
@@ -293,16 +294,13 @@ def _values(groups: Mapping[str, CrystalBatch], name: str) -> dict[str, np.ndarr
     return {key: crystals.properties[name].numpy() for key, crystals in groups.items() if name in crystals.properties}
 
 
-_SYSTEMS = {"triclinic": 2, "monoclinic": 15, "orthorhombic": 74, "tetragonal": 142, "trigonal": 167, "hexagonal": 194}
-
-
 def _systems(groups: Mapping[str, CrystalBatch]) -> Figure:
     """Shares of the crystal systems."""
     figure = Figure("systems", "Crystal systems", "", "share of crystals")
     for (key, crystals), color in zip(groups.items(), (GREY, BLUE) if len(groups) > 1 else (BLUE,), strict=True):
-        system = np.searchsorted(list(_SYSTEMS.values()), crystals.space_group.numpy())
+        system = np.searchsorted(list(CRYSTAL_SYSTEMS.values()), crystals.space_group.numpy())
         share = np.bincount(system, minlength=7) / max(len(crystals), 1)
-        figure.series.append(Series([*_SYSTEMS, "cubic"], share, key, "bars", color))
+        figure.series.append(Series([*CRYSTAL_SYSTEMS], share, key, "bars", color))
     return figure
 
 

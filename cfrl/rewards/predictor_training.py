@@ -312,11 +312,11 @@ def _metrics(
 
 
 def _zero_metrics(error: np.ndarray, spread: np.ndarray, held: _HeldBack) -> dict[str, float]:
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
     truth = held.measured
-    n1, n0 = truth.sum(), (~truth).sum()
-    auc = (rankdata(held.positive)[truth].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)
+    above = mannwhitneyu(held.positive[truth], held.positive[~truth], method="asymptotic").statistic
+    auc = above / (truth.sum() * (~truth).sum())
     return {
         "auc": float(auc),
         "mae_nonzero": float(error[truth].mean()),

@@ -37,14 +37,13 @@ def judge(name: str, scores: np.ndarray, good: np.ndarray) -> Verdict:
         scores: (n,) higher is ranked first.
         good: (n,) bool, at least one and not all.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
     scores = np.where(np.isnan(scores), -np.inf, scores)
     found = expected_hits(scores, good)
     positives, n = int(good.sum()), len(good)
     precision = {k: float(found[k - 1] / k) for k in CUTS if k <= n}
-    ranks = rankdata(scores)
-    auc = (ranks[good].sum() - positives * (positives + 1) / 2) / (positives * (n - positives))
+    auc = mannwhitneyu(scores[good], scores[~good], method="asymptotic").statistic / (positives * (n - positives))
     return Verdict(name, n, positives, precision, {k: p * n / positives for k, p in precision.items()}, float(auc))
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from cfrl.screening.stages import Record
 
 ALIASES = {"ehull": "e_above_hull"}
-Z95 = 1.959964  # standard deviations of a normal distribution that hold 95%
 
 TEXT = ("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "flags", "status")
 WHOLE = (
@@ -464,7 +463,7 @@ def _average(name: str, unit: str, values: np.ndarray) -> Average:
 
 def rate(name: str, count: int, total: int, definition: str = "") -> Rate:
     """With Wilson's interval, which stays within 0 and 1 also for few crystals."""
-    share = count / total
-    middle = (share + Z95**2 / (2 * total)) / (1 + Z95**2 / total)
-    half = Z95 / (1 + Z95**2 / total) * math.sqrt(share * (1 - share) / total + (Z95 / (2 * total)) ** 2)
-    return Rate(name, count, total, share, max(middle - half, 0.0), min(middle + half, 1.0), definition)
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, total).proportion_ci(method="wilson")
+    return Rate(name, count, total, count / total, float(interval.low), float(interval.high), definition)

@@ -20,7 +20,10 @@ from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions
 from cfrl.rl.options import TuningOptions
+from cfrl.screening.options import ScreeningOptions
 from cfrl.settings import (
+    DEVICES,
+    POTENTIALS,
     Count,
     CountOrZero,
     Distance,
@@ -31,7 +34,6 @@ from cfrl.settings import (
     Seed,
     Settings,
     Temperature,
-    Tolerance,
     Workers,
     build,
     option,
@@ -61,8 +63,6 @@ REWARDS = (
 )
 PREDICTED = ("band_gap", "eps_electronic", "eps_total", "bulk_modulus")
 FLAGS = ("far_below_hull", "sparse_reference", "noble_gas", "radioactive", "element", "not_neutral", "exploded")
-POTENTIALS = ("chgnet", "mace")
-DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,26 @@ class RetrieveConfig(Settings):
 
 
 @dataclass(frozen=True)
-class ScreenConfig(Settings):
+class ScreenInputs(Settings):
+    """What crystals are held against."""
+
+    known: list[str] = option(
+        [],
+        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty. "
+        "A CSV with a column `formula` and no structures tells only which formulas are new.",
+        choices=DATASETS,
+    )
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
+    properties: str | None = option(
+        None,
+        "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
+        choices=("all", *PREDICTED),
+        unset="",
+    )
+
+
+@dataclass(frozen=True)
+class ScreenConfig(ScreeningOptions, ScreenInputs):
     """Find the crystals that deserve a DFT calculation."""
 
     THEMES: ClassVar = {
@@ -263,41 +282,6 @@ class ScreenConfig(Settings):
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),
     }
 
-    known: list[str] = option(
-        [],
-        "A dataset or file of known crystals, for the novelty; may be given several times; none: no novelty. "
-        "A CSV with a column `formula` and no structures tells only which formulas are new.",
-        choices=DATASETS,
-    )
-    validity: bool = option(True, "Check distances, volume, density and charge neutrality; invalid ones go no further.")
-    unique: bool = option(True, "Look for duplicates and for known crystals; duplicates go no further.")
-    relax: bool = option(True, "Relax positions and cell with the potential.")
-    stability: bool = option(True, "Compute energies and distances to the convex hull.")
-    properties: str | None = option(
-        None,
-        "Predict these properties, e.g. `band_gap,bulk_modulus`, or `all`; empty: none.",
-        choices=("all", *PREDICTED),
-        unset="",
-    )
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
-    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
-    min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
-    max_density: Annotated[float, Range(0, 1000, open_below=True)] = option(
-        40.0, "g/cm^3; denser crystals are invalid."
-    )
-    symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
-    free: bool = option(False, "Let the relaxation break the space group.")
-    fmax: Annotated[float, Range(0, 10, open_below=True)] = option(
-        0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
-    )
-    steps: CountOrZero = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
-    metastable: Annotated[float, Range(0, 10)] = option(
-        0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
-    )
     allow: str | None = option(
         None, "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.", choices=FLAGS, unset=""
     )
@@ -318,14 +302,12 @@ class ScreenConfig(Settings):
         unset="",
     )
     workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
-    chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
     engine: Literal["local", "ray"] = option(
         "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
     )
     address: str | None = option(
         None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
     )
-    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
 @dataclass(frozen=True)

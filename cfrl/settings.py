@@ -41,6 +41,10 @@ class Range:
         return f"{low} {self.least:,} and {high} {self.most:,}"
 
 
+# What the Tab key offers for settings of several rooms.
+POTENTIALS = ("chgnet", "mace")
+DEVICES = ("auto", "cpu", "cuda")
+
 # Wide enough for any sensible use, narrow enough for memory, torch and patience.
 Count = Annotated[int, Range(1, 10**7)]
 CountOrZero = Annotated[int, Range(0, 10**7)]

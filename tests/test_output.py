@@ -46,7 +46,7 @@ def complaint(monkeypatch, capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        ("sample --model missing -o x.vasp", "write to .h5, .csv, .extxyz, .zip (of CIFs) or a folder"),
+        ("sample --model missing -o x.xyz", "write to .h5, .csv, .extxyz, .json, .cif, .vasp (one crystal), .zip"),
         ("sample --model missing -o missing/x.csv", "missing is not a folder; make it first"),
         ("sample --model missing -o full", "full: exists and is not an empty folder"),
         ("data import a.cif -o x.csv", "let its name end in .h5"),

@@ -26,7 +26,7 @@ from cfrl.io.storage import read_columns
 from cfrl.reports.report import write_report
 from cfrl.runs import journal
 from cfrl.runs.journal import Journal
-from cfrl.screening import stages
+from cfrl.screening import pipeline, stages
 from cfrl.screening.tally import rate
 from cfrl.stability.flags import FLAGS
 
@@ -458,8 +458,8 @@ def test_ctrl_c_in_each_stage_then_resume(
     serial: type[SerialEngine], samples: Path, hull_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Interrupted after every single chunk of every stage: the same table, and no chunk computed twice."""
-    monkeypatch.setattr(screening, "_CHECK_CHUNK", 3)
-    monkeypatch.setattr(screening, "_MATCH_CHUNK", 1)
+    monkeypatch.setattr(pipeline, "_CHECK_CHUNK", 3)
+    monkeypatch.setattr(pipeline, "_MATCH_CHUNK", 1)
     config = ScreenConfig(hull=str(hull_file), chunk=2, report=False, workers=1)
     whole = screen(str(samples), config, output=str(tmp_path / "whole"))
     total = len(serial.done)

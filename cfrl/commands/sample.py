@@ -29,7 +29,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
     """
     console = console or Console(quiet=True)
     if output:
-        check_output(output)
+        check_output(output, config.n)
     model = load_model(config.model, choose_device(config.device))
     limit = config.max_atoms
     elements = parse_elements(config.elements)

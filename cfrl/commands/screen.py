@@ -21,29 +21,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from cfrl.config import ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.fingerprint import group_by
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable, provenance
 from cfrl.io.storage import write_crystals
-from cfrl.potentials import full_name, model_name
+from cfrl.potentials import model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
-from cfrl.screening.inputs import KnownCrystal, is_formula_list, read_formulas, read_known, read_samples
+from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
+from cfrl.screening.pipeline import run_stages
 from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
@@ -55,8 +52,6 @@ if TYPE_CHECKING:
 
 K = TypeVar("K", bound=Hashable)
 
-_CHECK_CHUNK, _MATCH_CHUNK = 64, 8
-_RELAX_CHUNK = {"cpu": 16, "cuda": 512}
 _SHOWN = 10  # candidates on the terminal
 _COLUMNS_SHOWN = {
     "id": "id",
@@ -116,7 +111,7 @@ def screen(
             if resume:
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
-            structures = _stages(work, samples.structures, table, config, known, list(predictors))
+            structures = run_stages(work, samples.structures, table, config, known, list(predictors))
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
@@ -160,96 +155,6 @@ def _judgement(
 
 
 # ---- the stages ----
-
-
-def _stages(
-    work: Work,
-    samples: list[Structure],
-    table: Table,
-    config: ScreenConfig,
-    known: dict[str, list[KnownCrystal]] | None,
-    predictors: list[str],
-) -> dict[int, Structure]:
-    """Fills the table stage by stage; gives the final structure of every readable row."""
-    structures = dict(enumerate(samples))
-    limits = stages.Limits(config.min_distance, max_density=config.max_density) if config.validity else stages.ANY
-    check = partial(stages.check, limits=limits, symprec=config.symprec)
-    checked = {"edition": stages.CHECKED, "limits": asdict(limits), "symprec": config.symprec}
-    table.fill(work.run("validity", check, structures, checked, _CHECK_CHUNK))
-    table.note_valid()
-    if config.unique:
-        table["unique"][:] = 0.0
-        _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
-
-    model, relaxed = {"potential": full_name(config.potential)}, {}
-    chunk = config.chunk or _RELAX_CHUNK[choose_device(config.device).type]
-    if config.relax:
-        how = stages.Relaxation(config.fmax, config.steps, not config.free)
-        relax = partial(stages.relax, potential=config.potential, device=config.device, settings=how)
-        relaxed = model | asdict(how)
-        records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
-        structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
-        table.fill(records)
-        table.note_scale(records)
-        table.fill(work.run("recheck", check, table.going_on(structures), checked | relaxed, _CHECK_CHUNK), "_relaxed")
-        if config.unique:
-            _match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
-    elif config.stability:
-        energies = partial(stages.energies, potential=config.potential, device=config.device)
-        records = work.run("energy", energies, table.going_on(structures), model, chunk)
-        table.fill(records)
-        table.note_scale(records)
-    if predictors:
-        predict = partial(stages.predict, predictors=tuple(predictors), device=config.device)
-        settings = relaxed | {"predictors": predictors}
-        table.fill(work.run("properties", predict, table.going_on(structures), settings, chunk))
-    return structures
-
-
-def _match(
-    work: Work,
-    table: Table,
-    structures: dict[int, Structure],
-    known: dict[str, list[KnownCrystal]] | None,
-    settings: dict[str, Any],
-) -> None:
-    """Notes duplicates, which go no further, and crystals that are known."""
-    rows = list(table.going_on(structures))
-    table["unique"][rows] = 1.0
-    if known is not None:
-        table.note_novel(rows)
-    known = known or {}
-    formulas = group_by(rows, lambda row: table["formula"][row])
-    groups = {
-        formula: stages.Group(
-            [structures[row] for row in members],
-            [table["fingerprint"][row] for row in members],
-            [crystal.structure for crystal in known.get(formula, ())],
-            [crystal.fingerprint for crystal in known.get(formula, ())],
-        )
-        for formula, members in formulas.items()
-        if len(members) > 1 or formula in known
-    }
-    for formula, record in work.run("matching", stages.match, groups, settings, _MATCH_CHUNK).items():
-        if "status" in record:
-            table["status"][formulas[formula]] = record["status"]
-            continue
-        for row, original, hit in zip(formulas[formula], record["duplicate_of"], record["known"], strict=True):
-            if hit is not None:
-                table.note_known(row, known[formula][hit].name)
-            if original is not None:
-                table.note_duplicate(row, formulas[formula][original])
-
-
-def restore(cell: Mapping[str, Any]) -> Structure:
-    """A structure from a journal: `lattice`, `frac_coords`, `numbers`."""
-    from pymatgen.core import Lattice, Structure
-
-    return Structure(Lattice(cell["lattice"]), [SYMBOLS[z] for z in cell["numbers"]], cell["frac_coords"])
-
-
-def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
-    return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)
 
 
 def _predictors(names: str | None) -> dict[str, str]:

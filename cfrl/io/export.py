@@ -79,9 +79,11 @@ def export_structures(
     return path, [(ids[row], reason) for row, reason in sorted(dropped.items())]
 
 
-def check_output(path: str | Path) -> None:
-    """Fail before there are crystals to write. Raises as `export_crystals`."""
+def check_output(path: str | Path, count: int = 1) -> None:
+    """Fail before there are `count` crystals to write. Raises as `export_crystals`."""
     path = Path(path)
+    if path.suffix == ".vasp" and count != 1:
+        raise UserError(f"{path}: a .vasp file holds one crystal, and there are {count}; try a folder")
     if path.suffix not in (".h5", "", *_WRITERS):
         raise UserError(f"{path}: cannot tell the format from '{path.suffix}'; write to {ENDINGS}")
     if path.suffix:
@@ -112,9 +114,8 @@ def _write(
     path: Path,
     symprec: float | None = None,
 ) -> Path:
+    check_output(path, len(structures))
     if path.suffix:
-        if path.suffix == ".vasp" and len(structures) != 1:
-            raise UserError(f"{path}: a .vasp file holds one crystal, and there are {len(structures)}; try a folder")
         with atomic_file(path) as temporary:
             _WRITERS[path.suffix](structures, _names(structures, ids), columns, temporary, symprec)
     else:

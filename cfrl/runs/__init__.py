@@ -1,0 +1,1 @@
+"""Work that takes long: run folders, engines and devices, progress, interruption."""

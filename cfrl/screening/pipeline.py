@@ -1,0 +1,120 @@
+"""From crystals to a table: validity, duplicates and known crystals, relaxation, energies, properties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cfrl.crystals.elements import SYMBOLS
+from cfrl.crystals.fingerprint import group_by
+from cfrl.potentials import full_name
+from cfrl.runs.devices import choose_device
+from cfrl.runs.journal import Work, digest
+from cfrl.screening import stages
+from cfrl.screening.inputs import KnownCrystal
+from cfrl.screening.options import ScreeningOptions
+from cfrl.screening.tally import Table
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+
+_CHECK_CHUNK = 64  # crystals that a worker gets at once
+
+
+_MATCH_CHUNK = 8  # formulas
+
+
+_RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+
+
+def run_stages(
+    work: Work,
+    samples: list[Structure],
+    table: Table,
+    options: ScreeningOptions,
+    known: dict[str, list[KnownCrystal]] | None,
+    predictors: list[str],
+) -> dict[int, Structure]:
+    """Fills the table stage by stage; gives the final structure of every readable row."""
+    structures = dict(enumerate(samples))
+    limits = stages.Limits(options.min_distance, max_density=options.max_density) if options.validity else stages.ANY
+    check = partial(stages.check, limits=limits, symprec=options.symprec)
+    checked = {"edition": stages.CHECKED, "limits": asdict(limits), "symprec": options.symprec}
+    table.fill(work.run("validity", check, structures, checked, _CHECK_CHUNK))
+    table.note_valid()
+    if options.unique:
+        table["unique"][:] = 0.0
+        _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
+
+    model, relaxed = {"potential": full_name(options.potential)}, {}
+    chunk = options.chunk or _RELAX_CHUNK[choose_device(options.device).type]
+    if options.relax:
+        how = stages.Relaxation(options.fmax, options.steps, not options.free)
+        relax = partial(stages.relax, potential=options.potential, device=options.device, settings=how)
+        relaxed = model | asdict(how)
+        records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
+        structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
+        table.fill(records)
+        table.note_scale(records)
+        table.fill(work.run("recheck", check, table.going_on(structures), checked | relaxed, _CHECK_CHUNK), "_relaxed")
+        if options.unique:
+            _match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
+    elif options.stability:
+        energies = partial(stages.energies, potential=options.potential, device=options.device)
+        records = work.run("energy", energies, table.going_on(structures), model, chunk)
+        table.fill(records)
+        table.note_scale(records)
+    if predictors:
+        predict = partial(stages.predict, predictors=tuple(predictors), device=options.device)
+        settings = relaxed | {"predictors": predictors}
+        table.fill(work.run("properties", predict, table.going_on(structures), settings, chunk))
+    return structures
+
+
+def _match(
+    work: Work,
+    table: Table,
+    structures: dict[int, Structure],
+    known: dict[str, list[KnownCrystal]] | None,
+    settings: dict[str, Any],
+) -> None:
+    """Notes duplicates, which go no further, and crystals that are known."""
+    rows = list(table.going_on(structures))
+    table["unique"][rows] = 1.0
+    if known is not None:
+        table.note_novel(rows)
+    known = known or {}
+    formulas = group_by(rows, lambda row: table["formula"][row])
+    groups = {
+        formula: stages.Group(
+            [structures[row] for row in members],
+            [table["fingerprint"][row] for row in members],
+            [crystal.structure for crystal in known.get(formula, ())],
+            [crystal.fingerprint for crystal in known.get(formula, ())],
+        )
+        for formula, members in formulas.items()
+        if len(members) > 1 or formula in known
+    }
+    for formula, record in work.run("matching", stages.match, groups, settings, _MATCH_CHUNK).items():
+        if "status" in record:
+            table["status"][formulas[formula]] = record["status"]
+            continue
+        for row, original, hit in zip(formulas[formula], record["duplicate_of"], record["known"], strict=True):
+            if hit is not None:
+                table.note_known(row, known[formula][hit].name)
+            if original is not None:
+                table.note_duplicate(row, formulas[formula][original])
+
+
+def restore(cell: Mapping[str, Any]) -> Structure:
+    """A structure from a journal: `lattice`, `frac_coords`, `numbers`."""
+    from pymatgen.core import Lattice, Structure
+
+    return Structure(Lattice(cell["lattice"]), [SYMBOLS[z] for z in cell["numbers"]], cell["frac_coords"])
+
+
+def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
+    return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)

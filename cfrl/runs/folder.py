@@ -27,9 +27,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cfrl.settings import to_toml
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance, write_problem
+from cfrl.settings import to_toml
 from cfrl.untrusted import check_weights, fitting, read_checkpoint, read_text
 
 __all__ = ["RunFolder", "newest_run", "provenance"]

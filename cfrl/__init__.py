@@ -19,11 +19,19 @@ _PUBLIC = {
     "SamplerOptions": "cfrl.model.distributions",
     "read_crystals": "cfrl.io.storage",
     "write_crystals": "cfrl.io.storage",
+    "pretrain": "cfrl.model.training",
+    "finetune": "cfrl.rl.loop",
+    "Tuned": "cfrl.rl.loop",
+    "screen": "cfrl.screening.pipeline",
+    "retrieve": "cfrl.screening.retrieval",
+    "relax": "cfrl.potentials.relax",
+    "Hull": "cfrl.stability.hull",
     "load_dataset": "cfrl.io.datasets",
     "register_reward": "cfrl.rewards",
     "build_reward": "cfrl.rewards",
     "UserError": "cfrl.errors",
 }
+_RENAMED = {"Hull": "ReferenceHull", "retrieve": "rank"}
 _MODULES = {
     "symmetry": "cfrl.crystals.symmetry",
     "model": "cfrl.model",
@@ -36,7 +44,7 @@ __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        return getattr(importlib.import_module(_PUBLIC[name]), _RENAMED.get(name, name))
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'cfrl' has no attribute '{name}'")

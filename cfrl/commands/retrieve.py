@@ -19,7 +19,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError, nearest
 from cfrl.files import atomic_file, provenance
 from cfrl.io.catalogue import PROTOTYPES, dataset_path
-from cfrl.io.datasets import _Dataset
+from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_model, model_path, read_header
@@ -75,7 +75,7 @@ def retrieve(
         confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
-    dataset = _Dataset(config.dataset, config.split)
+    dataset = Dataset(config.dataset, config.split)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
     elements = parse_elements(tuning.elements)
     options = SamplerOptions(tuning.temperature, tuning.top_p, elements, tuning.max_atoms)
@@ -202,7 +202,7 @@ def _evaluate(
     config: RetrieveConfig,
     tuning: FinetuneConfig,
     ranking: Columns,
-    dataset: _Dataset,
+    dataset: Dataset,
     label: np.ndarray | None,
     console: Console,
 ) -> dict[str, Any]:

@@ -54,6 +54,12 @@ class CrystalBatch:
     ids: list[str] | None = None
     properties: dict[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        shown = [f"{f} ({g})" for f, g in zip(self[:3].formulas(), self.space_group[:3].tolist(), strict=True)]
+        more = ", ..." if len(self) > len(shown) else ""
+        known = f"; {', '.join(self.properties)}" if self.properties else ""
+        return f"CrystalBatch({len(self)} crystals: {', '.join(shown)}{more}{known})"
+
     def __post_init__(self) -> None:
         n, s = self.wyckoff.shape
         shapes = {

@@ -116,7 +116,7 @@ def summarise(path: Path) -> dict[str, Any]:
 _ROWS = 4096  # crystals in memory at once
 
 
-class _Dataset:
+class Dataset:
     """A dataset that streams by. Files that are no HDF5 of ours are read whole."""
 
     def __init__(self, name: str, split: str | None) -> None:

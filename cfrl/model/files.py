@@ -57,7 +57,7 @@ def read_header(path: str | Path) -> dict[str, str]:
 
 
 def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
-    """A model, ready to use: in evaluation mode, float32.
+    """A model, ready to use: in evaluation mode, float32, its weights not watched by autograd.
 
     Args:
         model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors);
@@ -70,7 +70,7 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     header, weights = _read_model(path)
     with fitting(path):
         config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
-    return build_model(config, weights, path).to(device).eval()
+    return build_model(config, weights, path).to(device).eval().requires_grad_(False)
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:

@@ -7,6 +7,7 @@ share of each batch (DDP).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import defaultdict
@@ -275,3 +276,36 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
         (plain if parameter.dim() < 2 or "embedding.weight" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+
+
+class _Kept(Watcher):
+    """Keeps the weights of the best epoch, or of the last one, in memory."""
+
+    def epoch(self, trainer: Trainer, metrics: dict[str, float], better: bool) -> None:
+        if better or trainer.options.keep == "last":
+            self.model = copy.deepcopy(trainer.averaged_model())
+
+
+def pretrain(
+    crystals: CrystalBatch,
+    validation: CrystalBatch | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    init: CrystalTransformer | None = None,
+    **options: Any,
+) -> CrystalTransformer:
+    """A model trained on crystals, in evaluation mode.
+
+    Args:
+        crystals: what to learn; those with more sites than the preset has room for are left out.
+        validation: what decides which epoch's weights are kept; None: the loss of training.
+        init: start from the weights of this model.
+        options: fields of `TrainingOptions`, such as epochs=20, preset="small".
+    """
+    settings = TrainingOptions(**options)
+    limit = PRESETS[settings.preset].max_sites - 1
+    parts = [crystals, crystals[:0] if validation is None else validation]
+    train, held = (part[part.num_sites <= limit].canonical() for part in parts)
+    kept = _Kept()
+    Trainer(settings, train, held, torch.device(device), init=init).fit(kept)
+    return kept.model.eval().requires_grad_(False)

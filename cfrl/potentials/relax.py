@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cfrl.potentials import Evaluation, Potential
+from cfrl.potentials import Evaluation, Potential, load_potential
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal, neighbours
 
 RADIUS, MAX_RADIUS, MIN_RADIUS = 0.2, 0.5, 1e-4  # angstrom; longest way of an atom in one step
@@ -78,7 +78,7 @@ class RelaxResult:
 
 def relax(
     structures: Iterable[Any],
-    potential: Potential,
+    potential: Potential | str = "chgnet",
     *,
     fmax: float = 0.05,
     steps: int = 200,
@@ -88,6 +88,7 @@ def relax(
 ) -> RelaxResult:
     """Relax pymatgen structures or a CrystalBatch.
 
+    potential: one, or the name of one, see `load_potential`
     fmax: eV/angstrom; converged when no force is larger, nor volume * stress / atoms (a row of it, in eV), which
         is ASE's criterion for a FrechetCellFilter
     steps: evaluations per crystal, at most
@@ -96,6 +97,7 @@ def relax(
         (the same way each time) and every coordinate is free
     progress: called with the number of crystals done
     """
+    potential = load_potential(potential) if isinstance(potential, str) else potential
     structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
     done: dict[int, Relaxed] = {}
 

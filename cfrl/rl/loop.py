@@ -7,6 +7,7 @@ interrupted goes on exactly as it would have.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite, UserError
-from cfrl.model.transformer import FACTORS
+from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.rewards import RewardContext, build_reward
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import Rollout, chemical_systems, collect, random_seed
@@ -380,3 +382,56 @@ def validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
 def unit(tuning: Tuning, source: Source) -> float:
     """What rewards are counted in: the spread of the source's scores, or 1."""
     return spread(source.scores()) if tuning.options.standardize else 1.0
+
+
+# ---- all of it, for a caller -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tuned:
+    """What tuning leaves.
+
+    model: the policy. crystals: all that were drawn, with "reward", "step" and the terms of the reward as properties.
+    metrics: name -> value, for each step.
+    """
+
+    model: CrystalTransformer
+    crystals: CrystalBatch
+    metrics: list[dict[str, float]]
+
+
+def finetune(
+    model: CrystalTransformer,
+    reward: str | Scorer,
+    *,
+    context: RewardContext | None = None,
+    watch: Callable[[int, dict[str, float]], None] | None = None,
+    **options: Any,
+) -> Tuned:
+    """Tune a model towards a reward; the model itself stays as it is.
+
+    Args:
+        reward: a name or an expression (see `build_reward`), or what scores a batch of crystals.
+        context: what a named reward works with; None: the embedded models.
+        watch: called with the step's number and its metrics.
+        options: fields of `TuningOptions`, such as steps=60, n=128, beta=0.1.
+
+    Raises:
+        UserError: an option or the reward is at fault, or nothing was left to learn from.
+    """
+    settings = TuningOptions(**options)
+    tuning = Tuning(copy.deepcopy(model), settings)
+    source = FreshCrystals(tuning, build_reward(reward, context=context) if isinstance(reward, str) else reward)
+    tuning.scale = unit(tuning, source)
+    metrics, parts = [], []
+    while tuning.step < settings.steps:
+        began = time.monotonic()
+        crystals, _, row = step(tuning, source)
+        tuning.seconds += time.monotonic() - began
+        metrics.append(row)
+        parts.append(crystals)
+        if watch is not None:
+            watch(tuning.step, row)
+        if not row["scored"] or why_end(settings, row, tuning.seconds):
+            break
+    return Tuned(tuning.policy().requires_grad_(False), CrystalBatch.cat(parts), metrics)

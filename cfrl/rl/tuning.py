@@ -83,7 +83,7 @@ class Tuning:
     ) -> None:
         self.options, self.settings = options, dict(settings or options.plain())
         self.base = copy.deepcopy(model).requires_grad_(False)
-        self.model, device = model, model.device
+        self.model, device = model.requires_grad_(True), model.device
         elements = parse_elements(options.elements)
         self.sampler = SamplerOptions(options.temperature, options.top_p, elements, options.max_atoms)
         shares = space_group_prior(self.model, options.space_group, options.max_atoms)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cfrl.crystals.crystal import reduced_formula
+from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io import readers
+from cfrl.io.catalogue import HDF5
 from cfrl.io.datasets import load_dataset, read_structures
 from cfrl.stability.hull import ReferenceHull
 
@@ -84,20 +85,25 @@ def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[Known
     """
     known: dict[str, list[KnownCrystal]] = {}
     for name in names:
-        from_files = Path(name).exists() and Path(name).suffix not in (".h5", ".hdf5")
-        for formula, crystal in (_known_in_files if from_files else _known_in_dataset)(name, formulas):
-            known.setdefault(formula, []).append(crystal)
+        if Path(name).exists() and Path(name).suffix not in HDF5:
+            for formula, crystal in _known_in_files(name, formulas):
+                known.setdefault(formula, []).append(crystal)
+        else:
+            for formula, found in known_by_formula(load_dataset(name), formulas, name).items():
+                known.setdefault(formula, []).extend(found)
     return known
 
 
-def _known_in_dataset(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:
-    crystals = load_dataset(name)
+def known_by_formula(crystals: CrystalBatch, formulas: set[str], name: str = "known") -> dict[str, list[KnownCrystal]]:
+    """Those of the crystals that have one of these reduced formulas, by formula."""
     own = np.array(crystals.formulas(), dtype=object)
     rows = np.nonzero(np.isin(own, list(formulas)))[0]
     crystals = crystals[rows]
     ids = crystals.ids or [f"{name}:{row}" for row in rows]
-    for item in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
-        yield item[0], KnownCrystal(*item[1:])
+    known: dict[str, list[KnownCrystal]] = {}
+    for formula, *parts in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
+        known.setdefault(formula, []).append(KnownCrystal(*parts))
+    return known
 
 
 def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownCrystal]]:

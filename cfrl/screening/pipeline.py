@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import group_by
 from cfrl.potentials import full_name
+from cfrl.rewards.expression import Expression
 from cfrl.runs.devices import choose_device
-from cfrl.runs.journal import Work, digest
+from cfrl.runs.journal import Record, Work, digest
 from cfrl.screening import stages
-from cfrl.screening.inputs import KnownCrystal
+from cfrl.screening.inputs import KnownCrystal, known_by_formula
 from cfrl.screening.options import ScreeningOptions
 from cfrl.screening.tally import Table
+from cfrl.stability.hull import ReferenceHull
+from cfrl.stability.scales import check_scale
 
 if TYPE_CHECKING:
+    import pandas as pd
     from pymatgen.core import Structure
 
 
@@ -31,7 +36,7 @@ _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
 
 
 def run_stages(
-    work: Work,
+    work: Work | InProcess,
     samples: list[Structure],
     table: Table,
     options: ScreeningOptions,
@@ -75,7 +80,7 @@ def run_stages(
 
 
 def _match(
-    work: Work,
+    work: Work | InProcess,
     table: Table,
     structures: dict[int, Structure],
     known: dict[str, list[KnownCrystal]] | None,
@@ -118,3 +123,59 @@ def restore(cell: Mapping[str, Any]) -> Structure:
 
 def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
     return digest(crystal.structure for crystals in (known or {}).values() for crystal in crystals)
+
+
+class InProcess:
+    """Runs stages here and now, and keeps nothing: `Work` without workers and journals."""
+
+    def run(
+        self, name: str, function: Callable[..., list[Record]], items: Mapping[Any, Any], settings: Any, chunk: int
+    ) -> dict[Any, Record]:
+        """As `Work.run`."""
+        keys, records = list(items), []
+        for start in range(0, len(keys), chunk):
+            records += function([items[key] for key in keys[start : start + chunk]])
+        return dict(zip(keys, records, strict=True))
+
+
+def screen(
+    crystals: CrystalBatch | Sequence[Structure],
+    *,
+    known: CrystalBatch | None = None,
+    hull: ReferenceHull | None = None,
+    properties: Sequence[str] = (),
+    **options: Any,
+) -> pd.DataFrame:
+    """Which of these crystals deserve a DFT calculation: a table with one row for each, in their order.
+
+    Args:
+        crystals: n crystals.
+        known: for the novelty; None: it is not asked.
+        hull: the reference; None: the embedded one.
+        properties: predictors to ask, such as "band_gap".
+        options: fields of `ScreeningOptions`, such as relax=False, metastable=0.05.
+
+    Returns:
+        n rows; columns as in table.csv: e_above_hull (eV/atom), unique, novel, candidate, flags, status, ...
+
+    Raises:
+        UserError: an option, or a potential whose energies do not fit the hull.
+    """
+    import pandas as pd
+
+    settings = ScreeningOptions(**options)
+    structures = crystals.to_structures() if isinstance(crystals, CrystalBatch) else list(crystals)
+    ids = getattr(crystals, "ids", None) or [str(i) for i in range(len(structures))]
+    table = Table(ids, structures, [], {})
+    table.add_columns(name for target in properties for name in (target, f"{target}_std"))
+    held = None if known is None else known_by_formula(known, set(table["formula"]))
+    hull = hull or (ReferenceHull.load() if settings.stability else None)
+    if settings.stability:
+        check_scale(settings.potential, hull)
+    run_stages(InProcess(), structures, table, settings, held, list(properties))
+    if settings.stability:
+        table.judge_stability(hull, structures, settings.metastable)
+        table.note_new_formulas(held or {}, [hull])
+    table.note_flags(())
+    table.order(Expression("ehull" if settings.stability else "density"), Expression("1"))
+    return pd.DataFrame(table.columns)

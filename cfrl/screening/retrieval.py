@@ -80,7 +80,7 @@ def _by_factor(model: CrystalTransformer, crystals: CrystalBatch, options: Sampl
 def rank(
     tuned: CrystalTransformer,
     base: CrystalTransformer,
-    batches: Iterable[CrystalBatch],
+    batches: CrystalBatch | Iterable[CrystalBatch],
     top: int = 100,
     by: str = "crystal",
     options: SamplerOptions | None = None,
@@ -101,6 +101,7 @@ def rank(
     Raises:
         UserError: no crystals, or none that the tuned sampler can draw.
     """
+    batches = [batches] if isinstance(batches, CrystalBatch) else batches
     parts: list[Columns] = []
     best, best_scores, seen = CrystalBatch.empty(), np.zeros(0), 0
     for crystals in batches:

@@ -26,7 +26,7 @@ from cfrl.rewards import RewardContext, build_reward
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import Rollout, chemical_systems, collect, random_seed
-from cfrl.rl.tuning import Tuning
+from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
 
 Scorer = Callable[[CrystalBatch], Any]
 SCALE_SEED = 0  # the same for all runs, so that the unit of a reward is
@@ -105,8 +105,8 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     written.properties |= {
         "reward": tuning.memory.with_penalty(rollout.reward),
         "step": torch.full((n,), tuning.step + 1.0, dtype=torch.float64),
-        "log_prob": old[:n, : len(FACTORS)].sum(1).cpu(),
-        "log_prob_base": base[:n, : len(FACTORS)].sum(1).cpu(),
+        "log_prob": old[:n, CRYSTAL].sum(1).cpu(),
+        "log_prob_base": base[:n, CRYSTAL].sum(1).cpu(),
     }
     drawn = replace(rollout.crystals, properties={"reward": rollout.reward, "drawn": old[:n].sum(1).cpu()})
     tuning.memory.keep_best(drawn, keys)
@@ -235,12 +235,15 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
             loss = policy.rebel_loss(*gaps, tuning.beta)
         clipped = torch.zeros_like(now)
     else:
-        crystal, crystal_old = factors[:, :-1].sum(1), old_factors[:, :-1].sum(1)
+        crystal, crystal_old = factors[:, CRYSTAL].sum(1), old_factors[:, CRYSTAL].sum(1)
         gain = policy.clipped_surrogate(crystal, crystal_old, advantage, options.clip_ratio)
         clipped = policy.is_clipped(crystal, crystal_old, advantage, options.clip_ratio).double()
         if tuning.prior.learn:
             gain = gain + policy.clipped_surrogate(
-                factors[:, -1], old_factors[:, -1], batch.group_advantage[rows], options.clip_ratio
+                factors[:, SPACE_GROUP],
+                old_factors[:, SPACE_GROUP],
+                batch.group_advantage[rows],
+                options.clip_ratio,
             )
         if options.kl == "loss":
             gain = gain - tuning.beta * policy.kl_loss(now, old, base)

@@ -19,6 +19,8 @@ from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import GroupBaseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
 
+# Columns of the log-probabilities of a step, (n, 5): the factors of log P(C | G), and log P(G).
+CRYSTAL, SPACE_GROUP = slice(0, len(FACTORS)), len(FACTORS)
 STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
 # The settings that a score depends on.

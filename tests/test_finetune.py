@@ -33,9 +33,9 @@ from cfrl.reports import monitor
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
 from cfrl.rl import rollouts
-from cfrl.rl.loop import spread
+from cfrl.rl.loop import robust_std
 from cfrl.rl.policy import GroupBaseline
-from cfrl.rl.rollouts import INVALID, Memory, Rollout, collect
+from cfrl.rl.rollouts import INVALID, Kept, Memory, Rollout, collect
 from cfrl.rl.tuning import SpaceGroupPrior, Tuning
 from cfrl.runs.folder import RunFolder
 from tests.tiny import SIZES, trained_model, unchecked
@@ -161,13 +161,13 @@ def test_what_a_crystal_counts_for(tiny_model):
     crystals.properties = {}
     earned = torch.randn(24, generator=rng, dtype=torch.float64)
     earned[0] = 1e6
-    batch = module._prepare(tuning, crystals, earned, old, base, {}, 24, rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), rng)
     score = earned / 2 - 0.5 * (old - base).sum(1) - 0.2 * old[:, 1] - 0.1 * old[:, 3]
     torch.testing.assert_close(batch.advantage, (score - score.mean()).clamp(-1.5, 1.5))
     assert tuning.baseline.mean == pytest.approx(float(score.mean()))
     tuning.baseline = GroupBaseline(0.9)
     tuning.baseline.mean = 0.3
-    batch = module._prepare(tuning, crystals, earned, old, base, {}, 24, rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), rng)
     torch.testing.assert_close(batch.advantage, (score - 0.3).clamp(-1.5, 1.5))
     assert batch.advantage[0] == 1.5
     assert batch.advantage.abs().min() < 1
@@ -239,13 +239,14 @@ def crystals_of(n: int, seed: int = 0) -> CrystalBatch:
 def test_diversity_filter_and_penalty():
     memory = Memory("25%", diversity=2, window=6, replay_size=0)
     crystals = crystals_of(5)
-    crystals.properties = {"reward": torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]).double()}
-    memory.add(Rollout(crystals, [""] * 4 + ["broken"], []), ["a"] * 4 + ["b"])
+    reward, valid = torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]).double(), torch.ones(5, dtype=torch.bool)
+    memory.add(Rollout(crystals, reward, valid, [""] * 4 + ["broken"]), ["a"] * 4 + ["b"])
     assert memory.penalty == 1.75  # 25th percentile of 1, 2, 3, 4
-    earned = memory.earned(crystals.properties["reward"], ["a", "new", "a", "a", "b"])
+    earned = memory.earned(reward, ["a", "new", "a", "a", "b"])
     # "a" came four times, two are free: half of what is above the penalty; below the penalty nothing is gained.
     assert earned.tolist() == [1.0, 2.0, 1.75 + 0.5 * 1.25, 1.75 + 0.5 * 2.25, 1.75]
-    memory.add(Rollout(crystals, [""] * 5, []), ["c", "d", "e", "f", "b"])  # 6 are looked back on: two "a" are left
+    again = Rollout(crystals, reward, valid, [""] * 4 + ["broken"])
+    memory.add(again, ["c", "d", "e", "f", "b"])  # 6 are looked back on: two "a" are left
     assert memory.earned(torch.tensor([4.0]), ["a"]).tolist() == [4.0]
     assert memory.seen == {"a", "c", "d", "e", "f"}  # "b" has no score
     fixed = Memory("-3", 0, 8, 0)
@@ -262,20 +263,23 @@ def test_replay_keeps_the_best_of_each_fingerprint():
         crystals = crystals_of(12, seed)
         reward = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
         reward[3] = math.nan
-        crystals.properties = {"reward": reward, "drawn": torch.full((12,), float(seed)).double()}
-        crystals = CrystalBatch.cat([crystals, crystals[:2]])  # the same ones again
-        memory.keep_best(crystals, fingerprints(crystals))
+        rows = [*range(12), 0, 1]  # the same ones again
+        rollout = Rollout(crystals[rows], reward[rows], torch.ones(14, dtype=torch.bool), [""] * 14)
+        memory.keep_best(rollout, torch.full((14,), -float(seed)).double(), fingerprints(rollout.crystals))
     every = torch.cat([torch.randn(12, generator=torch.Generator().manual_seed(s)) for s in range(3)]).double()
     every[[3, 15, 27]] = -math.inf
-    assert memory.best.properties["reward"].tolist() == every.sort(descending=True).values[:4].tolist()
-    chosen, keys = memory.replay(10, torch.Generator().manual_seed(0))
-    assert len(chosen) == len(set(keys)) == 4
-    assert fingerprints(chosen) == keys
+    assert memory.best.reward.tolist() == every.sort(descending=True).values[:4].tolist()
+    chosen = memory.replay(10, torch.Generator().manual_seed(0))
+    assert len(chosen) == len(set(chosen.keys)) == 4
+    assert fingerprints(chosen.crystals) == chosen.keys
+    drawn_in = {float(reward): seed for seed in range(3) for reward in every[12 * seed : 12 * seed + 12]}
+    assert [-drawn_in[reward] for reward in chosen.reward.tolist()] == chosen.log_prob.tolist()
 
     other = Memory("5%", 0, 8, replay_size=4)
     other.load_state_dict(memory.state_dict())
-    again, _ = other.replay(10, torch.Generator().manual_seed(0))
-    assert torch.equal(again.species, chosen.species)
+    again = other.replay(10, torch.Generator().manual_seed(0))
+    assert torch.equal(again.crystals.species, chosen.crystals.species)
+    assert (again.keys, again.log_prob.tolist()) == (chosen.keys, chosen.log_prob.tolist())
 
 
 def test_a_policy_that_repeats_itself_is_seen_in_the_metrics(tiny_model, tmp_path):
@@ -406,13 +410,13 @@ def test_reward_metrics_have_stable_names(tiny_model, tmp_path):
 def test_spread_is_robust():
     rng = torch.Generator().manual_seed(0)
     normal = torch.randn(4000, generator=rng).double() * 3
-    assert spread(normal) == pytest.approx(3, rel=0.1)
+    assert robust_std(normal) == pytest.approx(3, rel=0.1)
     normal[:40] = 1e6  # a few absurd scores
-    assert spread(normal) == pytest.approx(3, rel=0.1)
-    assert spread(torch.tensor([0.0] * 99 + [1.0]).double()) == pytest.approx(0.0995, rel=0.01)  # nearly all equal
-    assert spread(torch.tensor([2.0, 2.0, math.nan]).double()) == 1
-    assert spread(torch.tensor([0.1, 0.1 + 1e-12, 0.1]).double()) == 1  # equal but for rounding
-    assert spread(torch.tensor([math.nan]).double()) == 1
+    assert robust_std(normal) == pytest.approx(3, rel=0.1)
+    assert robust_std(torch.tensor([0.0] * 99 + [1.0]).double()) == pytest.approx(0.0995, rel=0.01)  # nearly all equal
+    assert robust_std(torch.tensor([2.0, 2.0, math.nan]).double()) == 1
+    assert robust_std(torch.tensor([0.1, 0.1 + 1e-12, 0.1]).double()) == 1  # equal but for rounding
+    assert robust_std(torch.tensor([math.nan]).double()) == 1
 
 
 def heavy_tailed(n: int, rng: torch.Generator) -> torch.Tensor:
@@ -423,7 +427,7 @@ def heavy_tailed(n: int, rng: torch.Generator) -> torch.Tensor:
 
 def test_spread_of_a_sparse_reward_is_no_lottery():
     rng = torch.Generator().manual_seed(1)
-    found = np.array([spread(heavy_tailed(FinetuneConfig().scale_crystals, rng)) for _ in range(10)])
+    found = np.array([robust_std(heavy_tailed(FinetuneConfig().scale_crystals, rng)) for _ in range(10)])
     assert np.abs(found / np.median(found) - 1).max() < 0.3
 
 

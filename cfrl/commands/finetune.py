@@ -180,7 +180,7 @@ def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> Non
     seed = random_seed(config.seed, 0)
     for name, tuned in (("before.h5", False), ("after.h5", True)):
         rollout = source.draw(config.evaluate, seed, tuned)
-        write_crystals(folder / name, rollout.crystals, columns={"status": rollout.status})
+        write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
 
 
 def _check(config: FinetuneConfig) -> None:

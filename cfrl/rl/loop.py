@@ -25,7 +25,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.rollouts import Rollout, chemical_systems, collect, random_seed
+from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, collect, random_seed
 from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
 
 Scorer = Callable[[CrystalBatch], Any]
@@ -71,16 +71,16 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     tuning.memory.add(rollout, keys)
 
     start = time.perf_counter()
-    replayed, replayed_keys = tuning.memory.replay(options.replay, generator)
-    crystals = CrystalBatch.cat([rollout.crystals, replayed]) if len(replayed) else rollout.crystals
+    replayed = tuning.memory.replay(options.replay, generator)
+    crystals = CrystalBatch.cat([rollout.crystals, replayed.crystals])
     nuclei = tuning.nuclei(crystals)
     old, entropies = tuning.log_probs_and_entropies(crystals, nuclei)
     base = tuning.log_probs_base(crystals)
     seconds["likelihood"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    earned = tuning.memory.earned(crystals.properties["reward"], keys + replayed_keys)
-    batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, n, generator)
+    earned = tuning.memory.earned(torch.cat([rollout.reward, replayed.reward]), keys + replayed.keys)
+    batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, generator)
     update = _update(tuning, batch, generator)
     seconds["update"] = time.perf_counter() - start
 
@@ -89,7 +89,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         **_divergence(old[:n] - base[:n], offline=not source.fresh),
         **update,
         **{f"entropy/{name}": float(values[:n].double().mean()) for name, values in entropies.items()},
-        "valid": float(rollout.crystals.properties["valid"].mean()),
+        "valid": float(rollout.valid.double().mean()),
         "unique": len(set(keys)) / n,
         "new": new / n,
         "chemical_systems": len(set(chemical_systems(rollout.crystals))),
@@ -101,15 +101,13 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         "baseline": tuning.baseline.mean,
         **{f"seconds/{stage}": value for stage, value in seconds.items()},
     }
-    written = replace(rollout.crystals, properties=dict(rollout.crystals.properties))
-    written.properties |= {
-        "reward": tuning.memory.with_penalty(rollout.reward),
-        "step": torch.full((n,), tuning.step + 1.0, dtype=torch.float64),
-        "log_prob": old[:n, CRYSTAL].sum(1).cpu(),
-        "log_prob_base": base[:n, CRYSTAL].sum(1).cpu(),
-    }
-    drawn = replace(rollout.crystals, properties={"reward": rollout.reward, "drawn": old[:n].sum(1).cpu()})
-    tuning.memory.keep_best(drawn, keys)
+    written = rollout.table(
+        reward=tuning.memory.with_penalty(rollout.reward),
+        step=torch.full((n,), tuning.step + 1.0, dtype=torch.float64),
+        log_prob=old[:n, CRYSTAL].sum(1).cpu(),
+        log_prob_base=base[:n, CRYSTAL].sum(1).cpu(),
+    )
+    tuning.memory.keep_best(rollout, old[:n].sum(1).cpu(), keys)
     if options.target_kl and source.fresh:
         tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], options.target_kl)
     tuning.step += 1
@@ -123,11 +121,11 @@ def _prepare(
     old: Tensor,
     base: Tensor,
     nuclei: dict[str, Tensor],
-    fresh: int,
+    replayed: Kept,
     generator: torch.Generator,
 ) -> Batch:
     """Advantages, weights and what to learn from. The running means then know the fresh crystals, and not before."""
-    options = tuning.options
+    options, fresh = tuning.options, len(crystals) - len(replayed)
     bonus = [getattr(options, f"entropy_{name}") for name in FACTORS] + [0.0]
     beta = tuning.beta if options.kl == "reward" else 0.0
     entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)
@@ -141,9 +139,8 @@ def _prepare(
     )
     tuning.baseline.update(score[:fresh].cpu(), crystals.space_group[:fresh].cpu())
     weight = torch.ones_like(earned)
-    if fresh < len(crystals):
-        drawn = crystals.properties["drawn"][fresh:].to(old.device)
-        weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, options.replay_clip)
+    drawn = replayed.log_prob.to(old.device)
+    weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, options.replay_clip)
     items = torch.arange(len(crystals), device=old.device)[:, None]
     if options.algorithm in policy.PAIRED:
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
@@ -254,7 +251,7 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
     return loss, {"loss": loss.detach(), **watched}
 
 
-def spread(reward: Tensor) -> float:
+def robust_std(reward: Tensor) -> float:
     """Standard deviation of scores (n,), the outermost percent on either side drawn in; 1 where all are equal.
 
     Drawn in, because a few absurd scores must not make all others equal. Quantiles alone will not do: of a sparse
@@ -274,8 +271,7 @@ def _reward_metrics(rollout: Rollout) -> dict[str, float]:
     metrics = {"scored": len(known) / len(rollout)}
     for name, function in (("mean", np.mean), ("median", np.median), ("std", np.std), ("max", np.max)):
         metrics[f"reward/{name}"] = float(function(known)) if len(known) else math.nan
-    for name in rollout.terms:
-        values = rollout.crystals.properties[name]
+    for name, values in rollout.terms.items():
         metrics[f"reward/{name}"] = float(values.nanmean())
     return metrics
 
@@ -326,7 +322,7 @@ class FreshCrystals:
         """Of many crystals of the starting model, from which the unit of the reward is taken.
 
         One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals
-        earn no `dielectric_bandgap`): from batch to batch their spread changes by a factor of three, and beta with it.
+        earn no `dielectric_bandgap`): from batch to batch the unit would change by a factor of three, and beta with it.
         The crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
         """
         return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False).reward
@@ -347,8 +343,7 @@ class RecordedCrystals:
     fresh = False
 
     def __init__(self, crystals: CrystalBatch, reward: Tensor, per_step: int) -> None:
-        self.crystals, self.reward, self.per_step = replace(crystals), reward, per_step
-        self.crystals.properties = {"reward": reward, "valid": torch.ones_like(reward)}
+        self.crystals, self.reward, self.per_step = replace(crystals, properties={}), reward, per_step
         if not len(self._pairs(torch.Generator())):
             raise UserError("no two crystals of one space group differ in reward; nothing to prefer")
 
@@ -356,8 +351,10 @@ class RecordedCrystals:
         """Neighbours by space group come together: a random choice of single crystals would hold few pairs."""
         pairs = self._pairs(generator)
         few = torch.randperm(len(pairs), generator=generator)[: max(self.per_step // 2, 1)]
-        rows = self.crystals[pairs[few].unique()].trim()
-        return Rollout(rows, ["" if known else "no score" for known in ~torch.isnan(rows.properties["reward"])], [])
+        rows = pairs[few].unique()
+        reward = self.reward[rows]
+        status = ["no score" if missing else "" for missing in torch.isnan(reward)]
+        return Rollout(self.crystals[rows].trim(), reward, torch.ones(len(rows), dtype=torch.bool), status)
 
     def scores(self) -> Tensor:
         """All of them."""
@@ -383,8 +380,8 @@ def validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
 
 
 def unit(tuning: Tuning, source: Source) -> float:
-    """What rewards are counted in: the spread of the source's scores, or 1."""
-    return spread(source.scores()) if tuning.options.standardize else 1.0
+    """What rewards are counted in: the standard deviation of the source's scores, or 1."""
+    return robust_std(source.scores()) if tuning.options.standardize else 1.0
 
 
 # ---- all of it, for a caller -------------------------------------------------------------------------------------

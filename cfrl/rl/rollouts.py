@@ -1,8 +1,8 @@
 """One step's crystals on their way from the sampler through the reward, and what a run remembers of earlier ones.
 
-A rollout is a `CrystalBatch` whose properties hold what is known of each crystal (`reward`, every reward term,
-`valid`), and a status for those without a score. Memory: scores seen lately (for the penalty), how often each
-fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`; the loop: `loop.py`.
+A rollout is crystals, the scores of each, and a status for those without one. Memory: scores seen lately (for the
+penalty), how often each fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`;
+the loop: `loop.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,28 +32,76 @@ RECENT = 2000  # scores that a percentile penalty looks back on
 class Rollout:
     """n scored crystals on the CPU, sites in the order drawn.
 
-    crystals: properties `reward` (n,), NaN without a score; `valid` 1/0; one per reward term, in its own unit.
+    reward: (n,) float64, NaN without a score.
+    valid: (n,) bool, no two atoms too close and a possible cell.
     status: n strings, "" where there is a score, else the reason why not.
-    terms: names of the reward's terms.
+    terms: (n,) float64 by name, of each term of the reward in its own unit.
     seconds: time spent by stage; sampling and scoring may overlap.
     """
 
     crystals: CrystalBatch
+    reward: Tensor
+    valid: Tensor
     status: list[str]
-    terms: list[str]
+    terms: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.status)
 
     @property
-    def reward(self) -> Tensor:
-        return self.crystals.properties["reward"]
-
-    @property
     def scored(self) -> Tensor:
         """(n,) bool."""
         return ~torch.isnan(self.reward)
+
+    def table(self, **columns: Tensor) -> CrystalBatch:
+        """The crystals with reward, terms and `columns`, (n,) each, as properties: the rows of a file."""
+        known = {"valid": self.valid.double(), "reward": self.reward, **self.terms}
+        return replace(self.crystals, properties=known | columns)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Rollout], seconds: Mapping[str, float]) -> Rollout:
+        """The parts one after the other."""
+        return cls(
+            CrystalBatch.cat(part.crystals for part in parts),
+            torch.cat([part.reward for part in parts]),
+            torch.cat([part.valid for part in parts]),
+            [reason for part in parts for reason in part.status],
+            {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
+            dict(seconds),
+        )
+
+
+@dataclass
+class Kept:
+    """n crystals that are kept for replay.
+
+    reward: (n,) float64, a number each.
+    log_prob: (n,) float64, log P(C, G) under the policy that drew them.
+    keys: their fingerprints.
+    """
+
+    crystals: CrystalBatch
+    reward: Tensor
+    log_prob: Tensor
+    keys: list[str]
+
+    @classmethod
+    def none(cls) -> Kept:
+        """No crystal."""
+        return cls(CrystalBatch.empty(), torch.empty(0).double(), torch.empty(0).double(), [])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, rows: Tensor) -> Kept:
+        keys = [self.keys[row] for row in rows]
+        return Kept(self.crystals[rows].trim(), self.reward[rows], self.log_prob[rows], keys)
+
+    def __add__(self, other: Kept) -> Kept:
+        crystals = CrystalBatch.cat([self.crystals, other.crystals])
+        scores = (torch.cat([a, b]) for a, b in ((self.reward, other.reward), (self.log_prob, other.log_prob)))
+        return Kept(crystals, *scores, self.keys + other.keys)
 
 
 def collect(
@@ -77,10 +125,9 @@ def collect(
     seconds = Counter()
     with ThreadPoolExecutor(1) as worker:
         lots = _draw(model, space_groups, options, seed, chunk, min_distance, seconds)
-        jobs = [worker.submit(_score, lot, reward, seconds) for lot in lots]
+        jobs = [worker.submit(_score, *lot, reward, seconds) for lot in lots]
         parts = [job.result() for job in jobs]
-    crystals = CrystalBatch.cat(part.crystals for part in parts)
-    return Rollout(crystals, [reason for part in parts for reason in part.status], parts[0].terms, dict(seconds))
+    return Rollout.cat(parts, seconds)
 
 
 def _draw(
@@ -91,26 +138,24 @@ def _draw(
     chunk: int,
     min_distance: float,
     seconds: Counter,
-) -> Iterator[CrystalBatch]:
+) -> Iterator[tuple[CrystalBatch, Tensor]]:
+    """Lots of crystals, and which of them (n,) are valid."""
     for k, groups in enumerate(space_groups.split(chunk)):
         start = time.perf_counter()
         crystals = draw(model, groups, options, seeded(model.device, random_seed(seed, k))).to("cpu")
-        crystals.properties = {"valid": crystals.valid(min_distance).double()}
+        valid = crystals.valid(min_distance)
         seconds["sample"] += time.perf_counter() - start
-        yield crystals
+        yield crystals, valid
 
 
-def _score(crystals: CrystalBatch, reward: Callable[..., Any], seconds: Counter) -> Rollout:
+def _score(crystals: CrystalBatch, valid: Tensor, reward: Callable[..., Any], seconds: Counter) -> Rollout:
     start = time.perf_counter()
-    n, valid = len(crystals), crystals.properties["valid"] > 0
     result = reward(crystals[valid])
-    status = np.full(n, INVALID, dtype=object)
+    status = np.full(len(crystals), INVALID, dtype=object)
     status[valid.numpy()] = result.status
-    columns = {"reward": result.total, **result.terms}
-    scores = {name: _spread(values, valid) for name, values in columns.items()}
-    crystals.properties.update(scores)
+    terms = {name: _scatter(values, valid) for name, values in result.terms.items()}
     seconds["score"] += time.perf_counter() - start
-    return Rollout(crystals, status.tolist(), list(result.terms))
+    return Rollout(crystals, _scatter(result.total, valid), valid, status.tolist(), terms)
 
 
 def random_seed(*numbers: int) -> int:
@@ -118,7 +163,7 @@ def random_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _spread(values: Any, where: Tensor) -> Tensor:
+def _scatter(values: Any, where: Tensor) -> Tensor:
     """Values of the crystals marked in `where`, NaN for the others, (n,) float64."""
     whole = torch.full(where.shape, math.nan, dtype=torch.float64)
     whole[where] = torch.as_tensor(np.asarray(values), dtype=torch.float64)
@@ -150,8 +195,7 @@ class Memory:
         self.recent: list[float] = []
         self.seen: set[str] = set()
         self._window_keys: list[str] = []
-        self.best = CrystalBatch.empty()
-        self._best_keys: list[str] = []
+        self.best = Kept.none()
 
     def add(self, rollout: Rollout, keys: list[str]) -> None:
         """Take note of a step's crystals; `keys` are their fingerprints."""
@@ -184,37 +228,41 @@ class Memory:
         above = reward > self.penalty
         return torch.where(above, self.penalty + share * (reward - self.penalty), reward)
 
-    def keep_best(self, crystals: CrystalBatch, keys: list[str]) -> None:
-        """Keep the best of each fingerprint; `crystals` have the properties `reward` and `drawn`."""
+    def keep_best(self, rollout: Rollout, log_prob: Tensor, keys: list[str]) -> None:
+        """Keep the best of each fingerprint; `log_prob` (n,) is that of the policy that drew them."""
         if not self.replay_size:
             return
-        crystals = CrystalBatch.cat([self.best, crystals]) if len(self.best) else crystals
-        keys = self._best_keys + keys
+        every = self.best + Kept(rollout.crystals, rollout.reward, log_prob, keys)
         kept: dict[str, int] = {}
-        for row in torch.argsort(crystals.properties["reward"].nan_to_num(-math.inf), descending=True, stable=True):
-            kept.setdefault(keys[row], int(row))
-        rows = [row for row in kept.values() if not math.isnan(crystals.properties["reward"][row])]
-        rows = rows[: self.replay_size]
-        self.best, self._best_keys = crystals[rows].trim(), [keys[row] for row in rows]
+        for row in torch.argsort(every.reward.nan_to_num(-math.inf), descending=True, stable=True).tolist():
+            kept.setdefault(every.keys[row], row)
+        rows = [row for row in kept.values() if not math.isnan(every.reward[row])]
+        self.best = every[torch.tensor(rows[: self.replay_size], dtype=torch.int64)]
 
-    def replay(self, n: int, generator: torch.Generator) -> tuple[CrystalBatch, list[str]]:
-        """Up to `n` of the best, at random, with their fingerprints."""
-        rows = torch.randperm(len(self.best), generator=generator)[:n]
-        return self.best[rows], [self._best_keys[row] for row in rows]
+    def replay(self, n: int, generator: torch.Generator) -> Kept:
+        """Up to `n` of the best, at random."""
+        return self.best[torch.randperm(len(self.best), generator=generator)[:n]]
 
     def forget_scores(self) -> None:
         """Keep what crystals there were, and no score: from now on another reward counts."""
-        self.recent, self.best, self._best_keys = [], CrystalBatch.empty(), []
+        self.recent, self.best = [], Kept.none()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        best = {"best": vars(self.best), "keys": self._best_keys}
-        return {"recent": self.recent, "seen": sorted(self.seen), "window": self._window_keys, **best}
+        known = {"reward": self.best.reward, "drawn": self.best.log_prob}
+        best = vars(replace(self.best.crystals, properties=known))
+        seen = {"recent": self.recent, "seen": sorted(self.seen), "window": self._window_keys}
+        return {**seen, "best": best, "keys": self.best.keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.recent, self.seen, self._window_keys = state["recent"], set(state["seen"]), state["window"]
-        self.best, self._best_keys = CrystalBatch(**state["best"]), state["keys"]
+        crystals = CrystalBatch(**state["best"])
+        if not len(crystals):
+            self.best = Kept.none()
+            return
+        reward, log_prob = crystals.properties["reward"], crystals.properties["drawn"]
+        self.best = Kept(replace(crystals, properties={}), reward, log_prob, state["keys"])
 
 
 def _parse_penalty(text: str) -> tuple[float | None, float]:

@@ -153,6 +153,15 @@ class FinetuneInputs(Settings):
         "negative: the reward's own number.",
         unset=-1.0,
     )
+    relax_steps: CountOrZero = option(
+        0, "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn."
+    )
+    known: str | None = option(
+        None,
+        "Crystals that are no discovery: a dataset; empty: what the embedded model learnt from.",
+        choices=DATASETS,
+        unset="",
+    )
     reward_timeout: Seconds | None = option(
         600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
     )
@@ -169,6 +178,7 @@ class FinetuneConfig(TuningOptions, FinetuneInputs):
         ),
         "How the reward counts": (
             *("caution", "reward_timeout", "standardize", "scale_crystals", "penalty", "diversity_window"),
+            *("hold_strength", "known"),
             *("replay", "replay_size", "replay_clip", "rollouts"),
         ),
         "How the policy moves": (

@@ -44,7 +44,7 @@ def looks(crystals: CrystalBatch) -> list[tuple[str, int, int]]:
 
 def main(folder: Path, output: Path) -> None:
     mp_20 = read(folder / "mp_20.csv.gz")
-    held_back = torch.as_tensor(assign_splits(mp_20, DataConfig()) == SPLITS["validation"])
+    held_back = torch.as_tensor(assign_splits(mp_20, DataConfig().validation) == SPLITS["validation"])
     validation = mp_20[held_back]
     mpts_52 = read(folder / "mpts_52.csv.gz")
     elements = read(folder / "elements.csv.gz")

@@ -17,9 +17,10 @@ from cfrl.model.files import load_model, model_path, save_model
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
-from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, step, unit, validate, why_end
+from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, begin, step, validate, why_end
 from cfrl.rl.rollouts import random_seed
 from cfrl.rl.tuning import Tuning
 from cfrl.runs.devices import choose_device
@@ -81,7 +82,7 @@ def finetune(
             began = time.monotonic()
             try:
                 if tuning.scale is None:
-                    tuning.scale = unit(tuning, source)
+                    begin(tuning, source)
                     live.say(f"Unit of the reward: {tuning.scale:.4g}.")
                 crystals, status, metrics = step(tuning, source)
             except NotFinite as error:  # the weights are spoilt: what was saved last is better
@@ -143,8 +144,10 @@ def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Rew
         device=device,
         caution=config.caution,
         timeout=config.reward_timeout,
+        known=config.known,
+        relax_steps=config.relax_steps,
     )
-    return build_reward(config.reward, context=context, definitions=reward_definitions())
+    return build_reward(config.reward, context=context, definitions=reward_definitions(), guards=heeded(config.allow))
 
 
 def _recorded(config: FinetuneConfig) -> RecordedCrystals:

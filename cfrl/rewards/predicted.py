@@ -80,7 +80,7 @@ def bulk_modulus(
     """Bulk modulus: predicted, or from the potential's pressure under strain (method=strain; no spread)."""
     if method == "predictor":
         return _predicted(inputs, "bulk_modulus")
-    scored = strained_bulk_modulus(structures, inputs.context.potential)
+    scored = strained_bulk_modulus(inputs.relaxed.structures, inputs.context.potential)
     scored.spread = np.zeros(len(structures))
     return scored
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from cfrl.errors import UserError, nearest
 
-NEEDS = ("energy", "forces", "stress", "features", "potential", "hull", "dataset")
+NEEDS = ("energy", "forces", "stress", "features", "potential", "hull", "dataset", "known")
 ENTRY_POINTS = "cfrl.rewards"
 
 

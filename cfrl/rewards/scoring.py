@@ -29,12 +29,16 @@ from cfrl.runs import interrupt
 
 if TYPE_CHECKING:
     import torch
+    from pymatgen.core import Structure
 
+    from cfrl.crystals.known import KnownFormulas
     from cfrl.potentials import Evaluation, Potential
     from cfrl.rewards.predictors import Predictor
     from cfrl.stability.hull import ReferenceHull
 
+PASSES = {"energy", "features"}  # of the needs, those that the potential serves from crystals as they are scored
 WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
+GUARD = Term("guard")
 NOT_FINITE = "the expression has no finite value here"
 
 
@@ -55,17 +59,34 @@ class Scored:
 
 
 @dataclass
+class Settled:
+    """n crystals on their way down in energy.
+
+    structures: n; those that could not be started as they were drawn
+    volume_change: (n,) relative to the start; rmsd: (n,) angstrom; NaN where it failed
+    evaluation: energies and why some failed; None: nothing was relaxed
+    """
+
+    structures: list[Structure]
+    volume_change: np.ndarray
+    rmsd: np.ndarray
+    evaluation: Evaluation | None = None
+
+
+@dataclass
 class RewardResult:
     """Scores of n crystals.
 
     total: (n,) float64, to be maximised, NaN where there is a status
     terms: (n,) float64 by name: each term's own value, ``TERM/part`` and ``TERM/spread``
     status: n strings, "" or the reason why there is no total
+    abstained: (n,) bool, where there is no total because nobody can know it, which is no fault of the crystal
     """
 
     total: np.ndarray
     terms: dict[str, np.ndarray]
     status: list[str]
+    abstained: np.ndarray
 
 
 class RewardContext:
@@ -77,6 +98,9 @@ class RewardContext:
     device: where models run
     caution: spreads to subtract from every predicted quantity; None: each reward's own
     timeout: seconds that one call of a reward from outside this package may take; None: for ever
+    known: crystals that are no discovery, for `sun` and the guards: as `dataset`; None: what the embedded generator
+        learnt from
+    relax_steps: evaluations by which a crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn
     memo: where rewards keep what they work out once
     """
 
@@ -88,8 +112,11 @@ class RewardContext:
         device: torch.device | str | None = None,
         caution: float | None = None,
         timeout: float | None = None,
+        known: CrystalBatch | str | None = None,
+        relax_steps: int = 0,
     ) -> None:
-        self._potential, self._hull, self._dataset = potential, hull, dataset
+        self._potential, self._hull, self._dataset, self._known = potential, hull, dataset, known
+        self.relax_steps = relax_steps
         self.device = None if device is None or str(device) == "auto" else device
         self.caution, self.timeout = caution, timeout
         self.memo: dict[Any, Any] = {}
@@ -110,6 +137,15 @@ class RewardContext:
 
         return self._hull if isinstance(self._hull, ReferenceHull) else ReferenceHull.load(self._hull)
 
+    @property
+    def fits_hull(self) -> bool:
+        """Whether the potential's energies can be compared with the hull's."""
+        try:
+            self.check_scale()
+        except UserError:
+            return False
+        return True
+
     def check_scale(self) -> None:
         """Raises UserError if the potential's energies cannot be compared with the hull's."""
         from cfrl.stability.scales import check_scale
@@ -127,10 +163,23 @@ class RewardContext:
 
         return load_dataset(self._dataset)
 
+    @cached_property
+    def known(self) -> KnownFormulas:
+        """Formulas that are no discovery."""
+        from cfrl.crystals.known import KnownFormulas
+
+        if self._known is None:
+            return KnownFormulas.embedded()
+        if isinstance(self._known, CrystalBatch):
+            return KnownFormulas.of(self._known.formulas())
+        from cfrl.io.datasets import load_dataset
+
+        return KnownFormulas.of(load_dataset(self._known).formulas())
+
     def load(self, needs: Iterable[str], predictors: Iterable[str] = ()) -> None:
         """Load now what would be loaded when first used. Raises UserError for what cannot be."""
         for need in needs:
-            getattr(self, need if need in ("hull", "dataset") else "potential")
+            getattr(self, need if need in ("hull", "dataset", "known") else "potential")
         for name in predictors:
             self.feature_potential(self.predictor(name))
 
@@ -164,20 +213,43 @@ class RewardContext:
 
 
 class Inputs:
-    """What rewards with `needs` get beside the crystals: the shared pass of the potential, and the context.
-
-    evaluation: energy, forces, stress and features as far as some term needs them, else None
-    """
+    """What rewards with `needs` get beside the crystals: the shared passes of the potential, and the context."""
 
     def __init__(self, context: RewardContext, crystals: CrystalBatch, structures: list[Any], needs: set[str]) -> None:
         self.context, self.crystals, self.structures = context, crystals, structures
-        self._needs = needs & {"energy", "forces", "stress", "features"}
+        self._needs = needs
         self._predictions: dict[str, tuple[np.ndarray, np.ndarray, list[str]]] = {}
 
     @cached_property
+    def relaxed(self) -> Settled:
+        """The crystals as they are scored: relaxed by `relax_steps`, or as they were drawn."""
+        steps, n = self.context.relax_steps, len(self.structures)
+        if not (steps and self._needs & PASSES):
+            return Settled(list(self.structures), np.zeros(n), np.zeros(n))
+        from cfrl.potentials import Evaluation
+        from cfrl.potentials.relax import relax
+
+        result = relax(self.structures, self.context.potential, steps=steps)
+        ends = [drawn if end is None else end for drawn, end in zip(self.structures, result.structures, strict=True)]
+        energy = np.where([not reason for reason in result.status], result.energy, np.nan)
+        return Settled(ends, result.volume_change, result.rmsd, Evaluation(energy, result.status))
+
+    @cached_property
     def evaluation(self) -> Evaluation:
-        asked = {need: need in self._needs for need in ("forces", "stress", "features")}
-        return self.context.potential.compute(self.structures, **asked)
+        """Energy and features (where some term needs them) of the crystals as they are scored."""
+        relaxed, features = self.relaxed, "features" in self._needs
+        if relaxed.evaluation is not None and not features:
+            return relaxed.evaluation
+        found = self.context.potential.compute(relaxed.structures, features=features)
+        if relaxed.evaluation is not None:  # one that fell apart on the way has features, but they tell nothing
+            found.status = [a or b for a, b in zip(relaxed.evaluation.status, found.status, strict=True)]
+            found.energy = np.where([not reason for reason in found.status], found.energy, np.nan)
+        return found
+
+    @cached_property
+    def drawn(self) -> Evaluation:
+        """Energy, forces and stress of the crystals as they were drawn."""
+        return self.context.potential.compute(self.structures, forces=True, stress=True)
 
     def predict(self, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Mean (n,), spread (n,) and status of a predictor, each predictor asked once."""
@@ -185,14 +257,18 @@ class Inputs:
             predictor = self.context.predictor(name)
             potential = self.context.feature_potential(predictor)
             shared = potential is self.context.potential
-            evaluation = self.evaluation if shared else potential.compute(self.structures, features=True)
-            mean, spread = predictor.predict(self.structures, evaluation)
+            evaluation = self.evaluation if shared else potential.compute(self.relaxed.structures, features=True)
+            mean, spread = predictor.predict(self.relaxed.structures, evaluation)
             self._predictions[name] = mean, spread, list(evaluation.status)
         return self._predictions[name]
 
 
 def build_reward(
-    spec: str, *, context: RewardContext | None = None, definitions: Mapping[str, Mapping[str, Any]] | None = None
+    spec: str,
+    *,
+    context: RewardContext | None = None,
+    definitions: Mapping[str, Mapping[str, Any]] | None = None,
+    guards: Iterable[str] = (),
 ) -> Reward:
     """The reward of an expression, or of a name that `cfrl rewards` lists.
 
@@ -200,26 +276,37 @@ def build_reward(
         context: what the reward works with; None: the embedded models.
         definitions: names of your own, as the tables [rewards.NAME] of cfrl.toml have them: an `expression` and the
             numbers that it names.
+        guards: names of `guards.GUARDS`: a crystal that meets one has no total.
 
     Raises UserError: an unknown name or parameter, a formula that cannot be read, a file that does not load, a
     potential and a hull on different energy scales where both are needed.
     """
     expression = Expression(spec, definitions or {})
     infos = {term: find_reward(term.name) for term in expression.terms}
-    return Reward(expression, infos, context or RewardContext())
+    return Reward(expression, infos, context or RewardContext(), guards)
 
 
 class Reward:
     """Scores crystals: ``reward(crystals) -> RewardResult``. Remembers every crystal that it has scored."""
 
-    def __init__(self, expression: Expression, infos: Mapping[Term, RewardInfo], context: RewardContext) -> None:
-        self.expression, self.context = expression, context
+    def __init__(
+        self,
+        expression: Expression,
+        infos: Mapping[Term, RewardInfo],
+        context: RewardContext,
+        guards: Iterable[str] = (),
+    ) -> None:
+        self.expression, self.context, self.guards = expression, context, tuple(guards)
         self._terms = {term: _BoundTerm(term, info) for term, info in infos.items()}
         bare = expression.single
         self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
         self._cache: dict[bytes, dict[Term, _Row]] = {}
         if any({"energy", "hull"} <= set(info.needs) for info in infos.values()):
             context.check_scale()
+        if self.guards:
+            from cfrl.rewards.guards import guard_info
+
+            self._terms[GUARD] = _BoundTerm(GUARD, guard_info(infos.values(), context.fits_hull))
 
     def __repr__(self) -> str:
         return f"Reward({'-' if self._sign < 0 else ''}{self.expression.source})"
@@ -244,8 +331,22 @@ class Reward:
         total = self._total(scores, update)
         status = [self._reason(i, total, scores) for i in range(len(rows))]
         total = np.where(np.isfinite(total), total, np.nan)
+        abstained = self._heed_guards(scores, total, status)
         columns = (bound.named(scores[term]) for term, bound in self._terms.items())
-        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
+        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status, abstained)
+
+    def _heed_guards(self, scores: Mapping[Term, Scored], total: np.ndarray, status: list[str]) -> np.ndarray:
+        """Takes the total of what meets a guard and says so; returns which crystals are abstained from, (n,) bool."""
+        from cfrl.rewards.guards import ABSTAIN
+
+        abstained = np.zeros(len(total), dtype=bool)
+        met = scores[GUARD].parts if GUARD in scores else {}
+        for name in sorted(set(met) & set(self.guards), key=lambda name: name in ABSTAIN):  # faults first
+            for row in np.flatnonzero(met[name]):
+                if not status[row]:
+                    status[row], abstained[row] = f"guard: {name}", name in ABSTAIN
+        total[[bool(reason) for reason in status]] = np.nan
+        return abstained
 
     def load(self) -> None:
         """Load the models and tables that the terms work with. Raises UserError for what cannot be loaded."""

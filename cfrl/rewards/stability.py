@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from cfrl.rewards.registry import register_reward
 from cfrl.rewards.scoring import Inputs, Scored
@@ -26,13 +27,35 @@ STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and f
     maximum=WORST,
 )
 def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
-    """Energy above the convex hull of known phases, of the crystal as it stands (not relaxed).
+    """Energy above the convex hull of known phases, after `--relax-steps` of relaxation.
 
     The spread is what the reference may lack: how much lower its hull is to be expected with all compounds known.
     """
     result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     failed = inputs.evaluation.status
     return Scored(result.e_above_hull, [a or b for a, b in zip(failed, result.status, strict=True)], result.doubt)
+
+
+@register_reward(
+    "sun",
+    needs=("energy", "hull", "known"),
+    parts=("stable", "novel", "e_above_hull"),
+    minimum=0.0,
+    maximum=1.0,
+)
+def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float = 0.1, sure: float = 0.06) -> Scored:
+    """Stable and novel (unique is the diversity filter's part): the probability that a crystal of an unknown formula
+    lies within `within` eV/atom of the hull, where the judge errs by `sure` eV/atom (standard deviation) and the hull
+    is too high by what its reference is expected to lack. 0 for known formulas (`--known`).
+
+    "stable" is the probability alone, "novel" 1 or 0, "e_above_hull" in eV/atom.
+    """
+    result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
+    status = [a or b for a, b in zip(inputs.evaluation.status, result.status, strict=True)]
+    stable = ndtr((within - result.e_above_hull - result.doubt) / sure)
+    novel = ~inputs.context.known.holds(crystals.formulas())
+    parts = {"stable": stable, "novel": novel.astype(float), "e_above_hull": result.e_above_hull}
+    return Scored(stable * novel, status, parts=parts)
 
 
 @register_reward("force", unit="eV/A", goal="min", needs=("forces", "stress"), parts=("atoms", "cell"))
@@ -42,7 +65,7 @@ def force(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
     The force on the cell is its largest principal stress times (volume per atom)^(2/3): what pulls at one atom's
     share of a face. Both vanish in a relaxed crystal.
     """
-    result = inputs.evaluation
+    result = inputs.drawn
     atoms = np.array([np.linalg.norm(f, axis=1).max(initial=0.0) for f in result.forces])
     area = np.array([(s.volume / len(s)) ** (2 / 3) for s in structures])
     stress = np.nan_to_num(0.5 * (result.stress + result.stress.transpose(0, 2, 1)))

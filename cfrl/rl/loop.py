@@ -23,6 +23,7 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite, UserError
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward
+from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, collect, random_seed
@@ -66,9 +67,10 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     generator = torch.Generator().manual_seed(seed)
     rollout = source(generator, seed)
     n, seconds = len(rollout), rollout.seconds
+    alike = tuning.keys(rollout.crystals)
     keys = fingerprints(rollout.crystals)
-    new = len({key for key in keys if key not in tuning.memory.seen})
-    tuning.memory.add(rollout, keys)
+    new = len({key for key in alike if key not in tuning.memory.seen})
+    tuning.memory.add(rollout, alike)
 
     start = time.perf_counter()
     replayed = tuning.memory.replay(options.replay, generator)
@@ -79,8 +81,10 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     seconds["likelihood"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    earned = tuning.memory.earned(torch.cat([rollout.reward, replayed.reward]), keys + replayed.keys)
-    batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, generator)
+    earned = tuning.memory.earned(torch.cat([rollout.reward, replayed.reward]), alike + replayed.keys)
+    learned = torch.cat([~rollout.abstained, torch.ones(len(replayed), dtype=torch.bool)])
+    batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)
+    tuning.hold.update(rollout.crystals[rollout.scored | rollout.abstained])
     update = _update(tuning, batch, generator)
     seconds["update"] = time.perf_counter() - start
 
@@ -98,7 +102,9 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         "penalty": tuning.memory.penalty,
         "beta": tuning.beta,
         "scale": tuning.scale,
-        "baseline": tuning.baseline.mean,
+        "baseline": tuning.baseline.mean if tuning.baseline.mean is not None else math.nan,
+        "abstained": float(rollout.abstained.double().mean()),
+        **{f"divergence/{name}": value for name, value in tuning.hold.divergence().items()},
         **{f"seconds/{stage}": value for stage, value in seconds.items()},
     }
     written = rollout.table(
@@ -107,7 +113,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         log_prob=old[:n, CRYSTAL].sum(1).cpu(),
         log_prob_base=base[:n, CRYSTAL].sum(1).cpu(),
     )
-    tuning.memory.keep_best(rollout, old[:n].sum(1).cpu(), keys)
+    tuning.memory.keep(rollout, old[:n].sum(1).cpu(), alike)
     if options.target_kl and source.fresh:
         tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], options.target_kl)
     tuning.step += 1
@@ -122,29 +128,39 @@ def _prepare(
     base: Tensor,
     nuclei: dict[str, Tensor],
     replayed: Kept,
+    learned: Tensor,
     generator: torch.Generator,
 ) -> Batch:
-    """Advantages, weights and what to learn from. The running means then know the fresh crystals, and not before."""
+    """Advantages, weights and what to learn from. The running means then know the crystals, and not before.
+
+    `learned` (n,) bool: not those that the reward abstains from.
+    """
     options, fresh = tuning.options, len(crystals) - len(replayed)
     bonus = [getattr(options, f"entropy_{name}") for name in FACTORS] + [0.0]
     beta = tuning.beta if options.kl == "reward" else 0.0
     entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)
     score = policy.shaped_reward(earned / tuning.scale, old, base, beta, entropy)
-    group = crystals.space_group.to(old.device)
-    if tuning.baseline.mean is None:
-        tuning.baseline.mean = float(score[:fresh].mean())
+    score = score + tuning.hold.pull(crystals).to(score.device)
+    group, cell = crystals.space_group.to(old.device), tuning.hold.cells(crystals).to(old.device)
+    # A regression is to the optimum of whatever it learns from; a policy gradient is that of the policy.
+    known = learned if options.algorithm == "vargrad" else learned & (torch.arange(len(learned)) < fresh)
+    if tuning.baseline.mean is None and known.any():
+        tuning.baseline.mean = float(score[known].mean())
     limit = options.clip_advantage or math.inf
     advantage, group_advantage = (
-        a.clamp(-limit, limit) for a in policy.advantages(options.algorithm, score, group, tuning.baseline)
+        torch.where(learned.to(a.device), a.clamp(-limit, limit), 0.0)
+        for a in policy.advantages(options.algorithm, score, group, cell, tuning.baseline)
     )
-    tuning.baseline.update(score[:fresh].cpu(), crystals.space_group[:fresh].cpu())
+    tuning.baseline.update(score[known].cpu(), crystals.space_group[known].cpu(), cell[known].cpu())
     weight = torch.ones_like(earned)
     drawn = replayed.log_prob.to(old.device)
-    weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, options.replay_clip)
-    items = torch.arange(len(crystals), device=old.device)[:, None]
+    if options.algorithm != "vargrad":
+        weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, options.replay_clip)
+    items = learned.nonzero().to(old.device)
     if options.algorithm in policy.PAIRED:
         # With fixed shares the policy is one of crystals given their space group: only those can be compared.
         items = policy.preference_pairs(earned, torch.zeros_like(group) if tuning.prior.learn else group, generator)
+        items = items[learned.to(items.device)[items].all(1)]
     rewards, crystals = earned / tuning.scale, crystals.to(tuning.model.device)
     return Batch(crystals, old, base, advantage, group_advantage, rewards, weight, nuclei, items)
 
@@ -223,7 +239,10 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
     old_factors, base_factors = batch.old[rows], batch.base[rows]
     now, old, base = factors.sum(1), old_factors.sum(1), base_factors.sum(1)
     advantage, weight = batch.advantage[rows], batch.weight[rows]
-    if options.algorithm in policy.PAIRED:
+    if options.algorithm == "vargrad":
+        loss = weight * policy.vargrad_loss(advantage, now, old, tuning.beta)
+        clipped = torch.zeros_like(now)
+    elif options.algorithm in policy.PAIRED:
         now_pairs, base_pairs, rewards = (x.view(-1, 2) for x in (now, base, batch.reward[rows]))
         if options.algorithm == "dpo":
             loss = policy.dpo_loss(*now_pairs.unbind(1), *base_pairs.unbind(1), tuning.beta)
@@ -298,7 +317,7 @@ def why_end(options: TuningOptions, metrics: dict[str, float], seconds: float) -
 
 
 class FreshCrystals:
-    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `unit`."""
+    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `begin`."""
 
     fresh = True
 
@@ -318,14 +337,14 @@ class FreshCrystals:
         groups = torch.multinomial(shares.detach().exp().cpu(), n, replacement=True, generator=generator)
         return self._collect(model, groups, seed)
 
-    def scores(self) -> Tensor:
-        """Of many crystals of the starting model, from which the unit of the reward is taken.
+    def survey(self) -> Rollout:
+        """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
 
         One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals
         earn no `dielectric_bandgap`): from batch to batch the unit would change by a factor of three, and beta with it.
         The crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
         """
-        return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False).reward
+        return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False)
 
     def _collect(self, model: nn.Module, groups: Tensor, seed: int) -> Rollout:
         options = self.tuning.options
@@ -354,11 +373,13 @@ class RecordedCrystals:
         rows = pairs[few].unique()
         reward = self.reward[rows]
         status = ["no score" if missing else "" for missing in torch.isnan(reward)]
-        return Rollout(self.crystals[rows].trim(), reward, torch.ones(len(rows), dtype=torch.bool), status)
+        every = torch.ones(len(rows), dtype=torch.bool)
+        return Rollout(self.crystals[rows].trim(), reward, every, status, ~every)
 
-    def scores(self) -> Tensor:
+    def survey(self) -> Rollout:
         """All of them."""
-        return self.reward
+        every = torch.ones(len(self.crystals), dtype=torch.bool)
+        return Rollout(self.crystals, self.reward, every, [""] * len(every), ~every)
 
     def _pairs(self, generator: torch.Generator) -> Tensor:
         return policy.preference_pairs(self.reward.nan_to_num(-1e9), self.crystals.space_group, generator)
@@ -379,9 +400,17 @@ def validate(tuning: Tuning, crystals: CrystalBatch) -> dict[str, float]:
     return {"validation/loss": sum(means.values()), **means}
 
 
-def unit(tuning: Tuning, source: Source) -> float:
-    """What rewards are counted in: the standard deviation of the source's scores, or 1."""
-    return robust_std(source.scores()) if tuning.options.standardize else 1.0
+def begin(tuning: Tuning, source: Source) -> None:
+    """Before the first step: what rewards are counted in (the standard deviation of the source's scores, or 1), which
+    shares are held, and the first crystals to learn from.
+    """
+    survey = source.survey()
+    tuning.scale = robust_std(survey.reward) if tuning.options.standardize else 1.0
+    if source.fresh:
+        tuning.hold.aim(survey.crystals[survey.scored | survey.abstained])
+    if source.fresh and tuning.options.algorithm == "vargrad":
+        unknown = torch.zeros(len(survey), dtype=torch.float64)  # a regression asks not who drew them
+        tuning.memory.keep(survey, unknown, tuning.keys(survey.crystals))
 
 
 # ---- all of it, for a caller -------------------------------------------------------------------------------------
@@ -421,8 +450,11 @@ def finetune(
     """
     settings = TuningOptions(**options)
     tuning = Tuning(copy.deepcopy(model), settings)
-    source = FreshCrystals(tuning, build_reward(reward, context=context) if isinstance(reward, str) else reward)
-    tuning.scale = unit(tuning, source)
+    source = FreshCrystals(
+        tuning,
+        build_reward(reward, context=context, guards=heeded(settings.allow)) if isinstance(reward, str) else reward,
+    )
+    begin(tuning, source)
     metrics, parts = [], []
     while tuning.step < settings.steps:
         began = time.monotonic()

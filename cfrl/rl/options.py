@@ -27,10 +27,10 @@ from cfrl.settings import (
 class TuningOptions(Settings):
     """Draw, score, update: sizes, objective, limits."""
 
-    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "rebel"] = option(
+    algorithm: Literal["ppo", "vargrad", "grpo", "rloo", "dpo", "rebel"] = option(
         "ppo",
-        "ppo, grpo (space group as prompt), rloo (leave-one-out), dpo (preferences between pairs) or rebel "
-        "(differences of reward between pairs).",
+        "ppo, vargrad (regression to the optimum), grpo (space group as prompt), rloo (leave-one-out), dpo "
+        "(preferences between pairs) or rebel (differences of reward between pairs).",
     )
     steps: Count = option(60, "Rounds of sampling, scoring and updating.")
     time_limit: Minutes | None = option(
@@ -87,10 +87,26 @@ class TuningOptions(Settings):
         unset=0,
     )
     diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
-    replay: CountOrZero = option(
-        0, "Earlier best crystals that join each step's batch, weighted for the change of policy; 0: none."
+    hold: str | None = option(
+        "elements,anion,sites",
+        "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; empty: let go.",
+        unset="",
     )
-    replay_size: Count = option(256, "How many best crystals (of different fingerprint) are kept for replay.")
+    hold_strength: Weight = option(1.0, "What a nat of divergence of these shares costs, in units of the reward.")
+    share: str | None = option(
+        None, "Shares that are wished instead, e.g. `oxide=0.5,1 element=0.01`; empty: none.", unset=""
+    )
+    allow: str | None = option(
+        None,
+        "Guards to lift, e.g. `element,known`, or `all` (docs/rewards.md: what each closes); empty: none.",
+        unset="",
+    )
+    replay: CountOrZero = option(
+        0,
+        "Earlier crystals that join each step's batch; vargrad: any; ppo and the like: the best, weighted for the "
+        "change of policy; 0: none.",
+    )
+    replay_size: Count = option(256, "How many crystals are kept for replay.")
     replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
     space_group: str | None = option(
         None,

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cfrl.crystals.symmetry import NUM_SPACE_GROUPS
+
 PAIRED = ("dpo", "rebel")  # learn from pairs of crystals, whoever drew them
-ALGORITHMS = ("ppo", "grpo", "rloo", *PAIRED)
+ALGORITHMS = ("ppo", "vargrad", "grpo", "rloo", *PAIRED)
+LEAN = 3.0  # crystals: how much a kind's running mean leans on that of all
 
 
 # ---------------------------------------------------------------------------------------------------- KL
@@ -104,45 +107,58 @@ def grpo_advantage(score: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     return (score - centre) / (torch.where(alone, batch_std, std[index]) + eps)
 
 
-class GroupBaseline:
-    """Running means of the score, of all crystals and of those of each space group.
+class Baseline:
+    """Running means of the score: of all crystals, of those of each kind, and of what is left in each space group.
 
     The space group is given before a crystal is drawn, so the mean of its crystals may be taken off without bias. It
-    explains a third to a half of the variance of energies above hull. Groups with few recent crystals lean on the
-    mean of all: by as much as one crystal's word.
+    explains a third to a half of the variance of energies above hull. The kind is the policy's choice: taking its mean
+    off means that no kind earns more than another by being easy (`hold.py`). Cells with few recent crystals lean on
+    the mean of all, space groups on that of their kinds.
 
     Args:
         decay: per step, of the weight of what was seen before.
+        cells: how many kinds; 1: they make no difference.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, cells: int = 1) -> None:
         self.decay = decay
-        self.total, self.count = torch.zeros(2, 231, dtype=torch.float64)
+        self.cells = torch.zeros(2, cells, dtype=torch.float64)  # sum of scores, count
+        self.groups = torch.zeros(2, NUM_SPACE_GROUPS + 1, dtype=torch.float64)  # of what the kinds leave
         self.mean: float | None = None
 
-    def of(self, space_group: Tensor) -> Tensor:
-        """(n,) int64 -> (n,) float64."""
-        mean = (self.total + (self.mean or 0.0)) / (self.count + 1)
-        return mean.to(space_group.device)[space_group]
+    def of(self, space_group: Tensor, cell: Tensor) -> Tensor:
+        """(n,) int64 each -> (n,) float64."""
+        group = self.groups[0] / (self.groups[1] + 1)
+        return self._of_kind(cell.cpu()).to(cell.device) + group.to(space_group.device)[space_group]
 
-    def update(self, score: Tensor, space_group: Tensor) -> None:
-        """Scores (n,) float64 of a step's crystals and their space groups (n,), on the CPU."""
+    def update(self, score: Tensor, space_group: Tensor, cell: Tensor) -> None:
+        """Scores (n,) float64 of a step's crystals, their space groups and kinds (n,), on the CPU."""
+        if not len(score):
+            return
         now = float(score.mean())
         self.mean = now if self.mean is None else self.decay * self.mean + (1 - self.decay) * now
-        self.total = (self.decay * self.total).index_add(0, space_group, score)
-        self.count = (self.decay * self.count).index_add(0, space_group, torch.ones_like(score))
+        one = torch.ones_like(score)
+        self.cells = (self.decay * self.cells).index_add(1, cell, torch.stack([score, one]))
+        rest = score - self._of_kind(cell)
+        self.groups = (self.decay * self.groups).index_add(1, space_group, torch.stack([rest, one]))
+
+    def _of_kind(self, cell: Tensor) -> Tensor:
+        return ((self.cells[0] + LEAN * (self.mean or 0.0)) / (self.cells[1] + LEAN))[cell]
 
     def state_dict(self) -> dict[str, Tensor | float | None]:
         """Tensors and plain values."""
-        return {name: getattr(self, name) for name in ("total", "count", "mean")}
+        return {name: getattr(self, name) for name in ("cells", "groups", "mean")}
 
     def load_state_dict(self, state: dict[str, Tensor | float | None]) -> None:
-        """Go on from there."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Go on from there, as far as the same kinds are told apart."""
+        if "cells" in state and state["cells"].shape == self.cells.shape:
+            for name, value in state.items():
+                setattr(self, name, value)
 
 
-def advantages(algorithm: str, score: Tensor, space_group: Tensor, baseline: GroupBaseline) -> tuple[Tensor, Tensor]:
+def advantages(
+    algorithm: str, score: Tensor, space_group: Tensor, cell: Tensor, baseline: Baseline
+) -> tuple[Tensor, Tensor]:
     """Advantages of the crystals given their space groups, and of the space groups themselves: (n,), (n,).
 
     They differ where the baseline depends on the group: that leaves no signal about which group to choose.
@@ -152,7 +168,7 @@ def advantages(algorithm: str, score: Tensor, space_group: Tensor, baseline: Gro
     if algorithm == "rloo":
         advantage = rloo_advantage(score)
         return advantage, advantage
-    return score - baseline.of(space_group), score - (baseline.mean or 0.0)
+    return score - baseline.of(space_group, cell), score - (baseline.mean or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------- objectives
@@ -190,6 +206,20 @@ def rebel_loss(log_ratio_gap: Tensor, reward_gap: Tensor, beta: float) -> Tensor
     with its error. `dpo_loss` knows which of two is better; this knows by how much.
     """
     return (log_ratio_gap - reward_gap / beta).square()
+
+
+def vargrad_loss(advantage: Tensor, log_prob: Tensor, log_prob_old: Tensor, beta: float) -> Tensor:
+    """(r - beta log policy/base - b)^2 / (2 beta), (n,): the variance of what should be one number, -beta log Z(G).
+
+    VarGrad (arXiv 2010.10436), trajectory balance with an estimated log Z (arXiv 2201.13259, eq. 14). Zero for every
+    crystal exactly at the optimum p*, so that any crystals will do, whoever drew them and however often. For crystals
+    that the policy has just drawn its gradient is that of the policy gradient with baseline b and the KL in the reward.
+
+    Args:
+        advantage: (n,) of the score with the KL under `log_prob_old`: r - beta log old/base - b.
+        beta: above 0.
+    """
+    return (advantage - beta * (log_prob - log_prob_old)).square() / (2 * beta)
 
 
 def preference_pairs(reward: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:

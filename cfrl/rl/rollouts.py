@@ -1,7 +1,7 @@
 """One step's crystals on their way from the sampler through the reward, and what a run remembers of earlier ones.
 
 A rollout is crystals, the scores of each, and a status for those without one. Memory: scores seen lately (for the
-penalty), how often each fingerprint came lately (diversity filter), the best so far (replay). Objectives: `policy.py`;
+penalty), how often each fingerprint came lately (diversity filter), some for replay. Objectives: `policy.py`;
 the loop: `loop.py`.
 """
 
@@ -35,6 +35,7 @@ class Rollout:
     reward: (n,) float64, NaN without a score.
     valid: (n,) bool, no two atoms too close and a possible cell.
     status: n strings, "" where there is a score, else the reason why not.
+    abstained: (n,) bool, without a score because nobody can tell it: neither praised nor blamed.
     terms: (n,) float64 by name, of each term of the reward in its own unit.
     seconds: time spent by stage; sampling and scoring may overlap.
     """
@@ -43,6 +44,7 @@ class Rollout:
     reward: Tensor
     valid: Tensor
     status: list[str]
+    abstained: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -67,6 +69,7 @@ class Rollout:
             torch.cat([part.reward for part in parts]),
             torch.cat([part.valid for part in parts]),
             [reason for part in parts for reason in part.status],
+            torch.cat([part.abstained for part in parts]),
             {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
             dict(seconds),
         )
@@ -154,8 +157,10 @@ def _score(crystals: CrystalBatch, valid: Tensor, reward: Callable[..., Any], se
     status = np.full(len(crystals), INVALID, dtype=object)
     status[valid.numpy()] = result.status
     terms = {name: _scatter(values, valid) for name, values in result.terms.items()}
+    abstained = torch.zeros_like(valid)
+    abstained[valid] = torch.as_tensor(getattr(result, "abstained", np.zeros(int(valid.sum()), dtype=bool)))
     seconds["score"] += time.perf_counter() - start
-    return Rollout(crystals, _scatter(result.total, valid), valid, status.tolist(), terms)
+    return Rollout(crystals, _scatter(result.total, valid), valid, status.tolist(), abstained, terms)
 
 
 def random_seed(*numbers: int) -> int:
@@ -183,19 +188,21 @@ class Memory:
         diversity: how often a fingerprint may come before it earns less; 0: as often as it likes.
         window: among how many of the last crystals it is counted. Not among all: in a long run everything has come
             often, and what counts is whether the policy repeats itself now.
-        replay_size: how many of the best crystals are kept.
+        replay_size: how many crystals are kept for replay.
+        best: keep the best of each fingerprint; else the latest, whatever they earned.
 
     Raises:
         UserError: `penalty` is neither.
     """
 
-    def __init__(self, penalty: str, diversity: int, window: int, replay_size: int) -> None:
+    def __init__(self, penalty: str, diversity: int, window: int, replay_size: int, best: bool = True) -> None:
         self._percentile, self._fixed = _parse_penalty(penalty)
+        self._best = best
         self.diversity, self.window, self.replay_size = diversity, window, replay_size
         self.recent: list[float] = []
         self.seen: set[str] = set()
         self._window_keys: list[str] = []
-        self.best = Kept.none()
+        self.kept = Kept.none()
 
     def add(self, rollout: Rollout, keys: list[str]) -> None:
         """Take note of a step's crystals; `keys` are their fingerprints."""
@@ -228,41 +235,47 @@ class Memory:
         above = reward > self.penalty
         return torch.where(above, self.penalty + share * (reward - self.penalty), reward)
 
-    def keep_best(self, rollout: Rollout, log_prob: Tensor, keys: list[str]) -> None:
-        """Keep the best of each fingerprint; `log_prob` (n,) is that of the policy that drew them."""
+    def keep(self, rollout: Rollout, log_prob: Tensor, keys: list[str]) -> None:
+        """Keep a step's crystals for replay; `log_prob` (n,) is that of the policy that drew them."""
         if not self.replay_size:
             return
-        every = self.best + Kept(rollout.crystals, rollout.reward, log_prob, keys)
-        kept: dict[str, int] = {}
+        new = Kept(rollout.crystals, rollout.reward, log_prob, keys)
+        every = self.kept + new[(~rollout.abstained).nonzero()[:, 0]]
+        rows = self._best_rows(every) if self._best else torch.arange(len(every))[-self.replay_size :]
+        self.kept = every[rows]
+
+    def _best_rows(self, every: Kept) -> Tensor:
+        """The best of each fingerprint, best first."""
+        first: dict[str, int] = {}
         for row in torch.argsort(every.reward.nan_to_num(-math.inf), descending=True, stable=True).tolist():
-            kept.setdefault(every.keys[row], row)
-        rows = [row for row in kept.values() if not math.isnan(every.reward[row])]
-        self.best = every[torch.tensor(rows[: self.replay_size], dtype=torch.int64)]
+            first.setdefault(every.keys[row], row)
+        rows = [row for row in first.values() if not math.isnan(every.reward[row])]
+        return torch.tensor(rows[: self.replay_size], dtype=torch.int64)
 
     def replay(self, n: int, generator: torch.Generator) -> Kept:
-        """Up to `n` of the best, at random."""
-        return self.best[torch.randperm(len(self.best), generator=generator)[:n]]
+        """Up to `n` of those that were kept, at random."""
+        return self.kept[torch.randperm(len(self.kept), generator=generator)[:n]]
 
     def forget_scores(self) -> None:
         """Keep what crystals there were, and no score: from now on another reward counts."""
-        self.recent, self.best = [], Kept.none()
+        self.recent, self.kept = [], Kept.none()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        known = {"reward": self.best.reward, "drawn": self.best.log_prob}
-        best = vars(replace(self.best.crystals, properties=known))
+        known = {"reward": self.kept.reward, "drawn": self.kept.log_prob}
+        best = vars(replace(self.kept.crystals, properties=known))
         seen = {"recent": self.recent, "seen": sorted(self.seen), "window": self._window_keys}
-        return {**seen, "best": best, "keys": self.best.keys}
+        return {**seen, "best": best, "keys": self.kept.keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.recent, self.seen, self._window_keys = state["recent"], set(state["seen"]), state["window"]
         crystals = CrystalBatch(**state["best"])
         if not len(crystals):
-            self.best = Kept.none()
+            self.kept = Kept.none()
             return
         reward, log_prob = crystals.properties["reward"], crystals.properties["drawn"]
-        self.best = Kept(replace(crystals, properties={}), reward, log_prob, state["keys"])
+        self.kept = Kept(replace(crystals, properties={}), reward, log_prob, state["keys"])
 
 
 def _parse_penalty(text: str) -> tuple[float | None, float]:

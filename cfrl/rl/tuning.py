@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.fingerprint import fingerprints
+from cfrl.crystals.kinds import without_lanthanide_swaps
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.sampler import parse_elements, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.rewards.guards import LANTHANIDE_SWAP, heeded
+from cfrl.rl.hold import Hold, parse_hold, parse_shares
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.policy import GroupBaseline, floored_log_prob
+from cfrl.rl.policy import Baseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
 
 # Columns of the log-probabilities of a step, (n, 5): the factors of log P(C | G), and log P(G).
 CRYSTAL, SPACE_GROUP = slice(0, len(FACTORS)), len(FACTORS)
-STATES = ("model", "prior", "optimiser", "memory", "baseline")  # of the state, what keeps its own
+STATES = ("model", "prior", "optimiser", "memory", "baseline", "hold")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
 # The settings that a score depends on.
 SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", "scale_crystals"}
@@ -97,10 +101,17 @@ class Tuning:
         self.optimiser = torch.optim.Adam(groups)
         diversity = None if offline else options.diversity
         kept = options.replay_size if options.replay else 0
-        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept)
+        best = options.algorithm != "vargrad"
+        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
-        self.baseline = GroupBaseline(options.baseline_decay)
+        self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
+        self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)
         self.scale: float | None = None
+
+    def keys(self, crystals: CrystalBatch) -> list[str]:
+        """What makes crystals repeats of each other, n strings: the fingerprint, whichever lanthanide is in it."""
+        swaps = LANTHANIDE_SWAP in heeded(self.options.allow)
+        return fingerprints(without_lanthanide_swaps(crystals) if swaps else crystals)
 
     # ---- likelihoods: (n, 5) float64, the four factors of log P(C | G), and log P(G) where that is tuned ----
 
@@ -166,6 +177,7 @@ class Tuning:
             parts -= {"prior", "optimiser"}
         if changed & SCORING:
             parts -= {"baseline"}
+        parts &= set(state)  # one of an older version holds fewer
         try:
             for name in parts:
                 getattr(self, name).load_state_dict(state[name])

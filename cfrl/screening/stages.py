@@ -19,7 +19,7 @@ from cfrl.crystals.distances import contacts, shortest_distance
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
 from cfrl.runs.journal import Record
-from cfrl.stability.flags import APART, composition_flags
+from cfrl.stability.flags import APART, OVERLAP, composition_flags
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 CHECKED = 2  # the edition of `check`: journals of an earlier one hold less, and are not taken for those of this one
 MAX_SITES = 1000  # inequivalent sites; screening also takes crystals that the generator could not write
-OVERLAP = 0.7  # of the sum of two covalent radii
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ NOBLE_GASES = frozenset((2, 10, 18, 36, 54, 86, 118))
 RADIOACTIVE = frozenset((43, 61, *range(84, 119))) - {90, 92}  # thorium and uranium are handled as minerals
 MOST_VOLUME = 2.0  # times, either way; what a relaxation changes more was no crystal of this kind
 MOST_MOVED = 3.0  # angstrom, RMSD; about the distance of neighbours: the atoms have changed places
+OVERLAP = 0.7  # of the sum of two covalent radii; nearer atoms are in no known crystal
 APART = 1.5  # sums of covalent radii to the nearest atom; 1.4 at most in 99.9% of the Materials Project's crystals
 
 # name -> what it says; and what an optimiser gains without it

@@ -34,7 +34,7 @@ from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
 from cfrl.rl import rollouts
 from cfrl.rl.loop import robust_std
-from cfrl.rl.policy import GroupBaseline
+from cfrl.rl.policy import Baseline
 from cfrl.rl.rollouts import INVALID, Kept, Memory, Rollout, collect
 from cfrl.rl.tuning import SpaceGroupPrior, Tuning
 from cfrl.runs.folder import RunFolder
@@ -44,6 +44,8 @@ ROOT = Path(__file__).parents[1]
 
 QUICK = dict(steps=3, n=24, batch_size=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16, scale_crystals=24)
+FREE = dict(hold=None, factors=",".join(FACTORS))  # all that can move may move
+QUICK |= FREE
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ def tune(tiny_model, tmp_path, scorer=first_is_oxygen, resume=None, any_lr=None,
 # ---- theory ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("algorithm", "kl"), [("ppo", "reward"), ("rloo", "loss")])
+@pytest.mark.parametrize(("algorithm", "kl"), [("ppo", "reward"), ("rloo", "loss"), ("vargrad", "reward")])
 def test_oxygen_reward_reaches_what_theory_says(tiny_model, tmp_path, algorithm, kl):
     """For a yes/no reward the optimum is p* = p0 e^(1/beta) / (p0 e^(1/beta) + 1 - p0), and so is its KL."""
     beta, elements = 0.5, "O,Mg,Si,Ti,Ba,S,Fe,Al"
@@ -152,7 +154,7 @@ def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_pa
 def test_what_a_crystal_counts_for(tiny_model):
     """Reward in units of its spread, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
     config = FinetuneConfig(model=tiny_model, device="cpu", kl="reward", beta=0.5, entropy_species=0.2,
-                            entropy_lattice=0.1, clip_advantage=1.5)  # fmt: skip
+                            entropy_lattice=0.1, clip_advantage=1.5, **FREE)  # fmt: skip
     tuning = start(config)
     tuning.scale = 2.0
     rng = torch.Generator().manual_seed(0)
@@ -161,13 +163,13 @@ def test_what_a_crystal_counts_for(tiny_model):
     crystals.properties = {}
     earned = torch.randn(24, generator=rng, dtype=torch.float64)
     earned[0] = 1e6
-    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), torch.ones(24, dtype=torch.bool), rng)
     score = earned / 2 - 0.5 * (old - base).sum(1) - 0.2 * old[:, 1] - 0.1 * old[:, 3]
     torch.testing.assert_close(batch.advantage, (score - score.mean()).clamp(-1.5, 1.5))
     assert tuning.baseline.mean == pytest.approx(float(score.mean()))
-    tuning.baseline = GroupBaseline(0.9)
+    tuning.baseline = Baseline(0.9)
     tuning.baseline.mean = 0.3
-    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), rng)
+    batch = module._prepare(tuning, crystals, earned, old, base, {}, Kept.none(), torch.ones(24, dtype=torch.bool), rng)
     torch.testing.assert_close(batch.advantage, (score - 0.3).clamp(-1.5, 1.5))
     assert batch.advantage[0] == 1.5
     assert batch.advantage.abs().min() < 1
@@ -240,12 +242,14 @@ def test_diversity_filter_and_penalty():
     memory = Memory("25%", diversity=2, window=6, replay_size=0)
     crystals = crystals_of(5)
     reward, valid = torch.tensor([1.0, 2.0, 3.0, 4.0, math.nan]).double(), torch.ones(5, dtype=torch.bool)
-    memory.add(Rollout(crystals, reward, valid, [""] * 4 + ["broken"]), ["a"] * 4 + ["b"])
+    memory.add(
+        Rollout(crystals, reward, valid, [""] * 4 + ["broken"], torch.zeros(5, dtype=torch.bool)), ["a"] * 4 + ["b"]
+    )
     assert memory.penalty == 1.75  # 25th percentile of 1, 2, 3, 4
     earned = memory.earned(reward, ["a", "new", "a", "a", "b"])
     # "a" came four times, two are free: half of what is above the penalty; below the penalty nothing is gained.
     assert earned.tolist() == [1.0, 2.0, 1.75 + 0.5 * 1.25, 1.75 + 0.5 * 2.25, 1.75]
-    again = Rollout(crystals, reward, valid, [""] * 4 + ["broken"])
+    again = Rollout(crystals, reward, valid, [""] * 4 + ["broken"], torch.zeros(5, dtype=torch.bool))
     memory.add(again, ["c", "d", "e", "f", "b"])  # 6 are looked back on: two "a" are left
     assert memory.earned(torch.tensor([4.0]), ["a"]).tolist() == [4.0]
     assert memory.seen == {"a", "c", "d", "e", "f"}  # "b" has no score
@@ -264,11 +268,13 @@ def test_replay_keeps_the_best_of_each_fingerprint():
         reward = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
         reward[3] = math.nan
         rows = [*range(12), 0, 1]  # the same ones again
-        rollout = Rollout(crystals[rows], reward[rows], torch.ones(14, dtype=torch.bool), [""] * 14)
-        memory.keep_best(rollout, torch.full((14,), -float(seed)).double(), fingerprints(rollout.crystals))
+        rollout = Rollout(
+            crystals[rows], reward[rows], torch.ones(14, dtype=torch.bool), [""] * 14, torch.zeros(14, dtype=torch.bool)
+        )
+        memory.keep(rollout, torch.full((14,), -float(seed)).double(), fingerprints(rollout.crystals))
     every = torch.cat([torch.randn(12, generator=torch.Generator().manual_seed(s)) for s in range(3)]).double()
     every[[3, 15, 27]] = -math.inf
-    assert memory.best.reward.tolist() == every.sort(descending=True).values[:4].tolist()
+    assert memory.kept.reward.tolist() == every.sort(descending=True).values[:4].tolist()
     chosen = memory.replay(10, torch.Generator().manual_seed(0))
     assert len(chosen) == len(set(chosen.keys)) == 4
     assert fingerprints(chosen.crystals) == chosen.keys
@@ -494,8 +500,8 @@ def test_settings_beside_resume_win(tiny_model, tmp_path):
     assert resumed(learn_space_groups=False).prior.learn is False
     plain, other = resumed(), resumed(reward="another")
     assert plain.scale == run.metrics()["scale"][0]
-    assert len(plain.memory.best) > 0
-    assert (other.scale, other.baseline.mean, other.memory.recent, len(other.memory.best)) == (None, None, [], 0)
+    assert len(plain.memory.kept) > 0
+    assert (other.scale, other.baseline.mean, other.memory.recent, len(other.memory.kept)) == (None, None, [], 0)
     assert other.memory.seen == plain.memory.seen
     assert torch.equal(plain.prior.logits, other.prior.logits)
 
@@ -747,7 +753,7 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     from cfrl.potentials import load_potential
 
     hull = build_hull(["prototypes"], tmp_path / "hull.h5")
-    settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12)
+    settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12, allow="all")
     run = tune(tiny_model, tmp_path / "runs", None, steps=2, n=32, evaluate=16, **settings)
     columns = read_columns(run.path / "rollouts.h5")
     good = columns["status"] == ""

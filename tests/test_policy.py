@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from cfrl.rl.policy import (
-    GroupBaseline,
+    Baseline,
     adapt_beta,
     advantages,
     clipped_surrogate,
     dpo_loss,
     floored_log_prob,
     grpo_advantage,
+    held_loss,
     importance_weight,
     is_clipped,
     kl_estimate,
@@ -22,6 +23,7 @@ from cfrl.rl.policy import (
     rebel_loss,
     rloo_advantage,
     shaped_reward,
+    vargrad_loss,
 )
 
 GROUPS, OUTCOMES, BETA = 3, 6, 0.5
@@ -66,17 +68,19 @@ def tune(algorithm: str, kl: str, epochs: int = 2, steps: int = 250, n: int = 38
     toy = Toy()
     optimiser = torch.optim.Adam([toy.logits], lr=0.1)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / steps))
-    baseline = GroupBaseline(0.8)
+    baseline = Baseline(0.8)
     for _ in range(steps):
         group, outcome = toy.draw(n)
         old, base = toy.log_prob().detach()[group, outcome], toy.base[group, outcome]
         beta = BETA if kl == "reward" else 0.0
         score = shaped_reward(toy.reward[group, outcome], old[:, None], base[:, None], beta)
-        baseline.update(score, group)
-        advantage, _ = advantages(algorithm, score, group, baseline)
+        baseline.update(score, group, torch.zeros_like(group))
+        advantage, _ = advantages(algorithm, score, group, torch.zeros_like(group), baseline)
         for _ in range(epochs):
             now = toy.log_prob()[group, outcome]
             loss = -clipped_surrogate(now, old, advantage, 0.2).mean()
+            if algorithm == "vargrad":
+                loss = vargrad_loss(advantage, now, old, BETA).mean()
             if kl == "loss":
                 loss = loss + BETA * kl_loss(now, old, base).mean()
             optimiser.zero_grad()
@@ -87,7 +91,11 @@ def tune(algorithm: str, kl: str, epochs: int = 2, steps: int = 250, n: int = 38
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "kl"), [("ppo", "reward"), ("ppo", "loss"), ("grpo", "reward"), ("rloo", "reward"), ("rloo", "loss")]
+    ("algorithm", "kl"),
+    [
+        *(("ppo", "reward"), ("ppo", "loss"), ("grpo", "reward"), ("rloo", "reward"), ("rloo", "loss")),
+        ("vargrad", "reward"),
+    ],
 )
 def test_sampled_optimisation_reaches_the_closed_form_optimum(algorithm, kl):
     toy = tune(algorithm, kl)
@@ -277,7 +285,7 @@ def test_learned_space_groups_reach_their_own_optimum():
         logits = toy.group_base.clone().requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=0.05)
         decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 0.02 ** (step / 300))
-        best, baseline = toy.optimum(), GroupBaseline(0.8)
+        best, baseline = toy.optimum(), Baseline(0.8)
         for _ in range(300):
             now = logits.log_softmax(0)
             group = torch.multinomial(now.detach().exp(), 384, replacement=True, generator=toy.rng)
@@ -285,8 +293,8 @@ def test_learned_space_groups_reach_their_own_optimum():
             log_prob = torch.stack([best.log()[group, outcome], now.detach()[group]], 1)
             log_prob_base = torch.stack([toy.base[group, outcome], toy.group_base[group]], 1)
             score = shaped_reward(toy.reward[group, outcome], log_prob, log_prob_base, BETA)
-            baseline.update(score, group)
-            _, advantage = advantages(algorithm, score, group, baseline)
+            baseline.update(score, group, torch.zeros_like(group))
+            _, advantage = advantages(algorithm, score, group, torch.zeros_like(group), baseline)
             loss = -clipped_surrogate(now[group], now.detach()[group], advantage, 0.2).mean()
             optimiser.zero_grad()
             loss.backward()
@@ -295,20 +303,70 @@ def test_learned_space_groups_reach_their_own_optimum():
         assert 0.5 * float((logits.detach().softmax(0) - expected).abs().sum()) < 0.04, algorithm
 
 
-def test_baseline_of_a_space_group_is_the_recent_mean_of_its_crystals():
-    baseline = GroupBaseline(0.9)
+def test_a_regression_learns_the_optimum_from_crystals_of_another_policy():
+    """What was drawn evenly, once, will do: at the optimum the loss of every one of them is zero."""
+    toy = Toy()
+    group, outcome = (x.flatten() for x in torch.meshgrid(torch.arange(GROUPS), torch.arange(OUTCOMES), indexing="ij"))
+    group, outcome = group.repeat(200), outcome.repeat(200)
+    reward, base = toy.reward[group, outcome], toy.base[group, outcome]
+    optimiser = torch.optim.Adam([toy.logits], lr=0.05)
+    baseline = Baseline(0.0)
+    for _ in range(400):
+        now = toy.log_prob()[group, outcome]
+        old = now.detach()
+        score = shaped_reward(reward, old[:, None], base[:, None], BETA)
+        baseline.update(score, group, torch.zeros_like(group))
+        advantage, _ = advantages("vargrad", score, group, torch.zeros_like(group), baseline)
+        loss = vargrad_loss(advantage, now, old, BETA).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert float(loss) < 1e-4
+    torch.testing.assert_close(toy.log_prob().detach().exp(), toy.optimum(), atol=0.01, rtol=0)
+
+
+def test_gradient_of_the_regression_is_the_policy_gradient_where_the_policy_has_drawn():
+    toy = Toy(3)
+    now = toy.log_prob()[0]
+    score = shaped_reward(toy.reward[0], now.detach()[:, None], toy.base[0][:, None], BETA)
+    advantage = score - float((now.detach().exp() * score).sum())
+    weight = now.detach().exp()  # of each outcome among many draws
+    by_regression = torch.autograd.grad((weight * vargrad_loss(advantage, now, now.detach(), BETA)).sum(), toy.logits)[
+        0
+    ]
+    now = toy.log_prob()[0]
+    objective = (now.exp() * (toy.reward[0] - BETA * (now - toy.base[0]))).sum()
+    torch.testing.assert_close(by_regression, -torch.autograd.grad(objective, toy.logits)[0])
+
+
+def test_what_is_held_costs_the_kl():
+    base = torch.randn(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).log_softmax(0)
+    near = (base + 1e-3 * torch.randn(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).log_softmax(
+        0
+    )
+    cost = (near.exp() * held_loss((near - base)[:, None], 2.0)).sum()
+    assert float(cost) == pytest.approx(2.0 * float((near.exp() * (near - base)).sum()), rel=1e-2)
+
+
+def test_baseline_is_the_recent_mean_of_a_kind_and_of_what_it_leaves_in_a_space_group():
+    baseline = Baseline(0.9, cells=3)
     rng = torch.Generator().manual_seed(4)
     groups = torch.tensor([2, 62, 225]).repeat_interleave(400)
-    level = groups.double() / 100
-    for _ in range(40):
-        baseline.update(level + 0.1 * torch.randn(len(level), generator=rng, dtype=torch.float64), groups)
-    common = torch.tensor([2, 62, 225])
-    torch.testing.assert_close(baseline.of(common), common.double() / 100, atol=0.02, rtol=0)
+    kinds = torch.tensor([0, 1]).repeat(600)
+    level = groups.double() / 100 - 3.0 * kinds
+    for _ in range(60):
+        noise = 0.1 * torch.randn(len(level), generator=rng, dtype=torch.float64)
+        baseline.update(level + noise, groups, kinds)
+    asked = torch.tensor([2, 62, 225])
+    for kind in (0, 1):
+        found = baseline.of(asked, torch.full((3,), kind))
+        torch.testing.assert_close(found, asked.double() / 100 - 3.0 * kind, atol=0.03, rtol=0)
     assert baseline.mean == pytest.approx(float(level.mean()), abs=0.02)
-    assert float(baseline.of(torch.tensor([99]))) == pytest.approx(baseline.mean)  # never seen: the mean of all
-    again = GroupBaseline(0.9)
+    unseen = baseline.of(torch.tensor([99]), torch.tensor([2]))
+    assert float(unseen) == pytest.approx(baseline.mean)  # neither kind nor group: the mean of all
+    again = Baseline(0.9, cells=3)
     again.load_state_dict(baseline.state_dict())
-    assert torch.equal(again.of(common), baseline.of(common))
+    assert torch.equal(again.of(asked, torch.zeros_like(asked)), baseline.of(asked, torch.zeros_like(asked)))
 
 
 def test_floor_holds_under_any_logits():

@@ -7,15 +7,17 @@ and some more. Each can be lifted by its name. `docs/rewards.md` says what each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import contacts
 from cfrl.errors import UserError, nearest
+from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
-from cfrl.rewards.scoring import Inputs, Scored
+from cfrl.rewards.scoring import PASSES, Inputs, Reward, RewardContext, RewardResult, Scored
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, composition_flags, hull_flags, relaxation_flags
 
 LANTHANIDE_SWAP = "lanthanide_swap"
@@ -26,7 +28,9 @@ GUARDS = {
     LANTHANIDE_SWAP: "a crystal that came before with a neighbouring lanthanide counts as a repeat",
 }
 # These say that nobody knows, not that the crystal is bad: it is left out of learning, neither praised nor blamed.
-ABSTAIN = ("sparse_reference", "known")
+ABSTAIN = frozenset({"sparse_reference", "known"})
+MET = Term("guard")
+OF_STRUCTURE = ("exploded", "overlap")
 OF_HULL = ("far_below_hull", "sparse_reference")
 
 
@@ -43,41 +47,92 @@ def heeded(allow: str | None) -> tuple[str, ...]:
     return () if "all" in lifted else tuple(name for name in GUARDS if name not in lifted)
 
 
-def guard_info(others: Iterable[RewardInfo], hull: bool) -> RewardInfo:
-    """The term that tells of each crystal which guards it meets; its value is how many, its parts say which.
+class Guarded(Reward):
+    """A reward that heeds guards: a crystal that meets one has no total, and its status says which.
+
+    Those of the composition come first: what they stop costs no evaluation.
 
     Args:
-        others: the terms of the reward. Guards that need an energy hold where these ask for one anyway.
-        hull: whether the potential's energies can be compared with the hull's.
+        guards: names of `GUARDS`.
     """
-    needs = {need for info in others for need in info.needs}
-    passes = needs & {"energy", "forces", "stress", "features"}
-    names = [name for name in GUARDS if name != LANTHANIDE_SWAP]
-    if not (passes and hull):
-        names = [name for name in names if name not in OF_HULL]
-    if "known" in needs:  # the reward has its own word on what is known
-        names.remove("known")
-    asked = ("known", *(("energy", "hull") if passes and hull else ()))
 
-    def meet(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
-        found = _flags(crystals, inputs, names)
-        parts = {name: found[name].astype(float) for name in names}
-        return Scored(sum(parts.values()), parts=parts)
+    def __init__(
+        self, expression: Expression, infos: Mapping[Term, RewardInfo], context: RewardContext, guards: Iterable[str]
+    ) -> None:
+        self.guards = tuple(guards)
+        needs = {need for info in infos.values() for need in info.needs}
+        # To know the formula and yet to ask for the unknown: then it is a fault, and else nobody's.
+        self.abstain = ABSTAIN - {"known"} if "known" in needs else ABSTAIN
+        self._seen = [name for name in OF_STRUCTURE if name in self.guards]
+        if needs & PASSES and context.fits_hull:  # where an energy is at hand anyway
+            self._seen += [name for name in OF_HULL if name in self.guards]
+        infos = {**infos, MET: self._info()} if self._seen else infos
+        super().__init__(expression, infos, context)
 
-    return RewardInfo("guard", meet, "how many guards a crystal meets", needs=asked, parts=tuple(names))
+    def __call__(
+        self, crystals: CrystalBatch, structures: Sequence[Any] | None = None, update: bool = True
+    ) -> RewardResult:
+        """As `Reward`; the terms of a crystal whose composition meets a guard are NaN."""
+        status = self._compositions(crystals.formulas())
+        go = [row for row, met in enumerate(status) if not met]
+        chosen = None if structures is None else [structures[row] for row in go]
+        result = super().__call__(crystals[go], chosen, update)
+        for name in sorted(self._seen, key=self.abstain.__contains__):  # faults before doubts
+            for place in np.flatnonzero(result.terms[f"{MET}/{name}"]):
+                result.status[place] = result.status[place] or name
+        for row, reason in zip(go, result.status, strict=True):
+            status[row] = reason
+        terms = {name: _spread(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
+        total = np.where([not reason for reason in status], _spread(result.total, go, len(status)), np.nan)
+        abstained = np.array([reason in self.abstain for reason in status], dtype=bool)
+        return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns in `RewardResult.terms`."""
+        return [name for name in super().columns if not _own(name)]
+
+    def _compositions(self, formulas: list[str]) -> list[str]:
+        """The guard that each composition meets, or ""."""
+        found = composition_flags(formulas)
+        if "known" in self.guards:
+            found["known"] = self.context.known.holds(formulas)
+        status = [""] * len(formulas)
+        for name in sorted(set(found) & set(self.guards), key=lambda name: (name in self.abstain, name)):
+            for row in np.flatnonzero(found[name]):
+                status[row] = status[row] or name
+        return status
+
+    def _info(self) -> RewardInfo:
+        """The term whose parts say which other guards a crystal meets."""
+        needs = ("energy", "hull") if set(self._seen) & set(OF_HULL) else ()
+
+        def meet(crystals: CrystalBatch, structures: list[Any], inputs: Inputs) -> Scored:
+            found = self._structures(crystals, inputs)
+            parts = {name: found[name].astype(float) for name in self._seen}
+            return Scored(sum(parts.values()), parts=parts)
+
+        return RewardInfo(MET.name, meet, needs=needs or ("potential",), parts=tuple(self._seen))
+
+    def _structures(self, crystals: CrystalBatch, inputs: Inputs) -> dict[str, np.ndarray]:
+        """(n,) bool by name."""
+        relaxed = inputs.relaxed
+        nearest = [contacts(structure, APART) for structure in relaxed.structures]
+        isolation, closest = (np.array([of(near) for near in nearest]) for of in (np.max, np.min))
+        found = relaxation_flags(relaxed.volume_change, relaxed.rmsd, isolation)
+        found["overlap"] = closest < OVERLAP
+        if set(self._seen) & set(OF_HULL):
+            result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy)
+            found |= hull_flags(result.e_above_hull, result.num_references)
+        return found
 
 
-def _flags(crystals: Any, inputs: Inputs, names: list[str]) -> dict[str, np.ndarray]:
-    """(n,) bool by name."""
-    formulas, relaxed = crystals.formulas(), inputs.relaxed
-    found = composition_flags(formulas)
-    nearest = [contacts(structure, APART) for structure in relaxed.structures]
-    isolation, closest = (np.array([of(near) for near in nearest]) for of in (np.max, np.min))
-    found |= relaxation_flags(relaxed.volume_change, relaxed.rmsd, isolation)
-    found["overlap"] = closest < OVERLAP
-    if "known" in names:
-        found["known"] = inputs.context.known.holds(formulas)
-    if "sparse_reference" in names:
-        result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy)
-        found |= hull_flags(result.e_above_hull, result.num_references)
-    return found
+def _own(name: str) -> bool:
+    return name == MET.name or name.startswith(f"{MET}/")
+
+
+def _spread(values: np.ndarray, rows: list[int], n: int) -> np.ndarray:
+    """Values of some rows among n, NaN elsewhere."""
+    out = np.full(n, np.nan)
+    out[rows] = values
+    return out

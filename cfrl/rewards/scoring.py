@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 PASSES = {"energy", "features"}  # of the needs, those that the potential serves from crystals as they are scored
 WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
-GUARD = Term("guard")
 NOT_FINITE = "the expression has no finite value here"
 
 
@@ -80,13 +79,13 @@ class RewardResult:
     total: (n,) float64, to be maximised, NaN where there is a status
     terms: (n,) float64 by name: each term's own value, ``TERM/part`` and ``TERM/spread``
     status: n strings, "" or the reason why there is no total
-    abstained: (n,) bool, where there is no total because nobody can know it, which is no fault of the crystal
+    abstained: (n,) bool, where there is no total because nobody can know it, no fault of the crystal; None: nowhere
     """
 
     total: np.ndarray
     terms: dict[str, np.ndarray]
     status: list[str]
-    abstained: np.ndarray
+    abstained: np.ndarray | None = None
 
 
 class RewardContext:
@@ -283,7 +282,12 @@ def build_reward(
     """
     expression = Expression(spec, definitions or {})
     infos = {term: find_reward(term.name) for term in expression.terms}
-    return Reward(expression, infos, context or RewardContext(), guards)
+    context = context or RewardContext()
+    if guards := tuple(guards):
+        from cfrl.rewards.guards import Guarded
+
+        return Guarded(expression, infos, context, guards)
+    return Reward(expression, infos, context)
 
 
 class Reward:
@@ -294,19 +298,14 @@ class Reward:
         expression: Expression,
         infos: Mapping[Term, RewardInfo],
         context: RewardContext,
-        guards: Iterable[str] = (),
     ) -> None:
-        self.expression, self.context, self.guards = expression, context, tuple(guards)
+        self.expression, self.context = expression, context
         self._terms = {term: _BoundTerm(term, info) for term, info in infos.items()}
         bare = expression.single
         self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
         self._cache: dict[bytes, dict[Term, _Row]] = {}
         if any({"energy", "hull"} <= set(info.needs) for info in infos.values()):
             context.check_scale()
-        if self.guards:
-            from cfrl.rewards.guards import guard_info
-
-            self._terms[GUARD] = _BoundTerm(GUARD, guard_info(infos.values(), context.fits_hull))
 
     def __repr__(self) -> str:
         return f"Reward({'-' if self._sign < 0 else ''}{self.expression.source})"
@@ -331,22 +330,8 @@ class Reward:
         total = self._total(scores, update)
         status = [self._reason(i, total, scores) for i in range(len(rows))]
         total = np.where(np.isfinite(total), total, np.nan)
-        abstained = self._heed_guards(scores, total, status)
         columns = (bound.named(scores[term]) for term, bound in self._terms.items())
-        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status, abstained)
-
-    def _heed_guards(self, scores: Mapping[Term, Scored], total: np.ndarray, status: list[str]) -> np.ndarray:
-        """Takes the total of what meets a guard and says so; returns which crystals are abstained from, (n,) bool."""
-        from cfrl.rewards.guards import ABSTAIN
-
-        abstained = np.zeros(len(total), dtype=bool)
-        met = scores[GUARD].parts if GUARD in scores else {}
-        for name in sorted(set(met) & set(self.guards), key=lambda name: name in ABSTAIN):  # faults first
-            for row in np.flatnonzero(met[name]):
-                if not status[row]:
-                    status[row], abstained[row] = f"guard: {name}", name in ABSTAIN
-        total[[bool(reason) for reason in status]] = np.nan
-        return abstained
+        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
 
     def load(self) -> None:
         """Load the models and tables that the terms work with. Raises UserError for what cannot be loaded."""

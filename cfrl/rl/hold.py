@@ -41,7 +41,10 @@ class Hold:
         self.count: dict[str, np.ndarray] = {}
 
     def aim(self, crystals: CrystalBatch) -> None:
-        """The target: the shares among these crystals of the starting model, and the user's wishes."""
+        """The target: the shares among these crystals of the starting model, and the user's wishes.
+
+        They are those that no guard stops: a kind that earns nothing, such as elements alone, need not be kept.
+        """
         labels = kinds(crystals)
         for name in self.names:
             count = np.bincount(labels[name], minlength=len(CLASSES[name])) + 0.5
@@ -50,7 +53,7 @@ class Hold:
             self.count[name] = DOUBT * self.target[name]
 
     def update(self, crystals: CrystalBatch) -> None:
-        """Take note of a step's crystals."""
+        """Take note of what a step has drawn, whatever it earned: drawing what earns nothing is the easiest way out."""
         labels = kinds(crystals)
         for name in self.target:
             new = np.bincount(labels[name], minlength=len(CLASSES[name]))

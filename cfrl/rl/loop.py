@@ -84,7 +84,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     earned = tuning.memory.earned(torch.cat([rollout.reward, replayed.reward]), alike + replayed.keys)
     learned = torch.cat([~rollout.abstained, torch.ones(len(replayed), dtype=torch.bool)])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)
-    tuning.hold.update(rollout.crystals[rollout.scored | rollout.abstained])
+    tuning.hold.update(rollout.crystals[rollout.valid])
     update = _update(tuning, batch, generator)
     seconds["update"] = time.perf_counter() - start
 
@@ -138,8 +138,8 @@ def _prepare(
     options, fresh = tuning.options, len(crystals) - len(replayed)
     bonus = [getattr(options, f"entropy_{name}") for name in FACTORS] + [0.0]
     beta = tuning.beta if options.kl == "reward" else 0.0
-    entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)
-    score = policy.shaped_reward(earned / tuning.scale, old, base, beta, entropy)
+    entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)[tuning.learned]
+    score = policy.shaped_reward(earned / tuning.scale, old[:, tuning.learned], base[:, tuning.learned], beta, entropy)
     score = score + tuning.hold.pull(crystals).to(score.device)
     group, cell = crystals.space_group.to(old.device), tuning.hold.cells(crystals).to(old.device)
     # A regression is to the optimum of whatever it learns from; a policy gradient is that of the policy.
@@ -237,7 +237,7 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
     options, rows = tuning.options, items.flatten()
     factors = tuning.log_probs(batch.crystals[rows], {name: kept[rows] for name, kept in batch.nuclei.items()})
     old_factors, base_factors = batch.old[rows], batch.base[rows]
-    now, old, base = factors.sum(1), old_factors.sum(1), base_factors.sum(1)
+    now, old, base = (x[:, tuning.learned].sum(1) for x in (factors, old_factors, base_factors))
     advantage, weight = batch.advantage[rows], batch.weight[rows]
     if options.algorithm == "vargrad":
         loss = weight * policy.vargrad_loss(advantage, now, old, tuning.beta)
@@ -251,7 +251,7 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
             loss = policy.rebel_loss(*gaps, tuning.beta)
         clipped = torch.zeros_like(now)
     else:
-        crystal, crystal_old = factors[:, CRYSTAL].sum(1), old_factors[:, CRYSTAL].sum(1)
+        crystal, crystal_old = (x[:, tuning.learned & tuning.of_crystal].sum(1) for x in (factors, old_factors))
         gain = policy.clipped_surrogate(crystal, crystal_old, advantage, options.clip_ratio)
         clipped = policy.is_clipped(crystal, crystal_old, advantage, options.clip_ratio).double()
         if tuning.prior.learn:
@@ -264,8 +264,11 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
         if options.kl == "loss":
             gain = gain - tuning.beta * policy.kl_loss(now, old, base)
         loss = -weight * gain
+    held = policy.held_loss((factors - base_factors)[:, ~tuning.learned], tuning.beta)
+    loss = loss + held.view(items.shape).mean(1)
     with torch.no_grad():
-        watched = {"ratio": torch.exp(now - old), "clip_fraction": clipped, "step_kl": policy.kl_k3(old - now)}
+        moved = (factors - old_factors).sum(1)
+        watched = {"ratio": torch.exp(moved), "clip_fraction": clipped, "step_kl": policy.kl_k3(-moved)}
         watched = {name: values.view(items.shape).mean(1) for name, values in watched.items()}
     return loss, {"loss": loss.detach(), **watched}
 
@@ -404,11 +407,16 @@ def begin(tuning: Tuning, source: Source) -> None:
     """Before the first step: what rewards are counted in (the standard deviation of the source's scores, or 1), which
     shares are held, and the first crystals to learn from.
     """
+    options, regress = tuning.options, tuning.options.algorithm == "vargrad"
+    tuning.scale = 1.0
+    if not (options.standardize or (source.fresh and (tuning.hold.names or regress))):
+        return
     survey = source.survey()
-    tuning.scale = robust_std(survey.reward) if tuning.options.standardize else 1.0
+    if options.standardize:
+        tuning.scale = robust_std(survey.reward)
     if source.fresh:
         tuning.hold.aim(survey.crystals[survey.scored | survey.abstained])
-    if source.fresh and tuning.options.algorithm == "vargrad":
+    if source.fresh and regress:
         unknown = torch.zeros(len(survey), dtype=torch.float64)  # a regression asks not who drew them
         tuning.memory.keep(survey, unknown, tuning.keys(survey.crystals))
 

@@ -87,6 +87,10 @@ class TuningOptions(Settings):
         unset=0,
     )
     diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
+    factors: str = option(
+        "wyckoff,species",
+        "What the reward moves: some of wyckoff, species, coords, lattice; the others stay where the model has them.",
+    )
     hold: str | None = option(
         "elements,anion,sites",
         "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; empty: let go.",

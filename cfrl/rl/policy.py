@@ -208,6 +208,14 @@ def rebel_loss(log_ratio_gap: Tensor, reward_gap: Tensor, beta: float) -> Tensor
     return (log_ratio_gap - reward_gap / beta).square()
 
 
+def held_loss(log_ratio: Tensor, beta: float) -> Tensor:
+    """beta (log policy/base)^2 / 2 of the factors that the reward does not move, (n, factors) -> (n,).
+
+    The regression of `vargrad_loss` with nothing to earn. Half a square is, near the base, the KL.
+    """
+    return 0.5 * beta * log_ratio.square().sum(1)
+
+
 def vargrad_loss(advantage: Tensor, log_prob: Tensor, log_prob_old: Tensor, beta: float) -> Tensor:
     """(r - beta log policy/base - b)^2 / (2 beta), (n,): the variance of what should be one number, -beta log Z(G).
 

@@ -158,7 +158,8 @@ def _score(crystals: CrystalBatch, valid: Tensor, reward: Callable[..., Any], se
     status[valid.numpy()] = result.status
     terms = {name: _scatter(values, valid) for name, values in result.terms.items()}
     abstained = torch.zeros_like(valid)
-    abstained[valid] = torch.as_tensor(getattr(result, "abstained", np.zeros(int(valid.sum()), dtype=bool)))
+    if getattr(result, "abstained", None) is not None:
+        abstained[valid] = torch.as_tensor(result.abstained)
     seconds["score"] += time.perf_counter() - start
     return Rollout(crystals, _scatter(result.total, valid), valid, status.tolist(), abstained, terms)
 

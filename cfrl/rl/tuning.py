@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.kinds import without_lanthanide_swaps
-from cfrl.errors import UserError
+from cfrl.errors import UserError, nearest
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.sampler import parse_elements, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
@@ -29,6 +29,17 @@ STATES = ("model", "prior", "optimiser", "memory", "baseline", "hold")  # of the
 NUMBERS = ("beta", "scale", "step", "seconds")
 # The settings that a score depends on.
 SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", "scale_crystals"}
+
+
+def parse_factors(text: str) -> tuple[str, ...]:
+    """ "wyckoff,species" -> names of factors. Raises UserError."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in FACTORS:
+            raise UserError(f"factors {name}: no such factor{nearest(name, FACTORS)}; there are: {', '.join(FACTORS)}")
+    if not names:
+        raise UserError(f"factors: name some of {', '.join(FACTORS)}")
+    return names
 
 
 class SpaceGroupPrior(nn.Module):
@@ -103,6 +114,9 @@ class Tuning:
         kept = options.replay_size if options.replay else 0
         best = options.algorithm != "vargrad"
         self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best)
+        moved = (*parse_factors(options.factors), "space_group")
+        self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
+        self.of_crystal = torch.tensor([True] * len(FACTORS) + [False], device=device)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
         self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
         self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)

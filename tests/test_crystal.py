@@ -12,6 +12,8 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Element, Lattice, Structure
 
 from cfrl.crystals import symmetry
+from cfrl.crystals.analysis import AsymmetricUnit
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES, SYMBOLS, atomic_number
 from cfrl.crystals.symmetry import SymmetryError
@@ -360,11 +362,11 @@ def test_bad_structures_are_dropped_with_a_reason() -> None:
 
 
 def test_letters_that_do_not_fit_the_points_are_refused() -> None:
-    unit = symmetry.AsymmetricUnit(
+    unit = AsymmetricUnit(
         225, np.array([1]), np.array([11]), np.array([[0.1, 0.0, 0.0]]), np.array([5, 5, 5, 90, 90, 90.0])
     )
     with pytest.raises(SymmetryError, match="structure 0: symmetry not consistent"):
-        CrystalBatch.from_units([unit])
+        from_units([unit])
     dropped: dict[int, str] = {}
-    assert len(CrystalBatch.from_units([unit], dropped=dropped)) == 0
+    assert len(from_units([unit], dropped=dropped)) == 0
     assert list(dropped) == [0]

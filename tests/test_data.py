@@ -27,6 +27,7 @@ from rich.console import Console
 
 from cfrl.commands import data as commands
 from cfrl.config import DataConfig
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io import catalogue, fetch, importing, readers, storage
@@ -158,7 +159,7 @@ def test_cif_with_symmetry_operations(structures, cifs):
         assert readers.plain_cif(text) is None
         rows.append(readers.parse("cif", text))
     units = [importing.analyse(*row) for row in rows]
-    same_crystals(CrystalBatch.from_units(units), CrystalBatch.from_structures(structures[:8]), 1e-3)
+    same_crystals(from_units(units), CrystalBatch.from_structures(structures[:8]), 1e-3)
 
 
 def test_lattice_parameters():

@@ -11,7 +11,8 @@ import torch
 
 from cfrl.commands.model import pack_model
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import multiplicity, tables
+from cfrl.crystals.symmetry import multiplicity
+from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_model, read_header, save_model

@@ -15,7 +15,7 @@ from cfrl.commands.finetune import start
 from cfrl.commands.sample import run_sample
 from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import tables
+from cfrl.crystals.wyckoff import tables
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cfrl.crystals.analysis import OddCellError, analyse
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import OddCellError, SymmetryError, analyse
+from cfrl.crystals.symmetry import SymmetryError
 from cfrl.io import readers, storage
 from cfrl.io.catalogue import dataset_path, is_dataset
 from cfrl.io.guard import Guard, Lost
@@ -176,7 +178,7 @@ def _analyse(
         except BaseException as error:  # a panic inside moyo is no Exception, and must cost one row only
             reasons[row] = f"symmetry not found: {type(error).__name__}: {error}"
     off: dict[int, str] = {}
-    crystals = CrystalBatch.from_units(units, dropped=off)
+    crystals = from_units(units, dropped=off)
     reasons |= {rows[i]: reason for i, reason in off.items()}
     rows = [row for i, row in enumerate(rows) if i not in off]
     valid, atoms = crystals.valid(MIN_DISTANCE), crystals.num_atoms

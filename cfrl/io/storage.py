@@ -35,7 +35,7 @@ from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, tables
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.untrusted import fitting, open_hdf5

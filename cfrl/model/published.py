@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cfrl.crystals.elements import NUM_ELEMENTS
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
 from cfrl.errors import UserError
 from cfrl.model.files import build_model
 from cfrl.model.transformer import CrystalTransformer, ModelConfig, space_group_shares

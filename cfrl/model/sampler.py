@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import atomic_number
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, constrain_lattice, tables
+from cfrl.crystals.symmetry import constrain_lattice
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, unscale_lattice

@@ -22,7 +22,7 @@ from cfrl import settings
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.elements import NUM_ELEMENTS
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, tables
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from cfrl.crystals.analysis import find_symmetry
 from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.symmetry import SymmetryError, find_symmetry
+from cfrl.crystals.symmetry import SymmetryError
 
 MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
 MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal

@@ -37,6 +37,15 @@ def test_training_learns(model, crystals):
     assert not better.requires_grad
 
 
+def test_only_training_asks_for_gradients(model, crystals):
+    """A user calls log_prob and has numbers; what is trained further learns all the same."""
+    for ready in (model, cfrl.load_model()):
+        assert not any(values.requires_grad for values in ready.log_prob(crystals[:3]).values())
+    again = cfrl.pretrain(crystals[:20], init=model, epochs=1, batch_size=20, lr=1e-3)
+    moved = [not torch.equal(old, new) for old, new in zip(model.parameters(), again.parameters(), strict=True)]
+    assert all(moved)  # the optimiser leaves alone what has no gradient
+
+
 def test_tuning_leaves_the_model_alone(model, crystals):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cfrl.crystals.crystal import CrystalBatch
 
 SHOWN, DRAWN = 20, 4  # crystals in the table of a notebook, and above it as pictures
+_MOST_ATOMS = 300  # of a crystal that is drawn
 _ON_FACE = 1e-4  # fractional
 
 
@@ -72,10 +73,11 @@ def picture(crystal: CrystalBatch) -> bytes:
 
 
 def html(crystals: CrystalBatch) -> str:
-    """The first `SHOWN` crystals as a table, the first `DRAWN` of them as pictures above it."""
+    """The first `SHOWN` crystals as a table, the first `DRAWN` of them that can be drawn as pictures above it."""
     import pandas as pd
 
     crystals, total = crystals[:SHOWN].to("cpu"), len(crystals)
+    atoms = crystals.num_atoms
     names = [subscripts(formula) for formula in crystals.formulas()]
     groups = [f"{space_group_symbol(number)} ({number})" for number in crystals.space_group.tolist()]
     columns = {
@@ -83,16 +85,17 @@ def html(crystals: CrystalBatch) -> str:
         "formula": names,
         "space group": groups,
         "sites": crystals.num_sites.tolist(),
-        "atoms": crystals.num_atoms.tolist(),
+        "atoms": atoms.tolist(),
         "density (g/cm<sup>3</sup>)": crystals.densities().tolist(),
         **{markup.escape(name): values.tolist() for name, values in crystals.properties.items()},
     }
     table = pd.DataFrame(columns).to_html(escape=False, border=0, na_rep="", float_format="{:.4g}".format)
     count = f"{total:,} crystal{'s' * (total != 1)}" + (f", the first {SHOWN}" if total > SHOWN else "")
+    drawable = crystals.possible_cells() & (atoms > 0) & (atoms <= _MOST_ATOMS)
     figures = "".join(
         f'<figure style="display:inline-block;margin:0 1em 0 0;text-align:center">'
         f'<img alt="" src="data:image/png;base64,{b64encode(picture(crystals[row])).decode()}">'
         f"<figcaption>{names[row]}, {groups[row]}</figcaption></figure>"
-        for row in range(min(DRAWN, len(crystals)))
+        for row in drawable.nonzero()[:DRAWN, 0].tolist()
     )
     return f"<div><p>{count}</p>{figures}{table}</div>"

@@ -294,6 +294,9 @@ def test_slices_masks_and_joins(batch: CrystalBatch) -> None:
     assert joined.wyckoff.shape[1] == int(wide.num_sites.max())
     assert torch.equal(joined.frac_coords, wide.frac_coords[:, : joined.wyckoff.shape[1]])
     assert joined.formulas() == wide.formulas()
+    backwards = np.arange(4)[::-1]
+    backwards.flags.writeable = False
+    assert batch[backwards].ids == batch.ids[3::-1]
     assert len(list(batch[:3])) == 3
     with pytest.raises(IndexError):
         batch[len(batch)]

@@ -100,6 +100,7 @@ class CrystalBatch:
             index = range(len(self))[index]  # raises IndexError, so that iteration ends
             index = slice(index, index + 1)
         if not isinstance(index, slice):
+            index = index.copy() if isinstance(index, np.ndarray) else index  # it may be read-only, or run backwards
             index = torch.as_tensor(index, device=self.device)
             index = index if index.dtype == torch.bool else index.long()
         ids = None if self.ids is None else np.array(self.ids, dtype=object)

@@ -32,6 +32,7 @@ _SYMBOL = re.compile(r"([A-Z][a-z]?)(?:\d*\.?\d*[+-])?$")
 
 
 def read(text: TextIO, name: str) -> Iterator[Entry]:
+    """An entry for each block with atoms."""
     content = text.read()
     blocks = [block for block in re.split(r"(?m)^(?=data_)", content) if "_atom_site_fract_x" in block]
     for number, block in enumerate(blocks if len(blocks) > 1 else [content], 1):
@@ -40,6 +41,7 @@ def read(text: TextIO, name: str) -> Iterator[Entry]:
 
 
 def parse(text: str) -> Cell:
+    """The cell of one block."""
     if not text.strip():
         raise Unusable("unparsable: empty")
     cell = plain_cif(text)

@@ -13,6 +13,7 @@ from cfrl.io.formats.entry import ID_COLUMNS, MAX_ATOMS, Cell, Entry, Unusable, 
 
 
 def read(text: TextIO, name: str) -> Iterator[Entry]:
+    """An entry for each frame; what the comment line says of it are its values."""
     from ase.io.extxyz import key_val_str_to_dict
 
     number = 0
@@ -41,9 +42,10 @@ def read(text: TextIO, name: str) -> Iterator[Entry]:
 
 
 def parse(text: str) -> Cell:
-    from ase.io import read
+    """The cell of one frame."""
+    import ase.io
 
-    atoms = read(io.StringIO(text), format="extxyz")
+    atoms = ase.io.read(io.StringIO(text), format="extxyz")
     if not atoms.pbc.all():
         raise Unusable("unparsable: not periodic in three directions")
     return Cell(atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers)

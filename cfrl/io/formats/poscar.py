@@ -9,10 +9,12 @@ from cfrl.io.formats.entry import Cell, Entry, from_structure, refuse_many_atoms
 
 
 def read(text: TextIO, name: str) -> Iterator[Entry]:
+    """The one entry that such a file is."""
     yield Entry(name, 1, stem(name), "poscar", text.read())
 
 
 def parse(text: str) -> Cell:
+    """Its cell."""
     from pymatgen.core import Structure
 
     counts = [int(word) for line in text.splitlines()[5:7] for word in line.split() if word.isdecimal()]

@@ -19,6 +19,7 @@ _FIELD = 64 << 20  # bytes of one CSV field
 
 
 def read_csv(text: TextIO, name: str) -> Iterator[Entry]:
+    """An entry for each row: a CIF or a dictionary in one of STRUCTURE_COLUMNS, the other columns its values."""
     csv.field_size_limit(_FIELD)
     rows = csv.DictReader(text, strict=True)
     header = rows.fieldnames
@@ -44,6 +45,7 @@ def read_csv(text: TextIO, name: str) -> Iterator[Entry]:
 
 
 def read_json(text: TextIO, name: str) -> Iterator[Entry]:
+    """An entry for each structure of a document: one, a list, or the `entries` of a dictionary."""
     document = json.load(text)
     if isinstance(document, dict):
         document = document.get("entries", [document])

@@ -24,7 +24,7 @@ def test_runs(name, tmp_path):
     assert not any(cell.outputs for cell in code)  # the repository holds none
     [parameters] = [cell for cell in code if "parameters" in cell.metadata.get("tags", ())]
     parameters.source = SMALL[name]
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=600, startup_timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     shown = [output.data.get("text/html", "") for cell in code for output in cell.outputs if "data" in output]
     assert any("data:image/png;base64" in html for html in shown)  # crystals are drawn
     assert not list(tmp_path.iterdir())  # and nothing is left behind

@@ -1,8 +1,8 @@
 """CrystalBatch: the one data type that every stage passes on.
 
 A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate
-of the representative) and its conventional cell. This file slices, joins and measures such batches. Other rooms of the
-same floor do the rest: symmetry.py the tables, canonical.py other descriptions of a crystal, conversion.py the way to
+of the representative) and its conventional cell. This file slices, joins and measures such batches. Other files of the
+same room do the rest: symmetry.py the tensor work, canonical.py other descriptions of a crystal, conversion.py the way to
 and from pymatgen, display.py what a notebook shows; files are read and written in cfrl/io.
 """
 

@@ -1,9 +1,9 @@
 """CrystalBatch: the one data type that every stage passes on.
 
-A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate
-of the representative) and its conventional cell. This file slices, joins and measures such batches. Other files of the
-same room do the rest: symmetry.py the tensor work, canonical.py other descriptions of a crystal, conversion.py the way to
-and from pymatgen, display.py what a notebook shows; files are read and written in cfrl/io.
+A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate of the
+representative) and its conventional cell. This file slices, joins and measures such batches. Other files of the room do
+the rest: symmetry.py the work on tensors, canonical.py other descriptions of a crystal, conversion.py the way to and
+from pymatgen, display.py what a notebook shows; files are read and written in cfrl/io.
 """
 
 from __future__ import annotations

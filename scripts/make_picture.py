@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ase.visualize.plot import plot_atoms
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pymatgen.io.ase import AseAtomsAdaptor
 from pymatgen.util.string import unicodeify
 
+from cfrl.crystals import display
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints, firsts
 from cfrl.io.storage import read_columns, read_crystals
@@ -46,10 +45,8 @@ def main(run: Path, output: Path) -> None:
 
 
 def draw(crystals: CrystalBatch, row: int, axis) -> None:
-    structure = crystals.to_structures()[row]
-    plot_atoms(AseAtomsAdaptor.get_atoms(structure), axis, rotation="8x,-14y,0z", radii=0.5)
-    axis.set_title(f"{'ABCD'[row]}: {unicodeify(structure.composition.reduced_formula)}", fontsize=9)
-    axis.set_axis_off()
+    display.draw(crystals[row], axis)
+    axis.set_title(f"{'ABCD'[row]}: {unicodeify(crystals[row].formulas()[0])}", fontsize=9)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The normalisers are found by trying all rotations of the crystal system with all
 
 Run:  python scripts/make_wyckoff_tables.py [OUTPUT]
 
-Needs pyxtal and numpy; takes about a minute. What the arrays mean is documented in cfrl/symmetry.py.
+Needs pyxtal and numpy; takes about a minute. What the arrays mean is documented in cfrl/crystals/wyckoff.py.
 """
 
 import itertools

@@ -11,6 +11,7 @@ from pymatgen.core import Structure
 from cfrl.commands.data import run_import
 from cfrl.config import DataConfig
 from cfrl.crystals import symmetry
+from cfrl.crystals.canonical import with_representatives
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.files import load_model
@@ -36,7 +37,7 @@ def random_crystals(seed: int) -> CrystalBatch:
     points = torch.rand(*wyckoff.shape, 3, generator=generator, dtype=torch.float64)
     lattice = symmetry.constrain_lattice(groups, CELL.repeat(230, 1))
     species = torch.tensor(SPECIAL + GENERAL).repeat(230, 1)
-    return CrystalBatch(groups, wyckoff, species, points, lattice)._with_representatives()[0]
+    return with_representatives(CrystalBatch(groups, wyckoff, species, points, lattice))[0]
 
 
 def rigidly_shifted(crystals: CrystalBatch, seed: int) -> CrystalBatch:
@@ -46,7 +47,7 @@ def rigidly_shifted(crystals: CrystalBatch, seed: int) -> CrystalBatch:
     shift = shift * symmetry.tables().polar[crystals.space_group][:, None]
     moved = replace(crystals, frac_coords=crystals.frac_coords + shift.to(crystals.frac_coords))
     choice = torch.rand(len(crystals), generator=generator) * crystals.num_descriptions()
-    return moved._with_representatives()[0].described_as(choice.long())
+    return with_representatives(moved)[0].described_as(choice.long())
 
 
 def other_cell(structure: Structure, rng: np.random.Generator) -> Structure:
@@ -105,7 +106,7 @@ def test_canonical_is_the_same_crystal(crystals: CrystalBatch) -> None:
     assert (symmetry.representatives(canonical.space_group, canonical.wyckoff, canonical.frac_coords)[1] < 1e-9).all()
     projected = symmetry.project_coords(canonical.space_group, canonical.wyckoff, canonical.frac_coords)
     assert torch.equal(projected, canonical.frac_coords)
-    assert torch.equal(canonical._with_representatives()[0].wyckoff, canonical.wyckoff)
+    assert torch.equal(with_representatives(canonical)[0].wyckoff, canonical.wyckoff)
     small = (crystals.num_atoms <= 100).nonzero()[:, 0]
     assert len(small) > 120
     for one, other in zip(crystals[small].to_structures(), canonical[small].to_structures(), strict=True):

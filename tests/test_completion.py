@@ -64,7 +64,7 @@ def test_bash(type_in, tmp_path):
 def test_only_what_the_commands_accept():
     from cfrl.io.fetch import SOURCES
     from cfrl.io.storage import SPLITS
-    from cfrl.model.transformer import PRESETS
+    from cfrl.model.options import PRESETS
     from cfrl.rewards import all_rewards
     from cfrl.rewards.predictors import BUILT_IN
     from cfrl.rl.policy import ALGORITHMS

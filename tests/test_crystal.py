@@ -12,6 +12,8 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Element, Lattice, Structure
 
 from cfrl.crystals import symmetry
+from cfrl.crystals.analysis import AsymmetricUnit
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES, SYMBOLS, atomic_number
 from cfrl.crystals.symmetry import SymmetryError
@@ -292,6 +294,9 @@ def test_slices_masks_and_joins(batch: CrystalBatch) -> None:
     assert joined.wyckoff.shape[1] == int(wide.num_sites.max())
     assert torch.equal(joined.frac_coords, wide.frac_coords[:, : joined.wyckoff.shape[1]])
     assert joined.formulas() == wide.formulas()
+    backwards = np.arange(4)[::-1]
+    backwards.flags.writeable = False
+    assert batch[backwards].ids == batch.ids[3::-1]
     assert len(list(batch[:3])) == 3
     with pytest.raises(IndexError):
         batch[len(batch)]
@@ -360,11 +365,11 @@ def test_bad_structures_are_dropped_with_a_reason() -> None:
 
 
 def test_letters_that_do_not_fit_the_points_are_refused() -> None:
-    unit = symmetry.AsymmetricUnit(
+    unit = AsymmetricUnit(
         225, np.array([1]), np.array([11]), np.array([[0.1, 0.0, 0.0]]), np.array([5, 5, 5, 90, 90, 90.0])
     )
     with pytest.raises(SymmetryError, match="structure 0: symmetry not consistent"):
-        CrystalBatch.from_units([unit])
+        from_units([unit])
     dropped: dict[int, str] = {}
-    assert len(CrystalBatch.from_units([unit], dropped=dropped)) == 0
+    assert len(from_units([unit], dropped=dropped)) == 0
     assert list(dropped) == [0]

@@ -27,10 +27,13 @@ from rich.console import Console
 
 from cfrl.commands import data as commands
 from cfrl.config import DataConfig
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io import catalogue, fetch, importing, readers, storage
 from cfrl.io import datasets as data
+from cfrl.io.formats import cif
+from cfrl.io.formats.entry import Cell, Unusable
 from cfrl.io.splits import assign_splits
 
 ONE = DataConfig(workers=1)
@@ -71,7 +74,7 @@ def write_csv(path: Path, rows: list[dict], opener=open) -> Path:
     return path
 
 
-def atoms_of(cell: readers.Cell) -> np.ndarray:
+def atoms_of(cell: Cell) -> np.ndarray:
     """Atoms in an order of their own: (N, 4) number and wrapped coordinates."""
     rows = np.column_stack([cell.numbers, np.mod(cell.frac_coords, 1)])
     return rows[np.lexsort(rows.T[::-1])]
@@ -93,10 +96,10 @@ def assert_as_pymatgen(text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         structure = Structure.from_str(text, fmt="cif")
-    cell = readers.plain_cif(text)
+    cell = cif.plain_cif(text)
     assert cell is not None
     np.testing.assert_allclose(cell.lattice, structure.lattice.matrix, rtol=0, atol=1e-12)
-    theirs = readers.Cell(structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers))
+    theirs = Cell(structure.lattice.matrix, structure.frac_coords, np.array(structure.atomic_numbers))
     assert np.array_equal(atoms_of(cell), atoms_of(theirs))
 
 
@@ -116,7 +119,7 @@ def test_plain_cif_reads_ions():
     from pymatgen.core import Lattice, Structure
 
     salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na+", "Cl-"], [[0, 0, 0], [0.5, 0.5, 0.5]])
-    cell = readers.plain_cif(salt.to(fmt="cif"))
+    cell = cif.plain_cif(salt.to(fmt="cif"))
     if cell is not None:  # pymatgen writes ions with a loop of oxidation numbers before the atoms
         assert sorted(cell.numbers.tolist()) == [11] * 4 + [17] * 4
     assert sorted(readers.parse("cif", salt.to(fmt="cif")).numbers.tolist()) == [11] * 4 + [17] * 4
@@ -129,7 +132,7 @@ def edit(text: str, old: str, new: str) -> str:
 
 def test_anything_unusual_goes_to_the_full_parser(structures, cifs):
     plain = next(text for text, s in zip(cifs, structures, strict=True) if len(s) >= 4)
-    assert readers.plain_cif(plain) is not None
+    assert cif.plain_cif(plain) is not None
     last_row = plain.rstrip().splitlines()[-1]
     unusual = {
         "occupancy": plain.replace(last_row, re.sub(r"\S+$", "0.5", last_row)),
@@ -143,8 +146,8 @@ def test_anything_unusual_goes_to_the_full_parser(structures, cifs):
         "missing value": plain.replace(last_row, last_row.rsplit(maxsplit=1)[0]),
     }
     for name, text in unusual.items():
-        assert readers.plain_cif(text) is None, name
-    with pytest.raises(readers.Unusable, match="disordered: a site is shared or partly occupied"):
+        assert cif.plain_cif(text) is None, name
+    with pytest.raises(Unusable, match="disordered: a site is shared or partly occupied"):
         readers.parse("cif", unusual["occupancy"])
 
 
@@ -155,10 +158,10 @@ def test_cif_with_symmetry_operations(structures, cifs):
     rows = []
     for structure in structures[:8]:
         text = str(CifWriter(structure, symprec=0.01))
-        assert readers.plain_cif(text) is None
+        assert cif.plain_cif(text) is None
         rows.append(readers.parse("cif", text))
     units = [importing.analyse(*row) for row in rows]
-    same_crystals(CrystalBatch.from_units(units), CrystalBatch.from_structures(structures[:8]), 1e-3)
+    same_crystals(from_units(units), CrystalBatch.from_structures(structures[:8]), 1e-3)
 
 
 def test_lattice_parameters():
@@ -168,7 +171,7 @@ def test_lattice_parameters():
     for _ in range(50):
         parameters = (*rng.uniform(2, 20, 3), *rng.uniform(70, 110, 3))
         expected = Lattice.from_parameters(*parameters).matrix
-        np.testing.assert_allclose(readers.lattice_from_parameters(*parameters), expected, atol=1e-12)
+        np.testing.assert_allclose(cif.lattice_from_parameters(*parameters), expected, atol=1e-12)
 
 
 @pytest.fixture(scope="session")
@@ -749,7 +752,7 @@ def test_worker_function_survives_a_panic(monkeypatch):
         raise PanicException("index out of bounds")
 
     monkeypatch.setattr(importing, "analyse", panics)
-    cell = readers.Cell(np.eye(3) * 4, np.zeros((1, 3)), np.array([3]))
+    cell = Cell(np.eye(3) * 4, np.zeros((1, 3)), np.array([3]))
     monkeypatch.setitem(readers._PARSERS, "cell", lambda payload: payload)
     work = partial(importing._analyse, symprec=0.01, max_sites=20, max_atoms=0)
     arrays, reasons = work([("cell", cell)])

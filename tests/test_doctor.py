@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import cfrl.commands.doctor as doctor
-import cfrl.crystals.symmetry as symmetry
+import cfrl.crystals.wyckoff as wyckoff
 from cfrl.errors import UserError
 
 
@@ -126,8 +126,8 @@ def test_missing_predictor_is_named(folder, monkeypatch):
 def test_damaged_tables_are_named(folder, monkeypatch):
     with zipfile.ZipFile(folder / "wyckoff.npz", "w") as file:
         file.writestr("multiplicity.npy", b"no array")
-    monkeypatch.setattr(symmetry, "TABLES_PATH", folder / "wyckoff.npz")
-    caches = (symmetry._stored, symmetry._arrays, symmetry.tables)
+    monkeypatch.setattr(wyckoff, "TABLES_PATH", folder / "wyckoff.npz")
+    caches = (wyckoff._stored, wyckoff.arrays, wyckoff.tables)
     for cache in caches:
         cache.cache_clear()
     try:

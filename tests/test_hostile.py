@@ -22,6 +22,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io import datasets as data
 from cfrl.io import readers, storage
+from cfrl.io.formats.entry import Unusable
 from cfrl.model.files import load_model
 from cfrl.model.published import read_checkpoint
 from cfrl.runs.folder import RunFolder
@@ -246,7 +247,7 @@ def test_cell_parameters_are_read_by_name():
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_cell_without_all_its_parameters_is_refused(missing):
-    with pytest.raises(readers.Unusable, match="unparsable"):
+    with pytest.raises(Unusable, match="unparsable"):
         readers.parse("cif", cif([line for i, line in enumerate(LENGTHS) if i != missing]))
 
 

@@ -1,12 +1,16 @@
 """cfrl from Python: values in, values out, nothing on the disk."""
 
+import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cfrl
+from cfrl.crystals.display import DRAWN
 from cfrl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,15 @@ def test_training_learns(model, crystals):
     better = sum(model.log_prob(crystals).values()) - sum(untrained.log_prob(crystals).values())
     assert (better > 0).double().mean() > 0.9
     assert not better.requires_grad
+
+
+def test_only_training_asks_for_gradients(model, crystals):
+    """A user calls log_prob and has numbers; what is trained further learns all the same."""
+    for ready in (model, cfrl.load_model()):
+        assert not any(values.requires_grad for values in ready.log_prob(crystals[:3]).values())
+    again = cfrl.pretrain(crystals[:20], init=model, epochs=1, batch_size=20, lr=1e-3)
+    moved = [not torch.equal(old, new) for old, new in zip(model.parameters(), again.parameters(), strict=True)]
+    assert all(moved)  # the optimiser leaves alone what has no gradient
 
 
 def test_tuning_leaves_the_model_alone(model, crystals):
@@ -91,6 +104,25 @@ def test_a_batch_says_what_it_is(crystals):
     assert f"{crystals.formulas()[0]} ({int(crystals.space_group[0])})" in text
     assert len(text) < 300
     assert repr(crystals[:0]) == "CrystalBatch(0 crystals: )"
+
+
+def test_a_notebook_shows_a_table_and_pictures(crystals):
+    page = crystals[:6]._repr_html_()
+    rows = [re.findall("<td>(.*?)</td>", row) for row in page.split("<tr>")[1:]]
+    assert [row[0] for row in rows] == crystals.ids[:6]
+    assert [int(row[3]) for row in rows] == crystals.num_sites[:6].tolist()
+    assert np.allclose([float(row[5]) for row in rows], crystals.densities()[:6], rtol=1e-3)
+    assert page.count("data:image/png;base64,") == DRAWN
+    assert "40 crystals, the first 20" in crystals._repr_html_()
+    hostile = replace(crystals[:1], ids=["<script>"], properties={"<b>": torch.tensor([torch.nan]).double()})
+    assert not re.search("<script>|<b>", hostile._repr_html_())
+
+
+def test_what_cannot_be_drawn_is_listed(crystals):
+    flat = crystals[:2]
+    flat.lattice = torch.tensor([[5.0, 5.0, 5.0, 60.0, 60.0, 121.0], [torch.nan] * 6])
+    assert flat._repr_html_().count("<tr>") == 2
+    assert "<img" not in flat._repr_html_()
 
 
 def test_the_example_runs(capsys):

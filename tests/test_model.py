@@ -11,13 +11,17 @@ import torch
 
 from cfrl.commands.model import pack_model
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import multiplicity, tables
+from cfrl.crystals.symmetry import multiplicity
+from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_model, read_header, save_model
+from cfrl.model.layers import KeyValueCache
+from cfrl.model.network import unscale_lattice
+from cfrl.model.options import PRESETS, ModelConfig
 from cfrl.model.published import import_published, read_checkpoint
 from cfrl.model.sampler import draw
-from cfrl.model.transformer import PRESETS, CrystalTransformer, KeyValueCache, ModelConfig, unscale_lattice
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
 
 DATA = Path(__file__).parent / "data"  # numbers of the published code

@@ -15,9 +15,9 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import write_crystals
 from cfrl.model.files import load_model
+from cfrl.model.options import PRESETS
 from cfrl.model.sampler import sample
 from cfrl.model.training import Trainer, epoch_batches, learning_rate
-from cfrl.model.transformer import PRESETS
 from cfrl.runs.folder import RunFolder
 from tests.test_model import TINY
 from tests.tiny import unchecked

@@ -15,14 +15,15 @@ from cfrl.commands.finetune import start
 from cfrl.commands.sample import run_sample
 from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import tables
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.wyckoff import tables
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
 from cfrl.model.files import save_model
 from cfrl.model.sampler import draw, sample, space_group_prior
-from cfrl.model.transformer import NUM_ELEMENTS, CrystalTransformer
+from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()

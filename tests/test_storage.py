@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import tables
+from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.io import storage
 

@@ -8,6 +8,8 @@ import torch
 from moyopy import Cell, MoyoDataset, operations_from_number
 
 from cfrl.crystals import symmetry
+from cfrl.crystals.analysis import analyse, find_symmetry
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import SymmetryError
 
@@ -191,7 +193,7 @@ def test_moyo_keeps_its_remarks_to_itself(caplog) -> None:
     """It has one for every cell that is not primitive."""
     caplog.set_level(0)
     positions = np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
-    found = symmetry.find_symmetry(np.diag([3.0, 3.0, 6.0]), positions, np.array([29, 29]), 0.01)
+    found = find_symmetry(np.diag([3.0, 3.0, 6.0]), positions, np.array([29, 29]), 0.01)
     assert found.number == 221
     assert not [record for record in caplog.records if record.name.startswith("moyo")]
 
@@ -199,7 +201,7 @@ def test_moyo_keeps_its_remarks_to_itself(caplog) -> None:
 def test_moyo_finds_the_group_and_the_positions(one_crystal_per_position: CrystalBatch) -> None:
     """Letters may differ from ours by a change of origin only, and the crystal stays the same."""
     crystals = one_crystal_per_position
-    found = CrystalBatch.from_units([symmetry.analyse(*cell, symprec=1e-3) for cell in cells(crystals)])
+    found = from_units([analyse(*cell, symprec=1e-3) for cell in cells(crystals)])
     assert torch.equal(found.space_group, crystals.space_group)
     assert (found.shortest_distances() - crystals.shortest_distances()).abs().max() < 1e-3
     assert (found.volumes() / crystals.volumes() - 1).abs().max() < 1e-5
@@ -217,7 +219,7 @@ def test_broken_symmetry_is_noticed(one_crystal_per_position: CrystalBatch) -> N
     """What the test above would miss if expansion were wrong: one displaced atom changes the group."""
     lattice, frac, numbers = cells(one_crystal_per_position[-1])[0]
     frac[1, 0] += 0.1 / lattice[0, 0]
-    assert symmetry.analyse(lattice, frac, numbers, symprec=1e-3, max_sites=1000).space_group != 230
+    assert analyse(lattice, frac, numbers, symprec=1e-3, max_sites=1000).space_group != 230
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_broken_symmetry_is_noticed(one_crystal_per_position: CrystalBatch) -> N
 )
 def test_hopeless_structures_say_why(lattice: np.ndarray, frac: np.ndarray, reason: str) -> None:
     with pytest.raises(SymmetryError, match=reason):
-        symmetry.analyse(lattice, frac, np.arange(1, len(frac) + 1) * 0 + 6)
+        analyse(lattice, frac, np.arange(1, len(frac) + 1) * 0 + 6)
 
 
 # ---- representatives ----
@@ -331,7 +333,7 @@ def test_letters_of_equivalent_descriptions_are_those_of_moyo() -> None:
         rotations, _, maps = symmetry.normalizer_operations(group)
         if 16 <= group <= 74:
             maps = maps[(rotations.abs() == torch.eye(3)).all(-1).all(-1)]
-        unit = symmetry.analyse(*cell, symprec=1e-3)
+        unit = analyse(*cell, symprec=1e-3)
         ours = {
             frozenset(zip(letters.tolist(), unit.species.tolist(), strict=True)) for letters in maps[:, unit.wyckoff]
         }

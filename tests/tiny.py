@@ -10,7 +10,8 @@ from cfrl.commands.finetune import finetune
 from cfrl.config import FinetuneConfig, Settings
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import save_model
-from cfrl.model.transformer import CrystalTransformer, ModelConfig
+from cfrl.model.options import ModelConfig
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
 
 Config = TypeVar("Config", bound=Settings)

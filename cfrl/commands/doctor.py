@@ -231,7 +231,7 @@ def _checks() -> dict[str, Callable[[], str]]:
 
 
 def _symmetry_tables() -> str:
-    from cfrl.crystals.symmetry import tables
+    from cfrl.crystals.wyckoff import tables
 
     return f"Wyckoff positions of {int((tables().num_letters > 0).sum())} space groups"
 

@@ -12,8 +12,8 @@ from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model, model_path, read_header, save_model
+from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
-from cfrl.model.transformer import space_group_shares
 
 
 def describe_model(model: str | Path | None) -> str:

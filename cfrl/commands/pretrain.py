@@ -16,8 +16,9 @@ from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model, save_model
+from cfrl.model.options import PRESETS
 from cfrl.model.training import Trainer, Watcher
-from cfrl.model.transformer import FACTORS, PRESETS
+from cfrl.model.transformer import FACTORS
 from cfrl.runs.devices import processes
 from cfrl.runs.folder import RunFolder
 from cfrl.untrusted import fitting

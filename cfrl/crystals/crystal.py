@@ -1,23 +1,28 @@
 """CrystalBatch: the one data type that every stage passes on.
 
-A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate
-of the representative) and its conventional cell. This file slices, joins, measures and converts such batches;
-the tables behind it are in symmetry.py, files in storage.py.
+A crystal is its space group, its symmetry-inequivalent sites (Wyckoff letter, element, fractional coordinate of the
+representative) and its conventional cell. This file slices, joins and measures such batches. Other files of the room do
+the rest: symmetry.py the work on tensors, canonical.py other descriptions of a crystal, conversion.py the way to and
+from pymatgen, display.py what a notebook shows; files are read and written in cfrl/io.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from cfrl.crystals import symmetry
+from cfrl.crystals import canonical, symmetry
+from cfrl.crystals.analysis import MAX_SITES
 from cfrl.crystals.elements import FORMULA_RANK, MASSES, SYMBOLS
-from cfrl.crystals.symmetry import AsymmetricUnit, SymmetryError
+from cfrl.crystals.wyckoff import normalizer_tables
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -26,8 +31,8 @@ if TYPE_CHECKING:
 DALTON_PER_CUBIC_ANGSTROM = 1.66053906660  # in g/cm^3
 MIN_VOLUME_PER_ATOM = 0.1  # angstrom^3; below it a cell is degenerate, not dense
 _PAIRS_PER_CHUNK = 200_000  # bounds the memory of shortest_distances
-_CRYSTALS_AT_ONCE = 256  # bounds the memory of canonical
 _SAME_CELL = 13  # of the 27 images of an atom
+_NAMED = 6  # properties that a repr lists
 
 
 @dataclass
@@ -56,9 +61,16 @@ class CrystalBatch:
 
     def __repr__(self) -> str:
         shown = [f"{f} ({g})" for f, g in zip(self[:3].formulas(), self.space_group[:3].tolist(), strict=True)]
-        more = ", ..." if len(self) > len(shown) else ""
-        known = f"; {', '.join(self.properties)}" if self.properties else ""
-        return f"CrystalBatch({len(self)} crystals: {', '.join(shown)}{more}{known})"
+        shown += ["..."] if len(self) > len(shown) else []
+        names = [*self.properties][:_NAMED] + (["..."] if len(self.properties) > _NAMED else [])
+        known = f"; {', '.join(names)}" if names else ""
+        return f"CrystalBatch({len(self)} crystal{'s' * (len(self) != 1)}: {', '.join(shown)}{known})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table, the first structures drawn."""
+        from cfrl.crystals import display
+
+        return display.html(self)
 
     def __post_init__(self) -> None:
         n, s = self.wyckoff.shape
@@ -82,12 +94,13 @@ class CrystalBatch:
     def __len__(self) -> int:
         return len(self.space_group)
 
-    def __getitem__(self, index: "int | slice | Tensor | np.ndarray | Sequence[int]") -> "CrystalBatch":
+    def __getitem__(self, index: int | slice | Tensor | np.ndarray | Sequence[int]) -> CrystalBatch:
         """Rows by slice, index or mask; an integer gives a batch of one."""
         if isinstance(index, (int, np.integer)):
             index = range(len(self))[index]  # raises IndexError, so that iteration ends
             index = slice(index, index + 1)
         if not isinstance(index, slice):
+            index = index.copy() if isinstance(index, np.ndarray) else index  # it may be read-only, or run backwards
             index = torch.as_tensor(index, device=self.device)
             index = index if index.dtype == torch.bool else index.long()
         ids = None if self.ids is None else np.array(self.ids, dtype=object)
@@ -95,7 +108,7 @@ class CrystalBatch:
             ids = ids[index if isinstance(index, slice) else index.cpu().numpy()].tolist()
         return self._map(lambda tensor: tensor[index], ids)
 
-    def _map(self, function: Any, ids: list[str] | None) -> "CrystalBatch":
+    def _map(self, function: Callable[[Tensor], Tensor], ids: list[str] | None) -> CrystalBatch:
         """The same function on every tensor, properties included."""
         return CrystalBatch(
             function(self.space_group),
@@ -111,19 +124,19 @@ class CrystalBatch:
     def device(self) -> torch.device:
         return self.wyckoff.device
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "CrystalBatch":
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CrystalBatch:
         """Move to a device; dtype applies to coordinates and lattice (properties stay float64)."""
         moved = self._map(lambda tensor: tensor.to(device=device), self.ids)
         if dtype is None:
             return moved
         return replace(moved, frac_coords=moved.frac_coords.to(dtype), lattice=moved.lattice.to(dtype))
 
-    def trim(self) -> "CrystalBatch":
+    def trim(self) -> CrystalBatch:
         """Without the padding that no crystal needs."""
         sites = int(self.num_sites.max()) if len(self) else 0
         return self._pad(sites)
 
-    def _pad(self, sites: int) -> "CrystalBatch":
+    def _pad(self, sites: int) -> CrystalBatch:
         """With exactly this many site columns."""
         extra = sites - self.wyckoff.shape[1]
         pad = torch.nn.functional.pad
@@ -135,7 +148,7 @@ class CrystalBatch:
         )
 
     @staticmethod
-    def cat(batches: Iterable["CrystalBatch"]) -> "CrystalBatch":
+    def cat(batches: Iterable[CrystalBatch]) -> CrystalBatch:
         """One batch after the other, padded to the longest.
 
         Properties that a batch lacks are NaN there; ids are kept when every batch has them.
@@ -159,7 +172,7 @@ class CrystalBatch:
         )
 
     @staticmethod
-    def empty(sites: int = 0, dtype: torch.dtype = torch.float32) -> "CrystalBatch":
+    def empty(sites: int = 0, dtype: torch.dtype = torch.float32) -> CrystalBatch:
         """A batch of no crystals."""
         none = torch.zeros(0, dtype=torch.long)
         return CrystalBatch(
@@ -259,7 +272,10 @@ class CrystalBatch:
     def valid(self, min_distance: float = 0.5) -> Tensor:
         """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
 
-        min_distance in angstrom. Says nothing of stability, nor of chemistry.
+        Says nothing of stability, nor of chemistry.
+
+        Args:
+            min_distance: angstrom; atoms nearer than this are too close.
         """
         occupied = self.wyckoff > 0
         sites = (occupied == (self.multiplicity > 0)).all(-1) & (occupied == (self.species > 0)).all(-1)
@@ -271,240 +287,83 @@ class CrystalBatch:
     def num_descriptions(self, mirror: bool = False) -> Tensor:
         """How many ways, (n,), there are to describe each crystal by other origins and axes of its group.
 
-        With mirror=True also those of its mirror image (the same energy, the other hand).
+        Args:
+            mirror: count those of its mirror image (the same energy, the other hand) too.
         """
-        t = symmetry.normalizer_tables(self.device)
+        t = normalizer_tables(self.device)
         return (t.count if mirror else t.proper_count)[self.space_group]
 
-    def described_as(self, choice: Tensor) -> "CrystalBatch":
-        """The same crystals from other origins and axes: choice (n,), 0 = as they are, below num_descriptions.
+    def described_as(self, choice: Tensor) -> CrystalBatch:
+        """The same crystals from other origins and axes.
 
         Letters, representatives, order of sites and, where axes are exchanged, the lattice change together.
+
+        Args:
+            choice: (n,) which description: 0 = as they are, ..., below `num_descriptions`.
         """
-        return self._transformed(choice)._with_representatives()[0]
+        return canonical.described_as(self, choice)
 
-    def _transformed(self, choice: Tensor) -> "CrystalBatch":
-        """As `described_as`, but with any point of each orbit and the sites in their old places."""
-        wyckoff, points, lattice = symmetry.transform_sites(
-            self.space_group, self.wyckoff, self.frac_coords, self.lattice, choice
-        )
-        return replace(self, wyckoff=wyckoff, frac_coords=points, lattice=lattice)
-
-    def canonical(self) -> "CrystalBatch":
+    def canonical(self) -> CrystalBatch:
         """The same crystals, each in the one of its descriptions that comes first.
 
         By letters, then elements, then coordinates (to 1e-3), in the order of the sites, then a, b, c; along polar axes
-        only those compete whose origin is at an anchor (see `_anchored`). So the input's origin and axes no longer
+        only those compete whose origin is at an anchor (see canonical.py). So the input's origin and axes no longer
         matter: a model has one thing to learn where it would have several, and gives a crystal one probability.
         Triclinic and monoclinic cells are kept. Those of `from_structures` are moyo's, which do not depend on the cell
         that came in, unless their shape has more symmetry than the crystal: then they can be turned.
         """
-        if len(self) > _CRYSTALS_AT_ONCE:
-            parts = torch.arange(len(self), device=self.device).split(_CRYSTALS_AT_ONCE)
-            return CrystalBatch.cat([self[rows].canonical() for rows in parts])
-        if not self.wyckoff.numel():
-            return self
-        count = self.num_descriptions()
-        crystal = torch.repeat_interleave(count)
-        choice = symmetry.places(count)
-        # Letters alone decide most cases, and are had without moving an atom.
-        letters = symmetry.described_letters(self.space_group[crystal], self.wyckoff[crystal], choice)
-        first = _first_of_each(crystal, letters.sort(-1).values, len(self))
-        crystal, choice = crystal[first], choice[first]
-        anchored, row = self[crystal]._transformed(choice)._anchored()
-        crystal, described = crystal[row], anchored._with_representatives()[0]
-        first = _first_of_each(crystal, described._order_key(), len(self))
-        # Where several are equal, any will do.
-        row = torch.empty(len(self), dtype=torch.long, device=self.device)
-        row[crystal[first]] = first.nonzero()[:, 0]
-        return described[row]
+        return canonical.canonical(self)
 
-    def _anchored(self) -> tuple["CrystalBatch", Tensor]:
-        """Each crystal with each of its anchors in turn at 0 along polar axes, and which crystal each row (r,) is.
-
-        Anchors are all atoms of one element on one letter: of the kind with the fewest sites, then the first letter,
-        then the smallest atomic number. A crystal without polar axes stays as it is, once.
-        """
-        t = symmetry.tables(self.device)
-        axes = t.polar[self.space_group]
-        polar = axes.any(-1)
-        row, site = (self._anchors() & polar[:, None]).nonzero(as_tuple=True)
-        # The atoms of a site differ by few shifts along polar axes: only those matter, not the atoms.
-        count = t.polar_count[self.space_group[row]]
-        origin = (self.frac_coords[row, site] * axes[row]).repeat_interleave(count, 0)
-        row = row.repeat_interleave(count)
-        shift = t.polar_shifts[t.polar_offset[self.space_group[row]] + symmetry.places(count)]
-        moved = self.frac_coords[row] + (shift.to(origin) - origin)[:, None]
-        still = (~polar).nonzero()[:, 0]
-        row = torch.cat([still, row])
-        return replace(self[row], frac_coords=torch.cat([self.frac_coords[still], moved])), row
-
-    def _anchors(self) -> Tensor:
-        """(n, s) bool: the sites whose atoms are anchors."""
-        kind = self.wyckoff * len(SYMBOLS) + self.species  # in the order of letters, then atomic numbers
-        sites = (kind[:, :, None] == kind[:, None]).sum(-1)
-        rank = (sites * symmetry.NUM_LETTERS * len(SYMBOLS) + kind).where(self.wyckoff > 0, torch.iinfo(torch.long).max)
-        return rank == rank.amin(1, keepdim=True)
-
-    def _order_key(self) -> Tensor:
-        """Integers by which descriptions of one crystal are compared from left to right, (n, 5 s + 3)."""
-        coords = symmetry.steps(self.frac_coords, 1000) % 1000
-        return torch.cat([self.wyckoff, self.species, coords.flatten(1), symmetry.steps(self.lattice[:, :3], 1000)], 1)
-
-    # ---- to and from other libraries ----
-
-    @staticmethod
-    def from_units(
-        units: Sequence[AsymmetricUnit],
-        ids: Sequence[str] | None = None,
-        properties: Mapping[str, Any] | None = None,
-        dropped: dict[int, str] | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "CrystalBatch":
-        """A batch of what `symmetry.analyse` found, each crystal in its canonical description.
-
-        A unit whose points do not fit its letters is left out and noted in `dropped` (row -> reason).
-
-        Raises SymmetryError for such a unit when there is no `dropped`.
-        """
-        n, s = len(units), max((len(unit.wyckoff) for unit in units), default=0)
-        wyckoff, species = np.zeros((2, n, s), dtype=np.int64)
-        points, lattice = np.zeros((n, s, 3)), np.zeros((n, 6))
-        for i, unit in enumerate(units):
-            sites = len(unit.wyckoff)
-            wyckoff[i, :sites], species[i, :sites], points[i, :sites] = unit[1:4]
-            lattice[i] = unit.lattice
-        batch = CrystalBatch(
-            torch.tensor([unit.space_group for unit in units], dtype=torch.long),
-            torch.from_numpy(wyckoff),
-            torch.from_numpy(species),
-            torch.from_numpy(points),
-            torch.from_numpy(lattice),
-            None if ids is None else list(ids),
-            {name: torch.as_tensor(values, dtype=torch.float64) for name, values in (properties or {}).items()},
-        )
-        batch, distance = batch._with_representatives()
-        off = (distance > symmetry.ON_POSITION).any(-1)
-        reason = "symmetry not consistent: an atom lies off its Wyckoff position"
-        if off.any() and dropped is None:
-            raise SymmetryError(f"structure {int(off.nonzero()[0])}: {reason}")
-        if off.any():
-            dropped.update(dict.fromkeys(off.nonzero()[:, 0].tolist(), reason))
-            batch = batch[~off]
-        batch = batch.canonical()
-        coords = symmetry.project_coords(batch.space_group, batch.wyckoff, batch.frac_coords.to(dtype))
-        return replace(batch, frac_coords=coords, lattice=batch.lattice.to(dtype))
-
-    def _with_representatives(self) -> tuple["CrystalBatch", Tensor]:
-        """With each orbit's canonical representative and ordered sites; and how far each site was off, (n, s)."""
-        coords, distance = symmetry.representatives(self.space_group, self.wyckoff, self.frac_coords)
-        order = symmetry.sort_sites(self.wyckoff, coords)
-        batch = replace(
-            self,
-            wyckoff=self.wyckoff.gather(1, order),
-            species=self.species.gather(1, order),
-            frac_coords=coords.take_along_dim(order[..., None], 1),
-        )
-        return batch, distance
+    # ---- to and from other libraries; conversion.py, which builds on this class, does the work ----
 
     @staticmethod
     def from_structures(
-        structures: Sequence["Structure"],
+        structures: Sequence[Structure],
         symprec: float = 0.01,
         ids: Sequence[str] | None = None,
-        properties: Mapping[str, Any] | None = None,
+        properties: Mapping[str, ArrayLike] | None = None,
         errors: Literal["raise", "skip"] = "raise",
         dropped: dict[int, str] | None = None,
         dtype: torch.dtype = torch.float32,
-        max_sites: int = symmetry.MAX_SITES,
-    ) -> "CrystalBatch":
-        """Find the symmetry of pymatgen structures with moyo (symprec in angstrom).
+        max_sites: int = MAX_SITES,
+    ) -> CrystalBatch:
+        """Find the symmetry of pymatgen structures with moyo.
 
-        With errors="skip" structures that cannot be described (disordered, too many sites, no symmetry
-        found) are left out, and `dropped`, if given, receives row -> reason.
+        Args:
+            structures: n of them.
+            symprec: angstrom.
+            ids, properties: n names, and name -> (n,) numbers; those of structures that are left out go with them.
+            errors: "raise", or "skip": leave out structures that cannot be described (disordered, too many sites, no
+                symmetry found).
+            dropped: receives row -> reason of those that are left out.
+            dtype: of coordinates and lattice.
+            max_sites: inequivalent sites that there may be.
 
-        Raises SymmetryError for such a structure with errors="raise".
+        Raises:
+            SymmetryError: errors is "raise", and there is such a structure.
         """
-        units, rows, reasons = [], [], {}
-        for row, structure in enumerate(structures):
-            try:
-                units.append(_analyse_structure(structure, symprec, max_sites))
-                rows.append(row)
-            except SymmetryError as error:
-                if errors == "raise":
-                    raise SymmetryError(f"structure {row}: {error}") from error
-                reasons[row] = str(error)
-        off: dict[int, str] = {}
-        batch = CrystalBatch.from_units(
-            units,
-            None if ids is None else [ids[row] for row in rows],
-            {name: torch.as_tensor(values)[rows] for name, values in (properties or {}).items()},
-            None if errors == "raise" else off,
-            dtype,
-        )
-        if dropped is not None:
-            dropped.update(reasons | {rows[i]: reason for i, reason in off.items()})
-        return batch
+        from cfrl.crystals import conversion
 
-    def to_structures(self) -> list["Structure"]:
+        return conversion.from_structures(structures, symprec, ids, properties, errors, dropped, dtype, max_sites)
+
+    def to_structures(self) -> list[Structure]:
         """Conventional cells as pymatgen structures; `structure.properties` holds space group and id."""
-        from pymatgen.core import Element, Lattice, Structure
+        from cfrl.crystals import conversion
 
-        elements = {z: Element(SYMBOLS[z]) for z in self.species.unique().tolist() if z}
-        structures = []
-        for i, (matrix, frac, numbers) in enumerate(self._cells()):
-            properties = {"space_group": int(self.space_group[i])}
-            if self.ids is not None:
-                properties["id"] = self.ids[i]
-            species = [elements[z] for z in numbers.tolist()]
-            structures.append(Structure(Lattice(matrix), species, frac, properties=properties))
-        return structures
+        return conversion.to_structures(self)
 
     @staticmethod
-    def from_atoms(atoms: Sequence["Atoms"], symprec: float = 0.01, **kwargs: Any) -> "CrystalBatch":
+    def from_atoms(atoms: Sequence[Atoms], symprec: float = 0.01, **kwargs: Any) -> CrystalBatch:
         """As `from_structures`, for periodic ASE atoms."""
         from pymatgen.io.ase import AseAtomsAdaptor
 
         return CrystalBatch.from_structures([AseAtomsAdaptor.get_structure(a) for a in atoms], symprec, **kwargs)
 
-    def to_atoms(self) -> list["Atoms"]:
+    def to_atoms(self) -> list[Atoms]:
         """Conventional cells as ASE atoms."""
-        from ase import Atoms
+        from cfrl.crystals import conversion
 
-        return [
-            Atoms(numbers=numbers, scaled_positions=frac, cell=matrix, pbc=True)
-            for matrix, frac, numbers in self._cells()
-        ]
-
-    def _cells(self) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Lattice matrix, fractional coordinates and atomic numbers of each crystal, float64."""
-        batch = self.to("cpu", torch.float64)
-        frac, numbers, _, _ = batch.atoms()
-        ends = batch.num_atoms.cumsum(0).tolist()[:-1]
-        cells = np.split(frac.numpy(), ends), np.split(numbers.numpy(), ends)
-        return zip(batch.lattice_matrix().numpy(), *cells, strict=True) if len(self) else iter(())
-
-
-def _first_of_each(crystal: Tensor, key: Tensor, n: int) -> Tensor:
-    """(r,) bool: the rows of key (r, k) that are lexicographically smallest among those of the same crystal (r,)."""
-    smallest = torch.ones_like(crystal, dtype=torch.bool)
-    for column in key.unbind(1):
-        rows = smallest.nonzero()[:, 0]
-        if len(rows) == n:
-            break
-        least = torch.full((n,), torch.iinfo(torch.long).max, device=key.device)
-        least.scatter_reduce_(0, crystal[rows], column[rows], "amin")
-        smallest[rows] = column[rows] == least[crystal[rows]]
-    return smallest
-
-
-def _analyse_structure(structure: "Structure", symprec: float, max_sites: int) -> AsymmetricUnit:
-    if not structure.is_ordered:
-        raise SymmetryError("disordered: a site is shared or partly occupied")
-    numbers = [site.specie.Z for site in structure]
-    if not all(isinstance(z, int) and 0 < z < len(SYMBOLS) for z in numbers):
-        raise SymmetryError("a site holds something that is not an element")
-    return symmetry.analyse(structure.lattice.matrix, structure.frac_coords, np.array(numbers), symprec, max_sites)
+        return conversion.to_atoms(self)
 
 
 def reduced_formula(species: list[int], counts: list[int]) -> str:

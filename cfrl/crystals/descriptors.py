@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cfrl.assets import ASSETS
 from cfrl.crystals.elements import NUM_ELEMENTS
-from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS, NUM_LETTERS, NUM_SPACE_GROUPS, tables
+from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
+from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, tables
 
 ELEMENTS_PATH = ASSETS / "elements.csv"
 _SCALARS = ("electronegativity", "radius", "ionization_energy", "electron_affinity", "mendeleev")

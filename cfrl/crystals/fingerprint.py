@@ -22,6 +22,7 @@ import numpy as np
 from cfrl.crystals import symmetry
 from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.crystals.elements import SYMBOLS
+from cfrl.crystals.wyckoff import tables
 
 if TYPE_CHECKING:
     from pymatgen.analysis.structure_matcher import StructureMatcher
@@ -253,7 +254,7 @@ def _matcher() -> StructureMatcher:
 @cache
 def _multiplicity() -> list[list[int]]:
     """Atoms per conventional cell, [space_group][letter]."""
-    return symmetry.tables().multiplicity.tolist()
+    return tables().multiplicity.tolist()
 
 
 @cache

@@ -20,9 +20,10 @@ from cfrl.crystals.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.io import readers, storage
 from cfrl.io.catalogue import PROTOTYPES, dataset_path, is_dataset
-from cfrl.io.importing import _RESERVED, Dropped, _columns, _files, _name, read_files
+from cfrl.io.formats.entry import Unusable
+from cfrl.io.importing import _RESERVED, Columns, Dropped, _columns, _files, _name, read_files
 from cfrl.io.options import ImportOptions
-from cfrl.io.readers import Limits, Unusable
+from cfrl.io.readers import Limits
 from cfrl.io.storage import describe, iter_crystals
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load_dataset(
 
 def read_structures(
     name: str | Path, limits: Limits = Limits()
-) -> tuple[list[Structure], list[str], dict[str, Any], list[Dropped]]:
+) -> tuple[list[Structure], list[str], Columns, list[Dropped]]:
     """Structures of any input, as they stand there: symmetry is neither looked for nor needed.
 
     Args:
@@ -108,9 +109,6 @@ def summarise(path: Path) -> dict[str, Any]:
         "atoms": np.concatenate(atoms) if atoms else np.zeros(0, int),
         "properties": {name: values[~np.isnan(values)] for name, values in columns.items()},
     }
-
-
-# ---- output ----
 
 
 _ROWS = 4096  # crystals in memory at once

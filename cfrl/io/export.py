@@ -8,7 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.errors import UserError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 ENDINGS = ".h5, .csv, .extxyz, .json, .cif, .vasp (one crystal), .zip (of CIFs) or a folder (of CIFs)"
-Columns = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Sequence[float | str]]
 
 
 def export_crystals(crystals: CrystalBatch, path: str | Path, attrs: dict[str, str] | None = None) -> Path:

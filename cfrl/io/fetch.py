@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from cfrl.errors import UserError, nearest
@@ -62,7 +61,7 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("cfrl")
 
 
-def source_files(name: str, extra: Mapping[str, Any]) -> tuple[SourceFile, ...]:
+def source_files(name: str, extra: Mapping[str, dict | list[dict]]) -> tuple[SourceFile, ...]:
     """The files of a named source, of those built in or of `extra`: name -> {url, sha256, split}, or a list of them.
 
     Raises:
@@ -104,7 +103,7 @@ def download(file: SourceFile, folder: Path, progress: Callable[[int, int], None
     expected = file.sha256 or recorded
     partial = folder / f"{name}.part"
 
-    def downloader(url: str, output_file: str, pooch: Any) -> None:
+    def downloader(url: str, output_file: str, pooch: object) -> None:
         resume(url, partial, progress)
         os.replace(partial, output_file)
 

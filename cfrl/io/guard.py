@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+T = TypeVar("T")
 SECONDS = 20.0  # for one call; what a crystal takes is a thousandth of it
 STARTING = 120.0  # seconds until the child has imported what it needs
 MEMORY = 4 << 30  # bytes that the child may take
@@ -24,10 +25,10 @@ class Lost(Exception):
     """The process died or took too long; the message says which."""
 
 
-class Guard:
+class Guard(Generic[T]):
     """Calls `function(*arguments)` in a child process; both must be picklable. Close it, or use it with `with`."""
 
-    def __init__(self, function: Callable[..., Any], seconds: float = SECONDS) -> None:
+    def __init__(self, function: Callable[..., T], seconds: float = SECONDS) -> None:
         self.function, self.seconds = function, seconds
         self._process: subprocess.Popen | None = None
 
@@ -44,8 +45,8 @@ class Guard:
             self._process.communicate()
         self._process = None
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Raises Lost; and RuntimeError for an exception of the function."""
+    def __call__(self, *arguments: object) -> T:
+        """What the function returns. Raises Lost; and RuntimeError for an exception of the function."""
         if self._process is None:
             self._start()
         failed, value = self._ask(arguments, self.seconds)
@@ -64,7 +65,7 @@ class Guard:
         )
         self._ask(self.function, STARTING)
 
-    def _ask(self, question: Any, seconds: float) -> Any:
+    def _ask(self, question: object, seconds: float) -> Any:
         process, late = self._process, threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
         timer.start()
@@ -104,7 +105,7 @@ def serve() -> None:
         answers.flush()
 
 
-def _attempt(function: Callable[..., Any], arguments: tuple) -> tuple[bool, Any]:
+def _attempt(function: Callable[..., T], arguments: tuple) -> tuple[bool, T | str]:
     try:
         return False, function(*arguments)
     except Exception as error:

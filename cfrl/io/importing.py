@@ -13,53 +13,34 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from cfrl.crystals.analysis import OddCellError, analyse
+from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import OddCellError, SymmetryError, analyse
+from cfrl.crystals.symmetry import SymmetryError
 from cfrl.io import readers, storage
 from cfrl.io.catalogue import dataset_path, is_dataset
+from cfrl.io.formats.entry import Entry, Payload, Unusable
 from cfrl.io.guard import Guard, Lost
 from cfrl.io.options import ImportOptions
-from cfrl.io.readers import Entry, Limits, Unusable
+from cfrl.io.readers import Limits
 from cfrl.io.splits import assign_splits
 from cfrl.runs.engine import LocalEngine, count_workers
 from cfrl.runs.progress import Advance, no_progress
 
-if TYPE_CHECKING:
-    pass
-
-
+Columns = dict[str, np.ndarray | list[str]]  # (n,) float64 (NaN = unknown), or n strings
 Analysed = tuple[list[np.ndarray], dict[int, str]]  # tensors of a CrystalBatch as arrays; row -> why it was dropped
-
-
 MIN_DISTANCE = 0.5  # angstrom; below the shortest bond there is (H2, 0.74), so nothing real is lost
-
-
 PUT_OFF = "put off"  # the reason of a row that is worked on later, where it can do no harm
-
-
 _JOB = 64  # entries per job of a worker
-
-
 _LONG = 500_000  # characters of an entry; so long ones are parsed with care
-
-
 _PATIENCE = 60.0  # seconds for a job; it takes a tenth of one
-
-
 _CHUNK = 4096  # crystals looked at at once
-
-
 _INLINE = 256  # so few entries are not worth starting processes
-
-
 _RESERVED = ("ids", "split")  # names that the schema uses itself
-
-
 _UNKNOWN = ("", "None", "NA", "N/A", "null")  # NaN is a number of its own
 
 
@@ -84,7 +65,7 @@ class Imported:
     """
 
     crystals: CrystalBatch
-    columns: dict[str, Any]
+    columns: Columns
     split: np.ndarray
     dropped: list[Dropped] = field(default_factory=list)
 
@@ -153,7 +134,7 @@ def _files(name: str | Path) -> list[tuple[Path, bool]]:
 
 
 def _analyse(
-    payloads: list[tuple[str, Any]], symprec: float, max_sites: int, max_atoms: int, guarded: bool = False
+    payloads: list[tuple[str, Payload]], symprec: float, max_sites: int, max_atoms: int, guarded: bool = False
 ) -> Analysed:
     """The crystals of entries given as (kind, payload), and for the other rows the reason why there is none.
 
@@ -176,7 +157,7 @@ def _analyse(
         except BaseException as error:  # a panic inside moyo is no Exception, and must cost one row only
             reasons[row] = f"symmetry not found: {type(error).__name__}: {error}"
     off: dict[int, str] = {}
-    crystals = CrystalBatch.from_units(units, dropped=off)
+    crystals = from_units(units, dropped=off)
     reasons |= {rows[i]: reason for i, reason in off.items()}
     rows = [row for i, row in enumerate(rows) if i not in off]
     valid, atoms = crystals.valid(MIN_DISTANCE), crystals.num_atoms
@@ -222,7 +203,7 @@ def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterat
                 begun[place], place = [], place + 1
 
 
-def _each(work: Callable, jobs: list[list[tuple[str, Any]]]) -> list[Analysed]:
+def _each(work: Callable, jobs: list[list[tuple[str, Payload]]]) -> list[Analysed]:
     return [work(job) for job in jobs]
 
 
@@ -230,7 +211,7 @@ def _nothing(rows: int) -> Analysed:
     return _arrays(CrystalBatch.empty()), dict.fromkeys(range(rows), PUT_OFF)
 
 
-def _payloads(job: list[Entry]) -> list[tuple[str, Any]]:
+def _payloads(job: list[Entry]) -> list[tuple[str, Payload]]:
     return [(entry.kind, entry.payload) for entry in job]
 
 
@@ -266,9 +247,9 @@ def _name(entry: Entry) -> str:
     return entry.id or f"{Path(entry.file).name.partition('.')[0]}-{entry.row}"
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _columns(rows: list[dict[str, float | str]]) -> Columns:
     """Values by name: float64 (NaN = unknown) where all of them are numbers, else strings."""
-    columns: dict[str, Any] = {}
+    columns: Columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name, "") for row in rows]
         name = f"{name}_" if name in _RESERVED else name
@@ -315,7 +296,7 @@ def _stored(name: str, options: ImportOptions) -> Imported:
 
 def _join(parts: list[Imported]) -> Imported:
     """One after the other; a column that a part lacks is unknown there."""
-    columns: dict[str, Any] = {}
+    columns: Columns = {}
     for name in dict.fromkeys(name for part in parts for name in part.columns):
         pieces = [part.columns.get(name) for part in parts]
         if any(isinstance(piece, list) for piece in pieces):

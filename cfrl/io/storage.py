@@ -18,12 +18,12 @@ Floats are float32 or float64, as they were given. Everything is chunked, shuffl
 Attributes of the root: `format` = "cfrl-crystals", `schema_version` = 1, the provenance `command`, `version`,
 `git_revision`, `date`, and what the writer adds (`source`, `seed`, ...). A "/" in a NAME is stored as "%2F".
 
-How structures become crystals is not here: `crystal.py` for the symmetry, `data.py` for file formats.
+How structures become crystals is not here: `crystals/analysis.py` for the symmetry, `importing.py` for files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, tables
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.untrusted import fitting, open_hdf5
@@ -58,7 +59,7 @@ _KINDS = {  # kinds of numbers, and what comes after the first dimension
 _LARGEST = 1e4  # angstrom, degrees, fractions of a cell
 _PADDING, _SPARE = 100, 1_000_000  # crystals padded to the longest are at most so many times the sites, and so many
 
-Columns = Mapping[str, Any]
+Columns = Mapping[str, ArrayLike]  # (n,) numbers or strings each
 
 
 def write_crystals(
@@ -67,7 +68,7 @@ def write_crystals(
     *,
     columns: Columns | None = None,
     split: Sequence[int] | np.ndarray | None = None,
-    attrs: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, str | float] | None = None,
 ) -> None:
     """Write crystals to a new file, or over an old one; never half a file.
 
@@ -305,7 +306,7 @@ def _escape(name: str) -> str:
     return name if name.strip(".") else f"_{name}"  # to HDF5 dots are places, and no name is none
 
 
-def _texts(values: Any) -> np.ndarray:
+def _texts(values: Iterable[object]) -> np.ndarray:
     return np.array([_storable(str(value)) for value in values], dtype=object)
 
 

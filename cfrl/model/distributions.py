@@ -26,12 +26,11 @@ NOT_FINITE = "the model gives no finite probabilities: its weights are damaged, 
 class SamplerOptions:
     """How crystals are drawn; the same options give their log-probability.
 
-    Attributes:
-        temperature: divides the logits of every discrete choice and the concentrations of the coordinates,
-            and multiplies the variances of the lattice.
-        top_p: discrete choices, mixture components included, keep the likeliest values up to this total.
-        elements: atomic numbers that may occur; None: all.
-        max_atoms: largest number of atoms in the conventional cell; None: no limit.
+    temperature: divides the logits of every discrete choice and the concentrations of the coordinates,
+        and multiplies the variances of the lattice.
+    top_p: discrete choices, mixture components included, keep the likeliest values up to this total.
+    elements: atomic numbers that may occur; None: all.
+    max_atoms: largest number of atoms in the conventional cell; None: no limit.
     """
 
     temperature: float = 1.0
@@ -67,7 +66,7 @@ class Categorical:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """(...) int64. Raises NotFinite where the probabilities are not."""
-        probs = self.log_probs.exp()
+        probs = self.log_probs.exp()  # (..., k)
         if not torch.isfinite(probs).all():
             raise NotFinite(NOT_FINITE)
         rows = probs.reshape(-1, probs.shape[-1])
@@ -108,9 +107,9 @@ class VonMisesMixture:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """(...) angles in [-pi, pi). Raises NotFinite where a parameter is not."""
-        component = self.components.sample(generator).unsqueeze(-1)
+        component = self.components.sample(generator).unsqueeze(-1)  # (..., 1)
         mean = self.mean.gather(-1, component).squeeze(-1)
-        concentration = self.concentration.gather(-1, component).squeeze(-1)
+        concentration = self.concentration.gather(-1, component).squeeze(-1)  # (...)
         angle = mean + von_mises(concentration.double(), generator).to(mean.dtype)
         return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
 
@@ -119,7 +118,7 @@ class VonMisesMixture:
         kappa = self.concentration
         # exp(kappa (cos - 1)) / i0e(kappa) stays finite where I0 itself overflows.
         density = kappa * (torch.cos(angle.unsqueeze(-1) - self.mean) - 1)
-        density = density - math.log(2 * math.pi) - torch.special.i0e(kappa).log()
+        density = density - math.log(2 * math.pi) - torch.special.i0e(kappa).log()  # (..., k)
         return torch.logsumexp(self.components.log_probs + density, -1)
 
 
@@ -151,16 +150,17 @@ class LatticeMixture:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """(..., 6); entries that are not free are to be overwritten by the caller."""
-        component = self.components.sample(generator)[..., None, None].expand(*self.mean.shape[:-2], 1, 6)
-        mean = self.mean.gather(-2, component).squeeze(-2)
+        component = self.components.sample(generator)[..., None, None]  # (..., 1, 1)
+        component = component.expand(*self.mean.shape[:-2], 1, 6)
+        mean = self.mean.gather(-2, component).squeeze(-2)  # (..., 6)
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
         return mean + self.std.gather(-2, component).squeeze(-2) * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
         """(...) log-density of `value` (..., 6), in the units of the free parameters."""
-        z = (value.unsqueeze(-2) - self.mean) / self.std
+        z = (value.unsqueeze(-2) - self.mean) / self.std  # (..., k, 6)
         density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)  # (..., k, 6)
-        free, log_weights = self.free.unsqueeze(-2), self.components.log_probs
+        free, log_weights = self.free.unsqueeze(-2), self.components.log_probs  # (..., 1, 6), (..., k)
         if self.joint:
             return torch.logsumexp(log_weights + (density * free).sum(-1), -1)
         marginals = torch.logsumexp(log_weights.unsqueeze(-1) + density, -2)  # (..., 6)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +13,10 @@ from cfrl import settings
 from cfrl.assets import ASSETS
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
-from cfrl.model.transformer import CrystalTransformer, ModelConfig
+from cfrl.model.options import ModelConfig
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
 from cfrl.untrusted import fitting, one_line, read_tensors
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"
 
@@ -70,11 +66,18 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     header, weights = _read_model(path)
     with fitting(path):
         config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
-    return build_model(config, weights, path).to(device).eval().requires_grad_(False)
+    return build_model(config, weights, path).to(device)
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:
-    """A network with these weights. Raises UserError, naming the source, if they are not of these sizes."""
+    """A model with these weights, in evaluation mode and not watched by autograd: training asks for that itself.
+
+    Args:
+        source: where the weights are from, to be named in errors.
+
+    Raises:
+        UserError: the weights are not of these sizes.
+    """
     if config.num_weights > sum(t.numel() for t in weights.values()):  # before room is made for what is not there
         raise UserError(f"{source}: the weights do not fit their configuration (it asks for more of them)")
     network = CrystalTransformer(config)
@@ -82,7 +85,7 @@ def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | P
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{source}: the weights do not fit their configuration ({one_line(error)})") from error
-    return network
+    return network.eval().requires_grad_(False)
 
 
 def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -1,10 +1,12 @@
-"""How a model is trained."""
+"""How a model is built and how it is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.errors import UserError
 from cfrl.settings import (
     Count,
     CountOrZero,
@@ -13,21 +15,77 @@ from cfrl.settings import (
     Minutes,
     PositiveFraction,
     PositiveWeight,
+    Range,
     Seed,
     Settings,
     Weight,
     option,
 )
 
-# The names of transformer.PRESETS, here so that the command line needs no torch to offer them.
-PRESET_NAMES = ("default", "small", "alex-20")
+Size = Annotated[int, Range(1, 10**5)]  # of a layer, or how many of something
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """Sizes and conventions of a model; stored in its file.
+
+    fourier: number of frequencies Nf in which a coordinate enters.
+    coord_components, lattice_components: mixture sizes Kx and Kl.
+    max_sites: sites plus one stop; n_max of the papers.
+    descriptors: physical descriptors of elements, space groups and Wyckoff positions beside the learned tables,
+        and output weights shared through them.
+    likelihood: "exact": the density of the sampler. "published": lattice parameters scored by marginal mixtures
+        and tied coordinates scored too, as the published code does.
+    """
+
+    embed_size: Size = 32
+    h0_size: Size = 256
+    model_size: Size = 64
+    num_layers: Size = 16
+    num_heads: Size = 16
+    key_size: Size = 64
+    fourier: Size = 5
+    coord_components: Size = 16
+    lattice_components: Size = 4
+    max_sites: Size = 21
+    dropout: FractionBelowOne = 0.1
+    descriptors: bool = False
+    likelihood: Literal["exact", "published"] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.key_size % 2:
+            raise UserError(f"key_size = {self.key_size}: must be even, for rotary positions turn pairs")
+
+    @property
+    def num_weights(self) -> int:
+        """About how many numbers the matrices of such a model hold; never more than there are."""
+        inner, wide = self.num_heads * self.key_size, 3 * self.embed_size + 4 * self.fourier
+        layer = 8 * self.model_size + 4 * inner
+        return self.model_size * (self.num_layers * layer + wide + self.output_size) + self.embed_size * self.h0_size
+
+    @property
+    def output_size(self) -> int:
+        """Width of the head: elements and lattice, or a coordinate; the 28 letters need less."""
+        return max(NUM_ELEMENTS + 13 * self.lattice_components, 3 * self.coord_components)
+
+
+PRESETS = {
+    "default": ModelConfig(
+        embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
+    ),
+    "small": ModelConfig(
+        embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
+    ),
+    "alex-20": ModelConfig(),
+}
 
 
 @dataclass(frozen=True)
 class TrainingOptions(Settings):
     """Maximum likelihood on crystals."""
 
-    preset: Literal[*PRESET_NAMES] = option("default", "Architecture: default, small, alex-20 (the published one).")
+    preset: Literal[*PRESETS] = option("default", "Architecture: default, small, alex-20 (the published one).")
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
     lr: PositiveFraction = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")

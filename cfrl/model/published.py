@@ -12,17 +12,18 @@ import pickle
 import pickletools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cfrl.crystals.elements import NUM_ELEMENTS
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
 from cfrl.errors import UserError
 from cfrl.model.files import build_model
-from cfrl.model.transformer import CrystalTransformer, ModelConfig, space_group_shares
+from cfrl.model.network import space_group_shares
+from cfrl.model.options import ModelConfig
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.untrusted import check_weights, read_bytes
 
 # heads x key size cannot be told apart from the shapes alone; these are the sizes that were published
@@ -34,17 +35,17 @@ COORD_COMPONENTS_OF_WIDTH = {1024: 16, 256: 16, 32: 8}
 class _Inert(tuple):
     """Stands for an optimiser state, or for a type that is only named: keeps nothing, runs nothing."""
 
-    def __new__(cls, *_: Any) -> _Inert:
+    def __new__(cls, *_: object) -> _Inert:
         return super().__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         """Forget it."""
 
 
 class _Type:
     """Stands for numpy.dtype, whose own `__setstate__` can turn bytes of the file into pointers."""
 
-    def __init__(self, code: str, *_: Any) -> None:
+    def __init__(self, code: str, *_: object) -> None:
         if code not in _CODES:
             raise pickle.UnpicklingError(f"it holds an array of type {code!r:.40}, not of plain numbers")
         self.dtype = np.dtype(code)
@@ -59,7 +60,7 @@ class _Type:
 class _Array:
     """Stands for a numpy array: its numbers are copied out of bytes that have to be exactly as many."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.values = np.zeros(0)
 
     def __setstate__(self, state: tuple) -> None:
@@ -73,12 +74,12 @@ class _Array:
 class _JaxArray(_Array):
     """Stands for the wrapper that jax arrays unpickle through."""
 
-    def __init__(self, _function: Any, _arguments: tuple, state: tuple, _aval: Any) -> None:
+    def __init__(self, _function: object, _arguments: tuple, state: tuple, _aval: object) -> None:
         self.__setstate__(state)
 
 
 _CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
-_ALLOWED: dict[tuple[str, str], Any] = {  # classes of ours alone: whatever a pickle calls, it calls nothing of numpy's
+_ALLOWED: dict[tuple[str, str], type] = {  # classes of ours alone: whatever a pickle calls, it calls nothing of numpy's
     ("jax._src.array", "_reconstruct_array"): _JaxArray,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -93,7 +94,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {  # classes of ours alone: whatever a pi
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> type:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of arrays needs")
         return _ALLOWED[module, name]
@@ -123,7 +124,7 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     return {name: array.values for name, array in flat.items()}
 
 
-def _load(data: bytes) -> Any:
+def _load(data: bytes) -> object:
     places = (place for code, place, _ in pickletools.genops(data) if code.name in ("PUT", "LONG_BINPUT"))
     if max(places, default=0) > len(data):  # the unpickler makes room for that many
         raise pickle.UnpicklingError("it counts more objects than it has bytes")
@@ -152,7 +153,7 @@ def import_published(
         raise UserError(f"{NOT_ONE}: {error}") from error
     weights["space_group_log_prob"] = space_group_shares(torch.arange(1, NUM_SPACE_GROUPS + 1))
     check_weights(weights, NOT_ONE)  # what fits into float64 need not fit into float32
-    return build_model(config, weights, NOT_ONE).eval()
+    return build_model(config, weights, NOT_ONE)
 
 
 def _config(p: Mapping[str, np.ndarray], num_heads: int | None, coord_components: int | None) -> ModelConfig:

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import atomic_number
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS, constrain_lattice, tables
+from cfrl.crystals.symmetry import constrain_lattice
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.transformer import FACTORS, CrystalTransformer, KeyValueCache, unscale_lattice
+from cfrl.model.layers import KeyValueCache
+from cfrl.model.network import unscale_lattice
+from cfrl.model.transformer import FACTORS, CrystalTransformer
 
 UNIFORM = "uniform"
 SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
@@ -54,7 +57,7 @@ def draw(
     log_prob = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in FACTORS}
 
     # Crystals that are finished leave the batch: `rows` says which one each running sequence is.
-    rows = torch.arange(n, device=device)
+    rows = torch.arange(n, device=device)  # (B,), and so are group, letter and atoms
     atoms = torch.zeros_like(rows)
     cache = KeyValueCache(model.config.num_layers)
     features = letter = None
@@ -67,7 +70,7 @@ def draw(
             letter = torch.zeros_like(rows)  # no room for more: the stop is no choice
         else:
             if features is None:
-                logits = model.first_wyckoff_logits(group)
+                logits = model.first_wyckoff_logits(group)  # (B, 28)
             else:
                 logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
             distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
@@ -79,7 +82,7 @@ def draw(
         if stopped.any():
             done = rows[stopped]
             distribution = model.lattice_distribution(features[stopped], group[stopped], options)
-            scaled = distribution.sample(generator)
+            scaled = distribution.sample(generator)  # (those that stopped, 6)
             log_prob["lattice"][done] = distribution.log_prob(scaled).double()
             lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
             running = ~stopped
@@ -96,13 +99,13 @@ def draw(
         features = advance(model.embed_species(group[:, None], element[:, None]))
 
         free = t.free[group, letter]  # (B, 3)
-        matrix = t.project_matrix[group, letter].to(model.dtype)
-        shift = t.project_shift[group, letter].to(model.dtype)
+        matrix = t.project_matrix[group, letter].to(model.dtype)  # (B, 3, 3)
+        shift = t.project_shift[group, letter].to(model.dtype)  # (B, 3)
         coords = torch.zeros(len(rows), 3, dtype=model.dtype, device=device)
         for axis in range(3):
             if free[:, axis].any():
                 distribution = model.coordinate_distribution(features, options)
-                angle = distribution.sample(generator)
+                angle = distribution.sample(generator)  # (B,)
                 log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
                 coords[:, axis] = angle / (2 * math.pi) + 0.5
             # A tied coordinate follows from the free ones before it.
@@ -157,7 +160,7 @@ def sample(
     model_was_training = model.training
     model.eval()
     generator = seeded(model.device, seed)
-    shares = prior.exp().to(model.device)
+    shares = prior.exp().to(model.device)  # (231,)
     groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
     batches = []
     for part in groups.split(draw_size):

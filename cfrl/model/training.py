@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite
-from cfrl.model.options import TrainingOptions
-from cfrl.model.transformer import FACTORS, PRESETS, CrystalTransformer, chunk_size, space_group_shares
+from cfrl.model.network import space_group_shares
+from cfrl.model.options import PRESETS, TrainingOptions
+from cfrl.model.transformer import FACTORS, CrystalTransformer, chunk_size
 from cfrl.runs.interrupt import stop_on_signal
 
 BUCKET = 50  # batches among which crystals are sorted by length
@@ -105,7 +106,7 @@ class Trainer:
         torch.manual_seed(hash((self.options.seed, self.step, self.rank)) % 2**63)
         mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
         if self.options.augment:
-            choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()
+            choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()  # (B,)
             mine = mine.described_as(choice.long())
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -197,7 +198,7 @@ class Trainer:
         """The weights that are validated and shipped."""
         return self.average.module if self.average is not None else self.model
 
-    def _average_weights(self, averaged: list[Tensor], current: list[Tensor], _count: Any) -> None:
+    def _average_weights(self, averaged: list[Tensor], current: list[Tensor], _count: Tensor | int) -> None:
         # The average is short at first, so that it does not remember the random start.
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(averaged, current, 1 - decay)
@@ -226,7 +227,7 @@ class Trainer:
 
     # ---- odds and ends -----------------------------------------------------------------------------------------
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager:
         wanted = self.options.precision
         if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, torch.bfloat16)

@@ -14,12 +14,15 @@ __all__ = ["Evaluation", "Potential", "energy_scale", "full_name", "load_potenti
 def load_potential(name: str = "chgnet", device: str | torch.device | None = None) -> Potential:
     """Load a potential.
 
-    name: "chgnet" (0.3.0, its weights come with its package), "chgnet:0.2.0", "mace:medium-mpa-0" (a MACE
-    foundation model, downloaded on first use) or "mace:PATH.model" (a local file). What a file was trained on it does
-    not say: "mace:PATH.model@mp-raw" declares uncorrected Materials Project energies, which then get the MP2020
-    corrections, and "@mp2020" corrected ones (scales.py).
-    device: "cpu", "cuda", ...; the GPU if there is one when None.
-    Raises UserError for a name, version, scale or file that does not exist, and for a package that is missing.
+    Args:
+        name: "chgnet" (0.3.0, its weights come with its package), "chgnet:0.2.0", "mace:medium-mpa-0" (a MACE
+            foundation model, downloaded on first use) or "mace:PATH.model" (a local file). What a file was trained on
+            it does not say: "mace:PATH.model@mp-raw" declares uncorrected Materials Project energies, which then get
+            the MP2020 corrections, and "@mp2020" corrected ones (scales.py).
+        device: "cpu", "cuda", ...; None: the GPU if there is one.
+
+    Raises:
+        UserError: no such name, version, scale or file, or a package is missing.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, scale = split_scale(name)

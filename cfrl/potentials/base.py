@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ import torch
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal
 from cfrl.potentials.scales import CORRECTED, RAW, mp2020_correction
 
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+    from cfrl.crystals.crystal import CrystalBatch
+
+    Crystal = Structure | SymmetricCell
+
+Graph = TypeVar("Graph")  # what a model makes of a crystal; each adapter has its own
 POOLING = ("mean", "std", "min", "max")
 MAX_ENERGY = 100.0  # eV/atom; beyond any crystal, only extrapolation gives it
 
@@ -80,7 +88,7 @@ class Evaluation:
         )
 
 
-class Potential(ABC):
+class Potential(ABC, Generic[Graph]):
     """A machine-learned interatomic potential.
 
     name: e.g. "chgnet-0.3.0"
@@ -121,27 +129,32 @@ class Potential(ABC):
         return self.result_scale(self.training_scale, self.name)
 
     @abstractmethod
-    def prepare(self, cell: SymmetricCell) -> Any:
+    def prepare(self, cell: SymmetricCell) -> Graph:
         """The model's graph of one checked crystal. Raises UnusableCrystal with the reason."""
 
     @abstractmethod
-    def evaluate(self, graphs: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
+    def evaluate(self, graphs: list[Graph], forces: bool, stress: bool, features: bool) -> Evaluation:
         """Run the model once on a batch of graphs."""
 
     def compute(
         self,
-        structures: Iterable[Any],
+        structures: CrystalBatch | Iterable[Crystal],
         forces: bool = False,
         stress: bool = False,
         features: bool = False,
         progress: Callable[[int], None] | None = None,
         corrected: bool = True,
     ) -> Evaluation:
-        """Evaluate pymatgen structures, SymmetricCells or a CrystalBatch, of mixed sizes.
+        """Evaluate n crystals of mixed sizes.
 
-        Never raises because of a crystal: what cannot be evaluated gets NaN and a status. `progress` is
-        called with the number of crystals done so far. `corrected=False` leaves energies as the model gives them: a
-        relaxation must, as corrections jump where a bond O-O is counted no more.
+        Never raises because of a crystal: what cannot be evaluated gets NaN and a status.
+
+        Args:
+            structures: n pymatgen structures, SymmetricCells or a CrystalBatch.
+            forces, stress, features: what is wanted beside energies.
+            progress: called with the number of crystals done so far.
+            corrected: False leaves energies as the model gives them: a relaxation must, as corrections jump where a
+                bond O-O is counted no more.
         """
         structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
         result = self._blank(structures, forces, stress, features)
@@ -153,7 +166,7 @@ class Potential(ABC):
             self.correct(structures, result)
         return result
 
-    def correct(self, structures: Sequence[Any], result: Evaluation) -> None:
+    def correct(self, structures: Sequence[Crystal], result: Evaluation) -> None:
         """Adds the MP2020 corrections to the energies where the model was trained without them."""
         if self.training_scale != RAW:
             return
@@ -167,7 +180,7 @@ class Potential(ABC):
                 result.status[row] = f"no MP2020 correction: {_describe(error)}"
         result.energy = result.energy + result.correction
 
-    def _blank(self, structures: list[Any], forces: bool, stress: bool, features: bool) -> Evaluation:
+    def _blank(self, structures: list[Crystal], forces: bool, stress: bool, features: bool) -> Evaluation:
         n = len(structures)
         return Evaluation(
             energy=np.full(n, np.nan),
@@ -177,7 +190,7 @@ class Potential(ABC):
             features=np.full((n, self.feature_size), np.nan) if features else None,
         )
 
-    def _batches(self, structures: list[Any], status: list[str]) -> Iterator[tuple[int, list[tuple[int, Any]]]]:
+    def _batches(self, structures: list[Crystal], status: list[str]) -> Iterator[tuple[int, list[tuple[int, Graph]]]]:
         """Yield (crystals done after this batch, [(row, graph), ...]); the next graphs are built meanwhile."""
         chunks = self._chunks(structures)
         with ThreadPoolExecutor(1) as worker:
@@ -187,7 +200,7 @@ class Potential(ABC):
                 yield rows[0], batch
             yield len(structures), ahead.result()
 
-    def _chunks(self, structures: list[Any]) -> Iterator[list[int]]:
+    def _chunks(self, structures: list[Crystal]) -> Iterator[list[int]]:
         """Consecutive rows that together have at most `max_atoms` atoms (or one crystal)."""
         rows, atoms = [], 0
         for row, structure in enumerate(structures):
@@ -199,7 +212,7 @@ class Potential(ABC):
         if rows:
             yield rows
 
-    def _graphs(self, structures: list[Any], rows: list[int], status: list[str]) -> list[tuple[int, Any]]:
+    def _graphs(self, structures: list[Crystal], rows: list[int], status: list[str]) -> list[tuple[int, Graph]]:
         batch = []
         for row in rows:
             try:
@@ -213,7 +226,7 @@ class Potential(ABC):
                 status[row] = f"no graph: {_describe(error)}"
         return batch
 
-    def _run(self, batch: list[tuple[int, Any]], result: Evaluation) -> None:
+    def _run(self, batch: list[tuple[int, Graph]], result: Evaluation) -> None:
         """Evaluate a batch; when that fails, halve it until the crystal at fault stands alone."""
         if not batch:
             return
@@ -256,15 +269,20 @@ class Potential(ABC):
 
 
 def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:
-    """Features of atoms -> of crystals, the four of POOLING after one another.
+    """Features of atoms to those of n crystals, the four of POOLING after one another.
 
-    layer (r, f): each row stands for `size` (r,) atoms of crystal number `crystal` (r,). Returns (n, 4 f).
+    Args:
+        layer: (r, f) features.
+        crystal, size: (r,) of each row the number of its crystal, and how many atoms of it the row stands for.
+
+    Returns:
+        (n, 4 f).
     """
-    index = crystal[:, None].expand_as(layer)
-    zeros = layer.new_zeros(n, layer.shape[1])
-    size = size[:, None].to(layer)
+    index = crystal[:, None].expand_as(layer)  # (r, f)
+    zeros = layer.new_zeros(n, layer.shape[1])  # (n, f)
+    size = size[:, None].to(layer)  # (r, 1)
     atoms = zeros.scatter_add(0, index, size.expand_as(layer))
-    mean = zeros.scatter_add(0, index, size * layer) / atoms
+    mean = zeros.scatter_add(0, index, size * layer) / atoms  # (n, f)
     variance = zeros.scatter_add(0, index, size * (layer - mean[crystal]) ** 2) / atoms
     variance = variance.clamp(min=1e-12)  # the root has no gradient at 0
     low, high = (zeros.scatter_reduce(0, index, layer, r, include_self=False) for r in ("amin", "amax"))

@@ -7,12 +7,16 @@ model makes of it is decided in the adapters (folded.py, mace.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cfrl.crystals.analysis import find_symmetry
 from cfrl.crystals.elements import SYMBOLS
-from cfrl.crystals.symmetry import SymmetryError, find_symmetry
+from cfrl.crystals.symmetry import SymmetryError
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
 
 MIN_DISTANCE = 0.3  # angstrom; closer atoms are no crystal, and their neighbour lists explode
 MAX_NEIGHBOURS = 500_000  # directed pairs within the cutoff in one crystal
@@ -44,10 +48,14 @@ class SymmetricCell:
     shift: np.ndarray
 
     @classmethod
-    def of(cls, structure: Any, symprec: float = SYMPREC) -> SymmetricCell:
+    def of(cls, structure: Structure, symprec: float = SYMPREC) -> SymmetricCell:
         """The cell of a pymatgen structure with the operations that moyo finds.
 
-        Raises UnusableCrystal where there are no atoms, or sites that are not one element each.
+        Args:
+            symprec: angstrom.
+
+        Raises:
+            UnusableCrystal: there are no atoms, or sites that are not one element each.
         """
         if not len(structure):
             raise UnusableCrystal("no atoms")
@@ -84,7 +92,7 @@ class SymmetricCell:
     def without_symmetry(self) -> SymmetricCell:
         return self._plain(self.matrix, self.frac, self.numbers)
 
-    def structure(self) -> Any:
+    def structure(self) -> Structure:
         """As pymatgen structure."""
         from pymatgen.core import Lattice, Structure
 
@@ -131,9 +139,17 @@ class SymmetricCell:
 def neighbours(
     cell: SymmetricCell, first: np.ndarray, cutoff: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs from each orbit's first atom: orbit, neighbour, its translation, distance, sorted by orbit.
+    """Pairs from each orbit's first atom, sorted by orbit; they reach MARGIN beyond the cutoff.
 
-    They reach MARGIN beyond the cutoff. Raises UnusableCrystal for overlapping or isolated atoms.
+    Args:
+        first: (r,) the first atom of each orbit.
+        cutoff: angstrom.
+
+    Returns:
+        orbit (e,), neighbour (e,), its translation (e, 3), distance (e,) in angstrom.
+
+    Raises:
+        UnusableCrystal: atoms overlap, or one is isolated.
     """
     from pymatgen.optimization.neighbors import find_points_in_spheres
 
@@ -155,7 +171,9 @@ def neighbours(
     return center[order], neighbour[order], translation[order], distance[order]
 
 
-def _operations(matrix, frac, numbers, symprec):
+def _operations(
+    matrix: np.ndarray, frac: np.ndarray, numbers: np.ndarray, symprec: float
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Rotations (g, 3, 3) and translations (g, 3) of a cell, or None where moyo gives up."""
     try:
         operations = find_symmetry(matrix, frac, numbers, symprec).operations
@@ -164,9 +182,16 @@ def _operations(matrix, frac, numbers, symprec):
     return np.array(operations.rotations), np.array(operations.translations)
 
 
-def _match_atoms(matrix, frac, numbers, rotations, translations, tolerance):
+def _match_atoms(
+    matrix: np.ndarray,
+    frac: np.ndarray,
+    numbers: np.ndarray,
+    rotations: np.ndarray,
+    translations: np.ndarray,
+    tolerance: float,
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Where each operation takes each atom: (g, n) atoms and (g, n, 3) translations; None if one goes astray."""
-    moved = np.einsum("gab,nb->gna", rotations, frac) + translations[:, None]
+    moved = np.einsum("gab,nb->gna", rotations, frac) + translations[:, None]  # (g, n, 3)
     image = np.empty(moved.shape[:2], dtype=np.int64)
     for number in np.unique(numbers):
         atoms = np.nonzero(numbers == number)[0]

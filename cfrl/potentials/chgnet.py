@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
@@ -26,7 +25,7 @@ SCALES = {"0.3.0": CORRECTED, "0.2.0": CORRECTED, "r2scan": "r2scan"}  # of the 
 ELEMENTS = frozenset(range(1, 95)) - frozenset(range(84, 89))
 
 
-class CHGNetPotential(Potential):
+class CHGNetPotential(Potential[FoldedGraph]):
     """CHGNet with its pretrained weights.
 
     Features: for two layers (the atoms' features before the last convolution, which predict magnetic moments,
@@ -36,9 +35,14 @@ class CHGNetPotential(Potential):
     """
 
     def __init__(self, version: str, device: torch.device, symmetry: bool = True) -> None:
-        """`symmetry=False` evaluates whole cells: slower, for comparison.
+        """Loads the weights.
 
-        Raises UserError if the version is unknown or chgnet is not installed.
+        Args:
+            version: one of SCALES.
+            symmetry: False evaluates whole cells: slower, for comparison.
+
+        Raises:
+            UserError: the version is unknown, or chgnet is not installed.
         """
         if version not in SCALES:
             raise UserError(f"unknown CHGNet version {version!r}: there are {', '.join(SCALES)}")
@@ -175,7 +179,7 @@ class _Batch:
         return (steps[:, None] @ lattice[self.edge_cell])[:, 0]
 
 
-def _convolve(layer: Any, batch: _Batch, atom: Tensor, bond: Tensor, weight: Tensor) -> Tensor:
+def _convolve(layer: nn.Module, batch: _Batch, atom: Tensor, bond: Tensor, weight: Tensor) -> Tensor:
     messages = layer.twoBody_atom(torch.cat([atom[batch.source], bond[batch.bond], atom[batch.target]], 1))
     return atom + layer.mlp_out(torch.zeros_like(atom).index_add(0, batch.source, messages * weight))
 

@@ -57,9 +57,13 @@ class FoldedGraph:
 
 
 def fold(cell: SymmetricCell, cutoff: float, angle_cutoff: float) -> FoldedGraph:
-    """The folded graph of a cell, pairs within `cutoff` and angles between pairs within `angle_cutoff`.
+    """The folded graph of a cell.
 
-    Raises UnusableCrystal for overlapping or isolated atoms.
+    Args:
+        cutoff, angle_cutoff: angstrom; of pairs, and of the pairs that have angles between them.
+
+    Raises:
+        UnusableCrystal: atoms overlap, or one is isolated.
     """
     first, size, orbit = cell.orbits()
     center, neighbour, translation, distance = neighbours(cell, first, cutoff)

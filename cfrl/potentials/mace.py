@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,16 +59,20 @@ class _Graph:
     copies: int
 
 
-class MACEPotential(Potential):
+class MACEPotential(Potential[_Graph]):
     """A MACE model. Features: the invariant descriptors of all layers, pooled over the atoms (POOLING).
 
     Of a model with several heads the one called "default" is used, else the last.
     """
 
     def __init__(self, model: str, device: torch.device) -> None:
-        """`model` is the name of a MACE-MP foundation model or the path of a `.model` file.
+        """Loads the weights.
 
-        Raises UserError if it does not exist, cannot be read, or mace-torch is not installed.
+        Args:
+            model: name of a MACE-MP foundation model, or path of a `.model` file.
+
+        Raises:
+            UserError: it does not exist, cannot be read, or mace-torch is not installed.
         """
         if not model:
             raise UserError("which MACE model? Use mace:medium-mpa-0 or mace:PATH.model")
@@ -168,7 +171,8 @@ class MACEPotential(Potential):
 def load_mace_model(path: Path) -> torch.nn.Module:
     """Read a `.model` file without running code from it, except the einsums that MACE itself stores as code.
 
-    Raises UserError if the file holds anything that a MACE model does not need.
+    Raises:
+        UserError: the file holds anything that a MACE model does not need.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -182,7 +186,7 @@ def load_mace_model(path: Path) -> torch.nn.Module:
     return model
 
 
-def _resolve(name: str) -> Callable[..., Any]:
+def _resolve(name: str) -> Callable[..., object]:
     """The class of this name if MACE models are made of such. Raises ValueError if not."""
     if name == TRACED:
         return _traced_module
@@ -194,7 +198,7 @@ def _resolve(name: str) -> Callable[..., Any]:
     raise ValueError(f"{name} has no place in a MACE model")
 
 
-def _traced_module(body: dict[str, Any], import_block: str) -> torch.nn.Module:
+def _traced_module(body: dict[str, object], import_block: str) -> torch.nn.Module:
     """torch.fx's own loader executes stored source; only tensor contractions may pass."""
     from torch.fx.graph_module import reduce_graph_module
 
@@ -211,7 +215,8 @@ def _traced_module(body: dict[str, Any], import_block: str) -> torch.nn.Module:
 def imported_mace() -> Iterator[None]:
     """mace on import makes torch.load unsafe for the whole process; undo that. Its chatter goes to stderr.
 
-    Raises UserError if mace-torch is not installed.
+    Raises:
+        UserError: mace-torch is not installed.
     """
     variable = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cfrl.potentials import Evaluation, Potential, load_potential
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal, neighbours
+
+if TYPE_CHECKING:
+    from pymatgen.core import Structure
+
+    from cfrl.crystals.crystal import CrystalBatch
 
 RADIUS, MAX_RADIUS, MIN_RADIUS = 0.2, 0.5, 1e-4  # angstrom; longest way of an atom in one step
 BOND = 2.0  # angstrom; a strain counts as the change of such a bond
@@ -39,7 +44,7 @@ class Relaxed:
     volume_change: relative to the start
     """
 
-    structure: Any
+    structure: Structure | None
     energy: float
     steps: int
     converged: bool
@@ -52,7 +57,7 @@ class Relaxed:
 class RelaxResult:
     """Relaxations of n crystals in the order they came; the fields of `Relaxed`, one array or list each."""
 
-    structures: list[Any]
+    structures: list[Structure | None]
     energy: np.ndarray
     steps: np.ndarray
     converged: np.ndarray
@@ -77,7 +82,7 @@ class RelaxResult:
 
 
 def relax(
-    structures: Iterable[Any],
+    structures: CrystalBatch | Iterable[Structure],
     potential: Potential | str = "chgnet",
     *,
     fmax: float = 0.05,
@@ -86,16 +91,21 @@ def relax(
     keep_symmetry: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> RelaxResult:
-    """Relax pymatgen structures or a CrystalBatch.
+    """Relax n crystals.
 
-    potential: one, or the name of one, see `load_potential`
-    fmax: eV/angstrom; converged when no force is larger, nor volume * stress / atoms (a row of it, in eV), which
-        is ASE's criterion for a FrechetCellFilter
-    steps: evaluations per crystal, at most
-    cell: relax the cell too
-    keep_symmetry: keep the space group found at the start; otherwise atoms are shaken by 0.01 angstrom first
-        (the same way each time) and every coordinate is free
-    progress: called with the number of crystals done
+    Args:
+        structures: pymatgen structures or a CrystalBatch.
+        potential: one, or the name of one, see `load_potential`.
+        fmax: eV/angstrom; converged when no force is larger, nor volume * stress / atoms (a row of it, in eV), which
+            is ASE's criterion for a FrechetCellFilter.
+        steps: evaluations per crystal, at most.
+        cell: relax the cell too.
+        keep_symmetry: keep the space group found at the start; otherwise atoms are shaken by 0.01 angstrom first
+            (the same way each time) and every coordinate is free.
+        progress: called with the number of crystals done.
+
+    Raises:
+        UserError: there is no such potential. A crystal that cannot be relaxed has a status instead.
     """
     potential = load_potential(potential) if isinstance(potential, str) else potential
     structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
@@ -133,7 +143,7 @@ class _Walk:
     """One crystal on its way down: coordinates q along its symmetric modes, and the point to evaluate next."""
 
     def __init__(
-        self, structure: Any, potential: Potential, fmax: float, steps: int, cell: bool, keep_symmetry: bool
+        self, structure: Structure, potential: Potential, fmax: float, steps: int, cell: bool, keep_symmetry: bool
     ) -> None:
         start = SymmetricCell.of(structure)
         start.check(potential.elements, potential.cutoff)

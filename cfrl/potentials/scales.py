@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from cfrl.errors import UserError
+
+if TYPE_CHECKING:
+    from pymatgen.core import Composition, Structure
+    from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 
 CORRECTED, RAW = "mp2020", "mp-raw"
 DECLARED = (CORRECTED, RAW)
@@ -21,7 +25,8 @@ DECLARED = (CORRECTED, RAW)
 def split_scale(name: str) -> tuple[str, str]:
     """ "mace:my.model@mp-raw" -> ("mace:my.model", "mp-raw"); the scale is "" where none is declared.
 
-    Raises UserError for a scale that there is not.
+    Raises:
+        UserError: no such scale.
     """
     potential, _, scale = name.rpartition("@")
     if not potential or "." in scale or "/" in scale:  # the @ belongs to a path
@@ -31,7 +36,7 @@ def split_scale(name: str) -> tuple[str, str]:
     return potential, scale
 
 
-def mp2020_correction(structure: Any) -> float:
+def mp2020_correction(structure: Structure) -> float:
     """eV/atom to add to the GGA(+U) energy of a pymatgen structure, had MPRelaxSet been used for it.
 
     O and S are classed by the distances in the structure (oxide, peroxide, superoxide), other anions by composition.
@@ -50,7 +55,7 @@ def mp2020_correction(structure: Any) -> float:
         return sum(adjustment.value for adjustment in _scheme().get_adjustments(entry)) / len(structure)
 
 
-def _hubbards(structure: Any) -> dict[str, float]:
+def _hubbards(structure: Structure) -> dict[str, float]:
     """U in eV of the transition metals, which MPRelaxSet gives them in oxides and fluorides."""
     symbols = [element.symbol for element in sorted(structure.composition.elements, key=lambda element: element.X)]
     settings = _scheme().u_settings.get(symbols[-1], {})
@@ -58,7 +63,7 @@ def _hubbards(structure: Any) -> dict[str, float]:
 
 
 @lru_cache(maxsize=16384)
-def _oxidation_states(composition: Any) -> dict[str, float]:
+def _oxidation_states(composition: Composition) -> dict[str, float]:
     """As pymatgen guesses them, which takes longer than all the rest."""
     try:
         return dict(next(iter(composition.oxi_state_guesses(max_sites=-20)), {}))
@@ -67,7 +72,7 @@ def _oxidation_states(composition: Any) -> dict[str, float]:
 
 
 @cache
-def _scheme() -> Any:
+def _scheme() -> MaterialsProject2020Compatibility:
     from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 
     return MaterialsProject2020Compatibility(check_potcar=False)  # there are none

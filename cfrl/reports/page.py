@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.display import shown_atoms, space_group_symbol, subscripts
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.reports.figures import Figure, PeriodicTable
 
@@ -175,14 +176,8 @@ def scene(crystal: CrystalBatch) -> dict[str, Any]:
     """A conventional cell for 3Dmol: atoms (those on the cell's faces on every such face), bonds, edges; angstrom."""
     from ase.data import covalent_radii
 
-    frac, numbers, _, _ = crystal.atoms()
+    frac, numbers = shown_atoms(crystal)
     matrix = crystal.lattice_matrix()[0].double().numpy()
-    frac, numbers = frac.double().numpy() % 1.0, numbers.numpy()
-    frac[frac > 1 - 1e-4] = 0.0
-    for axis in range(3):  # an atom at 0 is also shown at 1
-        face = frac[:, axis] < 1e-4
-        frac = np.concatenate([frac, frac[face] + np.eye(3)[axis]])
-        numbers = np.concatenate([numbers, numbers[face]])
     points = frac @ matrix
     bonds: list[list[int]] = []
     if len(points) <= _MAX_BONDED:
@@ -199,19 +194,6 @@ def scene(crystal: CrystalBatch) -> dict[str, Any]:
         "bonds": bonds,
         "box": [np.round(np.stack(edge) @ matrix, 3).tolist() for edge in edges],
     }
-
-
-def subscripts(formula: str) -> str:
-    """BaTiO3 -> BaTiO<sub>3</sub>."""
-    return re.sub(r"(?<=[A-Za-z)])(\d+)", r"<sub>\1</sub>", html.escape(formula))
-
-
-def space_group_symbol(number: int) -> str:
-    """Such as `P2<sub>1</sub>/m`; bars stand above their digits."""
-    from moyopy import SpaceGroupType
-
-    symbol = re.sub(r"_(\d)", r"<sub>\1</sub>", SpaceGroupType(number).hm_short.replace(" ", ""))
-    return re.sub(r"-(\d)", "\\1\N{COMBINING OVERLINE}", symbol)
 
 
 def _linked(name: str) -> str:

@@ -16,6 +16,8 @@ from cfrl.errors import UserError
 from cfrl.io import readers
 from cfrl.io.catalogue import HDF5
 from cfrl.io.datasets import load_dataset, read_structures
+from cfrl.io.formats.entry import Unusable
+from cfrl.io.formats.records import STRUCTURE_COLUMNS
 from cfrl.stability.hull import ReferenceHull
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def _known_in_files(name: str, formulas: set[str]) -> Iterator[tuple[str, KnownC
         for _, entry in readers.iter_entries(path):
             try:
                 cell = readers.parse(entry.kind, entry.payload)
-            except readers.Unusable:
+            except Unusable:
                 continue
             formula = reduced_formula(cell.numbers.tolist(), [1] * len(cell.numbers))
             if formula in formulas:
@@ -123,7 +125,7 @@ def is_formula_list(name: str) -> bool:
     if ".csv" not in Path(name).suffixes or not Path(name).is_file():
         return False
     head = _csv_columns(name, nrows=0).columns
-    return "formula" in head and not set(readers.STRUCTURE_COLUMNS) & set(head)
+    return "formula" in head and not set(STRUCTURE_COLUMNS) & set(head)
 
 
 def read_formulas(name: str) -> ReferenceHull:

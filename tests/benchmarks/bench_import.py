@@ -22,7 +22,8 @@ from rich.table import Table
 
 from cfrl.commands.data import run_import
 from cfrl.config import DataConfig
-from cfrl.crystals import symmetry
+from cfrl.crystals import analysis
+from cfrl.crystals.symmetry import SymmetryError
 from cfrl.io import readers
 
 SAMPLE = 1000  # entries for the rates of the parts
@@ -56,8 +57,8 @@ def main() -> None:
     start = time.process_time()
     for cell in cells:
         try:
-            symmetry.analyse(*cell)
-        except symmetry.SymmetryError:
+            analysis.analyse(*cell)
+        except SymmetryError:
             continue
     row("symmetry, one process, CPU time", len(entries), time.process_time() - start)
 

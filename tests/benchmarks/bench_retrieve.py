@@ -17,7 +17,8 @@ import torch
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.catalogue import dataset_path
 from cfrl.io.storage import iter_crystals
-from cfrl.model.transformer import PRESETS, CrystalTransformer
+from cfrl.model.options import PRESETS
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.screening.retrieval import rank
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from pymatgen.core import Lattice, Structure
 
 from cfrl.io import readers
+from cfrl.io.formats.entry import Unusable
 from cfrl.screening.inputs import read_samples
 from tests.fuzz import seeds
 from tests.fuzz.cases import Case, damaged, garbled
@@ -154,7 +155,7 @@ def problem(path: Path) -> str:
     for _, entry in readers.iter_entries(path):
         try:
             cell = readers.parse(entry.kind, entry.payload)
-        except readers.Unusable:
+        except Unusable:
             continue
         place = f"{path} row {entry.row}"
         if not (np.isfinite(cell.lattice).all() and np.isfinite(cell.frac_coords).all()):

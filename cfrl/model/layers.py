@@ -1,0 +1,136 @@
+"""What the network is made of: attention with a cache, blocks, embeddings with descriptors, rotary positions.
+
+Nothing here knows of crystals. B: sequences, T: tokens, d: model size, H: heads, D: key size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfrl.model.options import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the tokens decoded so far, per layer; grows as needed, shrinks with `select`."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.keys: list[Tensor | None] = [None] * num_layers  # each (B, H, room, D)
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, T, D) tensors after the `length` tokens held, and returns all: (B, H, length + T, D)."""
+        end = self.length + keys.shape[2]
+        stored = self.keys[layer]
+        if stored is None or end > stored.shape[2]:
+            for store, new in ((self.keys, keys), (self.values, values)):
+                larger = new.new_empty(*new.shape[:2], max(2 * end, 32), new.shape[3])
+                if store[layer] is not None:
+                    larger[:, :, : self.length] = store[layer][:, :, : self.length]
+                store[layer] = larger
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only these sequences: rows (B,) bool or their numbers."""
+        self.keys = [store[rows] for store in self.keys]
+        self.values = [store[rows] for store in self.values]
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions over the whole key size."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.key_size  # H D
+        self.heads, self.key_size = config.num_heads, config.key_size
+        self.query = nn.Linear(config.model_size, inner)
+        self.key = nn.Linear(config.model_size, inner)
+        self.value = nn.Linear(config.model_size, inner)
+        self.out = nn.Linear(inner, config.model_size)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        """(B, T, d) to (B, T, d); rotary (2, T, 1, D / 2), of the tokens' positions."""
+        B, T, _ = x.shape
+        query, key, value = (f(x).view(B, T, self.heads, self.key_size) for f in (self.query, self.key, self.value))
+        query, key = Rotation.apply(query, *rotary), Rotation.apply(key, *rotary)  # (B, T, H, D)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, T, D)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)  # (B, H, all tokens so far, D)
+        # One new token sees everything before it; a whole sequence needs the causal mask.
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=T > 1)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.model_size)
+        self.attention = Attention(config)
+        self.norm_mlp = nn.LayerNorm(config.model_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.model_size, 4 * config.model_size),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.model_size, config.model_size),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+        """(B, T, d) to (B, T, d); the rest as for `Attention`."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, layer))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+
+class DescribedEmbedding(nn.Embedding):
+    """A learned table plus a linear map of fixed descriptors (rows, k) of the same things."""
+
+    def __init__(self, descriptors: Tensor, size: int) -> None:
+        super().__init__(len(descriptors), size)
+        self.register_buffer("descriptors", descriptors, persistent=False)
+        self.project = nn.Linear(descriptors.shape[1], size, bias=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(...) row numbers to (..., size)."""
+        return super().forward(index) + self.project(self.descriptors[index])
+
+    def table(self) -> Tensor:
+        """All rows, (rows, size)."""
+        return self.weight + self.project(self.descriptors)
+
+
+def rotary_table(length: int, size: int) -> Tensor:
+    """(2, length, 1, size / 2) cosines and sines; in float32 always, as the published code computes them."""
+    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).unsqueeze(1)  # (length, 1, size / 2)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+class Rotation(torch.autograd.Function):
+    """Rotary position embedding, the halves of a key paired: (B, T, H, D) by angles (T, 1, D / 2).
+
+    Written out, because left to autograd it costs as much as the attention itself; its gradient is the rotation back.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradient, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    left, right = x[..., :half], x[..., half:]  # (B, T, H, D / 2)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(left, cos.to(x.dtype), out=y[..., :half]).addcmul_(right, sin.to(x.dtype), value=-1)
+    torch.mul(right, cos.to(x.dtype), out=y[..., half:]).addcmul_(left, sin.to(x.dtype))
+    return y

@@ -1,0 +1,238 @@
+"""The network: tokens of a crystal in, distributions of the next choice out. Read top to bottom in one sitting.
+
+A crystal with m sites is the token sequence W A x y z, m times, and one last W token for the stop. The output at a
+token predicts the next one; the output at the stop token predicts the lattice. The architecture is CrystalFormer's
+(arXiv 2403.15734), parameter for parameter, so that published weights load; `descriptors` adds what lets space
+groups, Wyckoff positions and elements learn from each other.
+
+B: crystals, S: sites, T: tokens, d: model size, e: embedding size. Layers are in layers.py, what a distribution is in
+distributions.py; drawing crystals is sampler.py's work, scoring them transformer.py's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, tables
+from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
+from cfrl.model.layers import Block, DescribedEmbedding, KeyValueCache, rotary_table
+from cfrl.model.options import ModelConfig
+
+TOKENS_PER_SITE = 5
+MIN_STD = 1e-3  # of lattice parameters
+
+
+class CrystalNetwork(nn.Module):
+    """What the sampler and the likelihood share.
+
+    Attributes:
+        config: sizes and conventions.
+        space_group_log_prob: (231,) buffer, log of the share of each space group in the training data, by number.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, e = config.model_size, config.embed_size
+        if config.descriptors:
+            self.space_group_embedding = DescribedEmbedding(space_group_descriptors()[1:], e)
+            self.species_embedding = DescribedEmbedding(element_descriptors(), e)
+            self.register_buffer("site_descriptors", site_descriptors(), persistent=False)  # (231, 28, k)
+            self.site_project = nn.Linear(self.site_descriptors.shape[-1], e, bias=False)
+            self.species_query = nn.Linear(d, e)
+            self.wyckoff_query = nn.Linear(d, e)
+            self.first_wyckoff_query = nn.Linear(config.h0_size, e)
+        else:
+            self.space_group_embedding = nn.Embedding(230, e)
+            self.species_embedding = nn.Embedding(NUM_ELEMENTS, e)
+        self.wyckoff_embedding = nn.Embedding(NUM_LETTERS, e)
+        self.first_hidden = nn.Linear(e, config.h0_size)
+        self.first_wyckoff = nn.Linear(config.h0_size, NUM_LETTERS)
+        self.wyckoff_in = nn.Linear(2 * e + 1, d)
+        self.species_in = nn.Linear(2 * e, d)
+        self.coords_in = nn.ModuleList(nn.Linear(e + 2 * config.fourier, d) for _ in range(3))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, config.output_size)
+        self.register_buffer("rotary", rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
+        self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, NUM_SPACE_GROUPS + 1)))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual = 1 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            std = 0.5 if "embedding.weight" in name else parameter.shape[1] ** -0.5
+            nn.init.trunc_normal_(
+                parameter, std=std * (residual if name.endswith(("out.weight", "mlp.2.weight")) else 1)
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    # ---- tokens in, outputs out -------------------------------------------------------------------------------
+
+    def embed_wyckoff(self, space_group: Tensor, wyckoff: Tensor) -> Tensor:
+        """(B, S, d) inputs of W tokens; space_group (B, 1), wyckoff (B, S)."""
+        multiplicity = tables(self.device).multiplicity[space_group, wyckoff].to(self.dtype)  # (B, S)
+        letter = self._site_embedding(space_group, wyckoff)  # (B, S, e)
+        return self.wyckoff_in(torch.cat([self._group(space_group, wyckoff), letter, multiplicity[..., None]], -1))
+
+    def embed_species(self, space_group: Tensor, species: Tensor) -> Tensor:
+        """(B, S, d) inputs of A tokens; space_group (B, 1), species (B, S)."""
+        return self.species_in(torch.cat([self._group(space_group, species), self.species_embedding(species)], -1))
+
+    def embed_coordinate(self, axis: int, space_group: Tensor, coordinate: Tensor) -> Tensor:
+        """(B, S, d) inputs of the x, y or z tokens (axis 0, 1, 2); space_group (B, 1), coordinate (B, S)."""
+        frequency = torch.arange(1, self.config.fourier + 1, device=self.device, dtype=self.dtype)  # (Nf,)
+        phase = 2 * math.pi * frequency * coordinate.to(self.dtype).unsqueeze(-1)  # (B, S, Nf)
+        waves = torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)  # (B, S, 2 Nf) sin 1, cos 1, sin 2, ...
+        return self.coords_in[axis](torch.cat([self._group(space_group, coordinate), waves], -1))
+
+    def _group(self, space_group: Tensor, like: Tensor) -> Tensor:
+        """(B, S, e) the space group beside each of `like` (B, S)."""
+        embedding = self.space_group_embedding(space_group - 1)  # (B, 1, e)
+        return embedding.expand(*like.shape, embedding.shape[-1])
+
+    def _site_embedding(self, space_group: Tensor, wyckoff: Tensor) -> Tensor:
+        """(B, S, e) of letters (B, S)."""
+        letter = self.wyckoff_embedding(wyckoff)
+        if self.config.descriptors:
+            letter = letter + self.site_project(self.site_descriptors[space_group, wyckoff])
+        return letter
+
+    def transform(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, d) token inputs to (B, T, d) features; with a cache the tokens follow those that it holds."""
+        start = cache.length if cache is not None else 0
+        rotary = self.rotary[:, start : start + tokens.shape[1]]  # (2, T, 1, D / 2)
+        x = self.dropout(tokens)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    # ---- features to distributions; the sampler and log_prob share these ---------------------------------------
+
+    def first_wyckoff_logits(self, space_group: Tensor) -> Tensor:
+        """(B, 28) logits of the first site's letter; space_group (B,)."""
+        hidden = F.gelu(self.first_hidden(self.space_group_embedding(space_group - 1)), approximate="tanh")  # (B, h0)
+        logits = self.first_wyckoff(hidden)  # (B, 28)
+        if self.config.descriptors:
+            logits = logits + self._match_sites(self.first_wyckoff_query(hidden).unsqueeze(1), space_group)[:, 0]
+        return logits
+
+    def wyckoff_logits(self, features: Tensor, space_group: Tensor) -> Tensor:
+        """(B, S, 28) logits of the next site's letter from features (B, S, d) at z tokens."""
+        logits = self._linear_head(features, NUM_LETTERS)
+        if self.config.descriptors:
+            logits = logits + self._match_sites(self.wyckoff_query(features), space_group)
+        return logits
+
+    def _match_sites(self, query: Tensor, space_group: Tensor) -> Tensor:
+        """(B, S, 28) how well queries (B, S, e) fit the letters of the space groups (B,)."""
+        letters = torch.arange(NUM_LETTERS, device=self.device)
+        sites = self._site_embedding(space_group.unsqueeze(1), letters)  # (B, 28, e)
+        return query @ sites.transpose(1, 2) / math.sqrt(self.config.embed_size)
+
+    def wyckoff_distribution(
+        self,
+        logits: Tensor,
+        space_group: Tensor,
+        previous: Tensor | None,
+        atoms: Tensor,
+        options: SamplerOptions,
+        nucleus: Tensor | None = None,
+    ) -> Categorical:
+        """Of the next letter. space_group broadcasts to (...), logits (..., 28).
+
+        Letters never decrease, and increase strictly after a site that can be occupied only once.
+
+        Args:
+            previous: (...) the letter before, or None for the first site (which may not be a stop).
+            atoms: (...) atoms in the cell so far.
+            nucleus: as in `Categorical`; so in the other distributions.
+        """
+        t = tables(self.device)
+        letter = torch.arange(NUM_LETTERS, device=self.device)
+        mask = (letter >= 1) & (letter <= t.num_letters[space_group].unsqueeze(-1))  # (..., 28)
+        if options.max_atoms is not None:
+            mask = mask & (atoms.unsqueeze(-1) + t.multiplicity[space_group] <= options.max_atoms)
+        if previous is not None:
+            lowest = previous + (t.dof[space_group, previous] == 0)
+            mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
+        return Categorical(_at_least_float32(logits), mask, options, nucleus)
+
+    def species_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> Categorical:
+        """Of the element, from features (..., d) at W tokens."""
+        logits = _at_least_float32(self._linear_head(features, NUM_ELEMENTS))  # (..., 119)
+        if self.config.descriptors:
+            match = self.species_query(features) @ self.species_embedding.table().T
+            logits = logits + match / math.sqrt(self.config.embed_size)
+        allowed = torch.ones(NUM_ELEMENTS, dtype=torch.bool, device=self.device)
+        if options.elements is not None:
+            allowed = torch.zeros_like(allowed)
+            allowed[list(options.elements)] = True
+        allowed[0] = False
+        return Categorical(logits, allowed.expand_as(logits), options, nucleus)
+
+    def coordinate_distribution(
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> VonMisesMixture:
+        """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate."""
+        k = self.config.coord_components
+        logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)  # (..., Kx) each
+        return VonMisesMixture(logits, mean, F.softplus(width), options, nucleus)
+
+    def lattice_distribution(
+        self, features: Tensor, space_group: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+    ) -> LatticeMixture:
+        """Of the scaled lattice (see `scale_lattice`), from features (..., d) at the stop token."""
+        k = self.config.lattice_components
+        output = _at_least_float32(self._linear_head(features, NUM_ELEMENTS + 13 * k))[..., NUM_ELEMENTS:]  # 13 Kl
+        logits, mean, width = output.split([k, 6 * k, 6 * k], -1)
+        mean, width = mean.unflatten(-1, (k, 6)), width.unflatten(-1, (k, 6))  # (..., Kl, 6)
+        free = tables(self.device).lattice_free[space_group]
+        joint = self.config.likelihood == "exact"
+        return LatticeMixture(logits, mean, F.softplus(width) + MIN_STD, free, options, joint, nucleus)
+
+    def _linear_head(self, features: Tensor, width: int) -> Tensor:
+        """(..., width): the first outputs of the head, of features (..., d)."""
+        return F.linear(features, self.head.weight[:width], self.head.bias[:width])
+
+
+def scale_lattice(lattice: Tensor, num_atoms: Tensor) -> Tensor:
+    """(..., 6) in angstrom and degrees to the network's units: lengths over (atoms in the cell)^(1/3), radians."""
+    size = num_atoms.to(lattice.dtype).pow(1 / 3).unsqueeze(-1)
+    return torch.cat([lattice[..., :3] / size, torch.deg2rad(lattice[..., 3:])], -1)
+
+
+def unscale_lattice(scaled: Tensor, num_atoms: Tensor) -> Tensor:
+    """The inverse of `scale_lattice`."""
+    size = num_atoms.to(scaled.dtype).pow(1 / 3).unsqueeze(-1)
+    return torch.cat([scaled[..., :3] * size, torch.rad2deg(scaled[..., 3:])], -1)
+
+
+def space_group_shares(space_group: Tensor) -> Tensor:
+    """(231,) log of the share of each space group among crystals, by number."""
+    counts = torch.bincount(space_group, minlength=NUM_SPACE_GROUPS + 1).float()
+    return (counts / counts.sum()).log()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import tomli
-
 from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions
@@ -39,7 +37,7 @@ from cfrl.settings import (
     option,
     to_toml,
 )
-from cfrl.untrusted import one_line, read_text
+from cfrl.untrusted import read_toml
 
 T = TypeVar("T")
 USER_FILE = "cfrl.toml"
@@ -412,10 +410,7 @@ def read_run_config(cls: type[T], path: Path) -> T:
 
 
 def _section(path: Path, name: str) -> dict[str, Any]:
-    try:
-        document = tomli.loads(read_text(path))
-    except (tomli.TOMLDecodeError, ValueError, RecursionError) as error:  # ValueError: numbers and dates
-        raise UserError(f"{path}: cannot be read as TOML: {one_line(error)}") from error
+    document = read_toml(path)
     for key in document:
         if key not in SECTIONS and key != "rewards":
             raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")

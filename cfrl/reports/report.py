@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
@@ -38,7 +37,7 @@ from cfrl.reports.figures import (
 from cfrl.reports.page import Page, label, number_text
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.stability.flags import FLAGS
-from cfrl.untrusted import fitting, open_hdf5, read_json, read_text
+from cfrl.untrusted import fitting, open_hdf5, read_json, read_toml
 
 REPORT = "report.html"
 SHOWN_CRYSTALS = 12
@@ -92,7 +91,7 @@ def _page(run: RunFolder, title: str, subtitle: str) -> Page:
 
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
-    return tomli.loads(read_text(run.path / "config.toml"))
+    return read_toml(run.path / "config.toml")
 
 
 def _command(run: RunFolder) -> str:

@@ -1,8 +1,8 @@
 """Screen: which of these crystals deserve a DFT calculation?
 
 `screen` leads crystals from any generator through the stages: validity, duplicates and known crystals, relaxation,
-energy above the hull, properties; then it counts, ranks and writes. What a stage does with a crystal is in
-`screening/stages.py`, how work is spread in `runs/engine.py`, the table and its counts in `screening/tally.py`.
+energy above the hull, properties; then it counts, ranks and writes. Of `screening/`, what a stage does with a crystal
+is in `stages.py`, the table in `table.py`, what it comes to in `tally.py`; workers are `runs/engine.py`'s.
 
 Results of a stage go to a journal in the run folder as they come. A journal is named by all that its results depend
 on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.
@@ -41,7 +41,8 @@ from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
-from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
+from cfrl.screening.table import TEXT, Table, expression
+from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale

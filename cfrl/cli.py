@@ -20,7 +20,7 @@ import typer
 from cfrl import __version__, config, files
 from cfrl.commands.streams import patient_streams
 from cfrl.errors import UserError
-from cfrl.settings import choices, set_kind
+from cfrl.settings import RUNS, choices, set_kind
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -53,26 +53,26 @@ model_app = typer.Typer(help=MODEL_HELP, no_args_is_help=True)
 rewards_app = typer.Typer(help=REWARDS_HELP, invoke_without_command=True)
 
 
-def _offer(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+def _offer(*choices: str) -> Callable[[str], list[str]] | None:
     """What the Tab key asks; where nothing fits, the shell goes on to file names."""
-    return (lambda incomplete: [word for word in choices if word.startswith(incomplete)]) if choices else None
+
+    def offer(incomplete: str) -> list[str]:
+        words = [word for choice in choices for word in (_runs() if choice == RUNS else [choice])]
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offer if choices else None
 
 
-def _runs(incomplete: str) -> list[str]:
-    """Run folders, newest first, for the Tab key."""
-    found = sorted((str(path.parent) for path in Path("runs").glob("*/config.toml")), reverse=True)
-    return [name for name in found if name.startswith(incomplete)]
-
-
-def _last_or_run(incomplete: str) -> list[str]:
-    return [*(["last"] if "last".startswith(incomplete) else []), *_runs(incomplete)]
+def _runs() -> list[str]:
+    """Run folders, newest first."""
+    return sorted((str(path.parent) for path in Path("runs").glob("*/config.toml")), reverse=True)
 
 
 Resume = Annotated[
     str,
     typer.Option(
         help="Go on with this run folder (`last`: the newest), exactly where it stopped; flags change settings.",
-        autocompletion=_last_or_run,
+        autocompletion=_offer("last", RUNS),
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that the settings of a run folder name as its reward.")]
@@ -128,7 +128,7 @@ def _flag(f: Field, kind: Any, panel: str | None) -> inspect.Parameter:
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default
-    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(offered), rich_help_panel=panel)
+    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(*offered), rich_help_panel=panel)
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
@@ -296,7 +296,9 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 def report(
     run: Annotated[
         str,
-        typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_runs),
+        typer.Argument(
+            help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_offer(RUNS)
+        ),
     ] = "",
 ) -> None:
     """Write report.html of a run once more (each run writes its own at the end).
@@ -312,7 +314,7 @@ def report(
 def runs(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="None: list all runs; two: compare them.", autocompletion=_runs),
+        typer.Argument(help="None: list all runs; two: compare them.", autocompletion=_offer(RUNS)),
     ] = None,
 ) -> None:
     """List the runs under runs/ with reward, status and last figures; or compare two.

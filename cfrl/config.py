@@ -22,6 +22,7 @@ from cfrl.screening.options import ScreeningOptions
 from cfrl.settings import (
     DEVICES,
     POTENTIALS,
+    RUNS,
     Count,
     CountOrZero,
     Distance,
@@ -71,7 +72,10 @@ class PretrainInputs(Settings):
         "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
     )
     init: str | None = option(
-        None, "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.", unset=""
+        None,
+        "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.",
+        choices=("default", "last", RUNS),
+        unset="",
     )
 
 
@@ -97,7 +101,7 @@ class SampleConfig(Settings):
     model: str | None = option(
         None,
         "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
-        choices=("last",),
+        choices=("last", RUNS),
         unset="",
     )
     space_group: str | None = option(
@@ -127,7 +131,7 @@ class FinetuneInputs(Settings):
     model: str | None = option(
         None,
         "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.",
-        choices=("last",),
+        choices=("last", RUNS),
         unset="",
     )
     rollouts: str | None = option(
@@ -161,12 +165,13 @@ class FinetuneConfig(TuningOptions, FinetuneInputs):
     """Tune a model towards a reward."""
 
     THEMES: ClassVar = {
+        "What the reward works with": ("potential", "hull", "dataset", "caution", "reward_timeout"),
         "Which crystals are drawn": (
             *("max_atoms", "temperature", "top_p", "min_distance", "draw_size"),
             *("learn_space_groups", "space_group_lr", "space_group_floor"),
         ),
         "How the reward counts": (
-            *("caution", "reward_timeout", "standardize", "scale_crystals", "penalty", "diversity_window"),
+            *("standardize", "scale_crystals", "penalty", "diversity", "diversity_window"),
             *("replay", "replay_size", "replay_clip", "rollouts"),
         ),
         "How the policy moves": (
@@ -218,10 +223,16 @@ class RetrieveConfig(Settings):
     """Find the known materials that a tuned model points at."""
 
     run: str | None = option(
-        None, "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.", unset=""
+        None,
+        "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.",
+        choices=(RUNS,),
+        unset="",
     )
     base: str | None = option(
-        None, "Model before tuning: weights or a run folder; empty: the one that the run started from.", unset=""
+        None,
+        "Model before tuning: weights or a run folder; empty: the one that the run started from.",
+        choices=("default", RUNS),
+        unset="",
     )
     dataset: str | None = option(
         None,

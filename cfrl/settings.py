@@ -44,6 +44,7 @@ class Range:
 # What the Tab key offers for settings of several rooms.
 POTENTIALS = ("chgnet", "mace")
 DEVICES = ("auto", "cpu", "cuda")
+RUNS = "runs/*"  # the run folders that there are
 
 # Wide enough for any sensible use, narrow enough for memory, torch and patience.
 Count = Annotated[int, Range(1, 10**7)]

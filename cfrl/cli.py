@@ -69,7 +69,7 @@ def _runs() -> list[str]:
 
 
 Resume = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Go on with this run folder (`last`: the newest), exactly where it stopped; flags change settings.",
         autocompletion=_offer("last", RUNS),
@@ -194,7 +194,7 @@ def _console() -> Any:
 @configured(config.PretrainConfig)
 def pretrain(
     config: config.PretrainConfig,
-    resume: Resume = "",
+    resume: Resume = None,
 ) -> None:
     """Train the transformer on a dataset of crystals.
 
@@ -214,13 +214,13 @@ def pretrain(
 def sample(
     config: config.SampleConfig,
     output: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-o",
             "--output",
             help="A .h5, .csv, .extxyz, .zip of CIFs, or a folder of CIFs; empty: crystals.h5 of a new run folder.",
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Generate crystals, by space group and elements if wanted.
 
@@ -235,7 +235,7 @@ def sample(
 @configured(config.FinetuneConfig)
 def finetune(
     config: config.FinetuneConfig,
-    resume: Resume = "",
+    resume: Resume = None,
     trust: Trust = False,
 ) -> None:
     """Tune a model towards a reward.
@@ -247,7 +247,7 @@ def finetune(
     """
     from cfrl.commands.finetune import finetune as run
 
-    run(config, resume=resume or None, trust=trust)
+    run(config, resume=resume, trust=trust)
 
 
 @app.command(rich_help_panel=COMMANDS)
@@ -255,17 +255,17 @@ def finetune(
 def screen(
     config: config.ScreenConfig,
     source: Annotated[
-        str, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
-    ] = "",
+        str | None, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
+    ] = None,
     output: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-o",
             "--output",
             help="The run folder to make, or a .csv or .h5 to copy the table to; empty: a new folder under runs/.",
         ),
-    ] = "",
-    resume: Resume = "",
+    ] = None,
+    resume: Resume = None,
 ) -> None:
     """Find the crystals that deserve a DFT calculation: valid, new, stable, with the properties wanted.
 
@@ -295,11 +295,11 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 @app.command(rich_help_panel=OTHERS)
 def report(
     run: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_offer(RUNS)
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Write report.html of a run once more (each run writes its own at the end).
 
@@ -382,8 +382,8 @@ def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
     dataset: Annotated[
-        str, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
-    ] = "",
+        str | None, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
+    ] = None,
     num_heads: Annotated[int, typer.Option(min=0, max=999, help="Attention heads; 0: as published for its width.")] = 0,
     coord_components: Annotated[
         int, typer.Option(min=0, max=999, help="Mixture size of a coordinate; 0: as published.")
@@ -403,8 +403,8 @@ def model_pack(
     model: Annotated[str, typer.Argument(help="A weights file or run folder.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
     dataset: Annotated[
-        str, typer.Option(help="What it was trained on, for the header; empty: the name of its dataset.")
-    ] = "",
+        str | None, typer.Option(help="What it was trained on, for the header; empty: the name of its dataset.")
+    ] = None,
 ) -> None:
     """Write a trained model as it is shared: half the size (float16), no local paths in its header.
 
@@ -417,7 +417,9 @@ def model_pack(
 
 @model_app.command("info")
 def model_info(
-    model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing: the embedded model.")] = "",
+    model: Annotated[
+        str | None, typer.Argument(help="A weights file or run folder; nothing: the embedded model.")
+    ] = None,
 ) -> None:
     """Show sizes, training data and figures of a model file.
 

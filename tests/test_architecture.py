@@ -9,7 +9,8 @@ import pytest
 import cfrl
 
 ROOT = Path(cfrl.__file__).parent
-MAP = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+HOUSE = Path(__file__).parents[1]
+MAP = (HOUSE / "CONTRIBUTING.md").read_text(encoding="utf-8")
 GROUND = set(re.search(r'ground\["(.+?)"\]', MAP)[1].split(", "))
 ARROWS = set(re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", MAP, re.MULTILINE))  # from what is imported to who imports
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
@@ -50,6 +51,16 @@ def test_the_map_shows_what_there_is():
     imported = {(lower, room_of(name)) for name in MODULES for lower in rooms_imported(ROOT / name)}
     assert imported >= ARROWS, "every arrow is an import"
     assert not [(a, b) for a, b in ARROWS if any(a in below(c) for c, d in ARROWS if d == b and c != a)], "none twice"
+
+
+BESIDE = sorted(path for room in ("examples", "scripts", "tests/benchmarks") for path in (HOUSE / room).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.name)
+def test_what_stands_beside_the_package_imports_what_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cfrl":
+            exec(compile(ast.Module([node], []), str(path), "exec"), {})
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,17 @@ _COLUMNS_SHOWN = {
 
 
 def screen(
-    source: str, config: ScreenConfig, output: str = "", resume: Path | None = None, console: Console | None = None
+    source: str | None,
+    config: ScreenConfig,
+    output: str | None = None,
+    resume: Path | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Screen the crystals of a file; returns the run folder.
 
     Args:
         source: whatever `data.read_structures` takes: our HDF5, CIF, CSV, extxyz, JSON, folders and zips. When
-            resuming it may be left empty.
+            resuming, None or empty: what the run was about.
         config: the settings.
         output: the run folder (default: a new one under `runs/`), or a .csv or .h5 that the table is copied to.
         resume: go on with this run folder: what its journals hold is not computed again.
@@ -87,10 +91,11 @@ def screen(
         source = run.source
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
-    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    ending = Path(output).suffix if output else ""
+    copy = Path(output) if ending in (".csv", ".h5") else None
     if copy:
         check_writable(copy)
-    elif Path(output).suffix[1:].isalpha():
+    elif ending[1:].isalpha():
         raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
     rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
     samples = read_samples(source)
@@ -105,7 +110,7 @@ def screen(
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
-    run = run or RunFolder.create("screen", Path(source).stem, config, path="" if copy else output, source=source)
+    run = run or RunFolder.create("screen", Path(source).stem, config, path=None if copy else output, source=source)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
         with run.locked(), make_engine(config.engine, workers, config.address) as engine:

@@ -107,10 +107,10 @@ class ReferenceHull:
         return cls(*_sparse(dense), np.asarray(energies), energy_scale)
 
     @classmethod
-    def load(cls, path: str | Path = "", energy_scale: str | None = None) -> ReferenceHull:
+    def load(cls, path: str | Path | None = None, energy_scale: str | None = None) -> ReferenceHull:
         """Read a reference: HDF5 of `save`, CSV with formula and energy_per_atom, or a JSON entry list.
 
-        An empty path is the embedded reference (energies by CHGNet). A CSV with a column `scale` is of the Materials
+        Without a path: the embedded reference (energies by CHGNet). A CSV with a column `scale` is of the Materials
         Project ("mp2020"); energies carried over from another functional ("r2scan-shifted") count only for
         compositions that have no other ("gga").
         CSV and JSON (Materials Project or Alexandria ComputedEntry, a list or {"entries": [...]}) may be

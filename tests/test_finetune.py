@@ -149,7 +149,7 @@ def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_pa
 
 
 def test_what_a_crystal_counts_for(tiny_model):
-    """Reward in units of its spread, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
+    """Reward in units of its standard deviation, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
     config = FinetuneConfig(model=tiny_model, device="cpu", kl="reward", beta=0.5, entropy_species=0.2,
                             entropy_lattice=0.1, clip_advantage=1.5)  # fmt: skip
     tuning = start(config)
@@ -406,7 +406,7 @@ def test_reward_metrics_have_stable_names(tiny_model, tmp_path):
 # ---- the unit of the reward --------------------------------------------------------------------------------------
 
 
-def test_spread_is_robust():
+def test_standard_deviation_is_robust():
     rng = torch.Generator().manual_seed(0)
     normal = torch.randn(4000, generator=rng).double() * 3
     assert robust_std(normal) == pytest.approx(3, rel=0.1)
@@ -424,7 +424,7 @@ def heavy_tailed(n: int, rng: torch.Generator) -> torch.Tensor:
     return value * (torch.rand(n, generator=rng) > 0.86)
 
 
-def test_spread_of_a_sparse_reward_is_no_lottery():
+def test_standard_deviation_of_a_sparse_reward_is_no_lottery():
     rng = torch.Generator().manual_seed(1)
     found = np.array([robust_std(heavy_tailed(FinetuneConfig().scale_crystals, rng)) for _ in range(10)])
     assert np.abs(found / np.median(found) - 1).max() < 0.3

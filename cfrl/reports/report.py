@@ -439,7 +439,7 @@ def _ranking_figures(run: RunFolder, result: Mapping[str, Any], table: Mapping[s
         values = file[wanted.replace("/", ".")][:] if wanted else None
         factors = {name: file[f"log_ratio.{name}"][:] for name in ("wyckoff", "species", "coords", "lattice")}
         first = np.isin(file["rank"][:], np.arange(1, len(table["rank"]) + 1))
-    spread = histogram("ratio", "Likelihood ratio over the dataset", label(key), {"": ratio})
+    ratios = histogram("ratio", "Likelihood ratio over the dataset", label(key), {"": ratio})
     parts = Figure("factors", "Where the ratio comes from", "", "mean log-likelihood ratio (nats)")
     for name, rows, color in (("whole dataset", np.isfinite(ratio), GREY), (f"first {first.sum()}", first, BLUE)):
         means = [float(values[rows].mean()) for values in factors.values()] if rows.any() else [0.0] * 4
@@ -448,7 +448,7 @@ def _ranking_figures(run: RunFolder, result: Mapping[str, Any], table: Mapping[s
     if values is not None:
         groups = {"whole dataset": values, f"first {first.sum()}": values[first]}
         found = histogram("property", f"{_title(wanted)} of what was found", label(wanted), groups)
-    return [found, spread, parts]
+    return [found, ratios, parts]
 
 
 def _verdict_columns(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -21,6 +21,7 @@ from cfrl.rl.options import TuningOptions
 from cfrl.screening.options import ScreeningOptions
 from cfrl.settings import (
     DEVICES,
+    POTENTIAL_HELP,
     POTENTIALS,
     RUNS,
     Count,
@@ -143,11 +144,7 @@ class FinetuneInputs(Settings):
         choices=DATASETS,
         unset="",
     )
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
     caution: Annotated[float, Range(0, 100)] | None = option(
         None,
@@ -204,11 +201,7 @@ class DataConfig(ImportOptions):
 class HullConfig(Settings):
     """Make a reference hull."""
 
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
     relax: bool = option(False, "Relax the crystals near the hull first (slow).")
     fill: str | None = option(

@@ -43,6 +43,9 @@ class Range:
 
 # What the Tab key offers for settings of several rooms.
 POTENTIALS = ("chgnet", "mace")
+POTENTIAL_HELP = (
+    "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies."
+)
 DEVICES = ("auto", "cpu", "cuda")
 RUNS = "runs/*"  # the run folders that there are
 

@@ -149,7 +149,7 @@ def test_weights_that_run_away_stop_the_run_and_are_not_saved(tiny_model, tmp_pa
 
 
 def test_what_a_crystal_counts_for(tiny_model):
-    """Reward in units of its standard deviation, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
+    """Reward in standard deviations, minus beta KL, plus each factor's entropy bonus; no advantage beyond its limit."""
     config = FinetuneConfig(model=tiny_model, device="cpu", kl="reward", beta=0.5, entropy_species=0.2,
                             entropy_lattice=0.1, clip_advantage=1.5)  # fmt: skip
     tuning = start(config)

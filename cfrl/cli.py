@@ -20,7 +20,7 @@ import typer
 from cfrl import __version__, config, files
 from cfrl.commands.streams import patient_streams
 from cfrl.errors import UserError
-from cfrl.settings import choices, set_kind
+from cfrl.settings import RUNS, choices, set_kind
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -53,26 +53,26 @@ model_app = typer.Typer(help=MODEL_HELP, no_args_is_help=True)
 rewards_app = typer.Typer(help=REWARDS_HELP, invoke_without_command=True)
 
 
-def _offer(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+def _offer(*choices: str) -> Callable[[str], list[str]] | None:
     """What the Tab key asks; where nothing fits, the shell goes on to file names."""
-    return (lambda incomplete: [word for word in choices if word.startswith(incomplete)]) if choices else None
+
+    def offer(incomplete: str) -> list[str]:
+        words = [word for choice in choices for word in (_runs() if choice == RUNS else [choice])]
+        return [word for word in words if word.startswith(incomplete)]
+
+    return offer if choices else None
 
 
-def _runs(incomplete: str) -> list[str]:
-    """Run folders, newest first, for the Tab key."""
-    found = sorted((str(path.parent) for path in Path("runs").glob("*/config.toml")), reverse=True)
-    return [name for name in found if name.startswith(incomplete)]
-
-
-def _last_or_run(incomplete: str) -> list[str]:
-    return [*(["last"] if "last".startswith(incomplete) else []), *_runs(incomplete)]
+def _runs() -> list[str]:
+    """Run folders, newest first."""
+    return sorted((str(path.parent) for path in Path("runs").glob("*/config.toml")), reverse=True)
 
 
 Resume = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Go on with this run folder (`last`: the newest), exactly where it stopped; flags change settings.",
-        autocompletion=_last_or_run,
+        autocompletion=_offer("last", RUNS),
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Run code that the settings of a run folder name as its reward.")]
@@ -128,7 +128,7 @@ def _flag(f: Field, kind: Any, panel: str | None) -> inspect.Parameter:
     name = f"--{f.name.replace('_', '-')}"
     names = [f"{name}/--no-{name[2:]}" if kind is bool else name, *f.metadata["flags"]]
     default = f.default_factory() if callable(f.default_factory) else f.default
-    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(offered), rich_help_panel=panel)
+    option = typer.Option(*names, help=f.metadata["help"], autocompletion=_offer(*offered), rich_help_panel=panel)
     return inspect.Parameter(
         f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
@@ -194,7 +194,7 @@ def _console() -> Any:
 @configured(config.PretrainConfig)
 def pretrain(
     config: config.PretrainConfig,
-    resume: Resume = "",
+    resume: Resume = None,
 ) -> None:
     """Train the transformer on a dataset of crystals.
 
@@ -214,13 +214,13 @@ def pretrain(
 def sample(
     config: config.SampleConfig,
     output: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-o",
             "--output",
             help="A .h5, .csv, .extxyz, .zip of CIFs, or a folder of CIFs; empty: crystals.h5 of a new run folder.",
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Generate crystals, by space group and elements if wanted.
 
@@ -235,7 +235,7 @@ def sample(
 @configured(config.FinetuneConfig)
 def finetune(
     config: config.FinetuneConfig,
-    resume: Resume = "",
+    resume: Resume = None,
     trust: Trust = False,
 ) -> None:
     """Tune a model towards a reward.
@@ -247,7 +247,7 @@ def finetune(
     """
     from cfrl.commands.finetune import finetune as run
 
-    run(config, resume=resume or None, trust=trust)
+    run(config, resume=resume, trust=trust)
 
 
 @app.command(rich_help_panel=COMMANDS)
@@ -255,17 +255,17 @@ def finetune(
 def screen(
     config: config.ScreenConfig,
     source: Annotated[
-        str, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
-    ] = "",
+        str | None, typer.Argument(help="Crystals: .h5, .csv with CIFs, .cif, .extxyz, .json, a folder, .zip.")
+    ] = None,
     output: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-o",
             "--output",
             help="The run folder to make, or a .csv or .h5 to copy the table to; empty: a new folder under runs/.",
         ),
-    ] = "",
-    resume: Resume = "",
+    ] = None,
+    resume: Resume = None,
 ) -> None:
     """Find the crystals that deserve a DFT calculation: valid, new, stable, with the properties wanted.
 
@@ -295,9 +295,11 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 @app.command(rich_help_panel=OTHERS)
 def report(
     run: Annotated[
-        str,
-        typer.Argument(help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_runs),
-    ] = "",
+        str | None,
+        typer.Argument(
+            help="A run folder; empty: the newest of finetune, screen and retrieve.", autocompletion=_offer(RUNS)
+        ),
+    ] = None,
 ) -> None:
     """Write report.html of a run once more (each run writes its own at the end).
 
@@ -312,7 +314,7 @@ def report(
 def runs(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="None: list all runs; two: compare them.", autocompletion=_runs),
+        typer.Argument(help="None: list all runs; two: compare them.", autocompletion=_offer(RUNS)),
     ] = None,
 ) -> None:
     """List the runs under runs/ with reward, status and last figures; or compare two.
@@ -380,8 +382,8 @@ def model_import(
     checkpoint: Annotated[str, typer.Argument(help="A published CrystalFormer checkpoint, epoch_*.pkl.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
     dataset: Annotated[
-        str, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
-    ] = "",
+        str | None, typer.Option(help="Take the shares of the space groups from this dataset; empty: all alike.")
+    ] = None,
     num_heads: Annotated[int, typer.Option(min=0, max=999, help="Attention heads; 0: as published for its width.")] = 0,
     coord_components: Annotated[
         int, typer.Option(min=0, max=999, help="Mixture size of a coordinate; 0: as published.")
@@ -401,8 +403,8 @@ def model_pack(
     model: Annotated[str, typer.Argument(help="A weights file or run folder.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .safetensors file to write.")],
     dataset: Annotated[
-        str, typer.Option(help="What it was trained on, for the header; empty: the name of its dataset.")
-    ] = "",
+        str | None, typer.Option(help="What it was trained on, for the header; empty: the name of its dataset.")
+    ] = None,
 ) -> None:
     """Write a trained model as it is shared: half the size (float16), no local paths in its header.
 
@@ -415,7 +417,9 @@ def model_pack(
 
 @model_app.command("info")
 def model_info(
-    model: Annotated[str, typer.Argument(help="A weights file or run folder; nothing: the embedded model.")] = "",
+    model: Annotated[
+        str | None, typer.Argument(help="A weights file or run folder; nothing: the embedded model.")
+    ] = None,
 ) -> None:
     """Show sizes, training data and figures of a model file.
 

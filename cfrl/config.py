@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import tomli
-
 from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions
@@ -23,7 +21,9 @@ from cfrl.rl.options import TuningOptions
 from cfrl.screening.options import ScreeningOptions
 from cfrl.settings import (
     DEVICES,
+    POTENTIAL_HELP,
     POTENTIALS,
+    RUNS,
     Count,
     CountOrZero,
     Distance,
@@ -39,7 +39,7 @@ from cfrl.settings import (
     option,
     to_toml,
 )
-from cfrl.untrusted import one_line, read_text
+from cfrl.untrusted import read_toml
 
 T = TypeVar("T")
 USER_FILE = "cfrl.toml"
@@ -73,7 +73,10 @@ class PretrainInputs(Settings):
         "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
     )
     init: str | None = option(
-        None, "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.", unset=""
+        None,
+        "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.",
+        choices=("default", "last", RUNS),
+        unset="",
     )
 
 
@@ -99,7 +102,7 @@ class SampleConfig(Settings):
     model: str | None = option(
         None,
         "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
-        choices=("last",),
+        choices=("last", RUNS),
         unset="",
     )
     space_group: str | None = option(
@@ -129,7 +132,7 @@ class FinetuneInputs(Settings):
     model: str | None = option(
         None,
         "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.",
-        choices=("last",),
+        choices=("last", RUNS),
         unset="",
     )
     rollouts: str | None = option(
@@ -141,11 +144,7 @@ class FinetuneInputs(Settings):
         choices=DATASETS,
         unset="",
     )
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
     caution: Annotated[float, Range(0, 100)] | None = option(
         None,
@@ -172,12 +171,13 @@ class FinetuneConfig(TuningOptions, FinetuneInputs):
     """Tune a model towards a reward."""
 
     THEMES: ClassVar = {
+        "What the reward works with": ("potential", "hull", "dataset", "caution", "reward_timeout"),
         "Which crystals are drawn": (
             *("max_atoms", "temperature", "top_p", "min_distance", "draw_size"),
             *("learn_space_groups", "space_group_lr", "space_group_floor"),
         ),
         "How the reward counts": (
-            *("caution", "reward_timeout", "standardize", "scale_crystals", "penalty", "diversity_window"),
+            *("standardize", "scale_crystals", "penalty", "diversity", "diversity_window"),
             *("hold_strength", "known"),
             *("replay", "replay_size", "replay_clip", "rollouts"),
         ),
@@ -211,11 +211,7 @@ class DataConfig(ImportOptions):
 class HullConfig(Settings):
     """Make a reference hull."""
 
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
     relax: bool = option(False, "Relax the crystals near the hull first (slow).")
     fill: str | None = option(
@@ -230,10 +226,16 @@ class RetrieveConfig(Settings):
     """Find the known materials that a tuned model points at."""
 
     run: str | None = option(
-        None, "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.", unset=""
+        None,
+        "Fine-tuning run or tuned weights; empty: the newest fine-tuning run under runs/.",
+        choices=(RUNS,),
+        unset="",
     )
     base: str | None = option(
-        None, "Model before tuning: weights or a run folder; empty: the one that the run started from.", unset=""
+        None,
+        "Model before tuning: weights or a run folder; empty: the one that the run started from.",
+        choices=("default", RUNS),
+        unset="",
     )
     dataset: str | None = option(
         None,
@@ -422,10 +424,7 @@ def read_run_config(cls: type[T], path: Path) -> T:
 
 
 def _section(path: Path, name: str) -> dict[str, Any]:
-    try:
-        document = tomli.loads(read_text(path))
-    except (tomli.TOMLDecodeError, ValueError, RecursionError) as error:  # ValueError: numbers and dates
-        raise UserError(f"{path}: cannot be read as TOML: {one_line(error)}") from error
+    document = read_toml(path)
     for key in document:
         if key not in SECTIONS and key != "rewards":
             raise UserError(f"{path}: unknown section [{key}]{nearest(key, SECTIONS)}")

@@ -43,7 +43,11 @@ class Range:
 
 # What the Tab key offers for settings of several rooms.
 POTENTIALS = ("chgnet", "mace")
+POTENTIAL_HELP = (
+    "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies."
+)
 DEVICES = ("auto", "cpu", "cuda")
+RUNS = "runs/*"  # the run folders that there are
 
 # Wide enough for any sensible use, narrow enough for memory, torch and patience.
 Count = Annotated[int, Range(1, 10**7)]

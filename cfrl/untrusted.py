@@ -10,12 +10,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfrl.errors import UserError
+
+if sys.version_info >= (3, 15):
+    import tomllib
+else:  # TOML 1.1: a table of a source to fetch may stand on several lines
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     import h5py
@@ -71,6 +77,15 @@ def read_json(path: str | Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not readable JSON ({error})") from error
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UserError for anything else."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: numbers and dates, too
+        raise UserError(f"{path}: cannot be read as TOML: {one_line(error)}") from error
 
 
 # ---- weights ----

@@ -18,7 +18,8 @@ from cfrl.commands.rewards_train import card, parity_plot
 from cfrl.files import atomic_file
 from cfrl.io.datasets import read_structures
 from cfrl.potentials import Potential, load_potential
-from cfrl.rewards.predictor_training import PredictorOptions, prototypes_of, save_figure, train
+from cfrl.reports.figures import save as save_figure
+from cfrl.rewards.predictor_training import PredictorOptions, prototypes_of, train
 from cfrl.rewards.predictors import describe
 from cfrl.runs.progress import progress_bar
 

@@ -1,6 +1,7 @@
 """The map of the house (CONTRIBUTING.md): who may import whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,51 +9,58 @@ import pytest
 import cfrl
 
 ROOT = Path(cfrl.__file__).parent
-# From the ground up; a room imports from those below it, and from itself.
-FLOORS = (
-    {"errors", "untrusted", "files", "settings", "assets"},
-    {"crystals", "runs"},
-    {"io"},
-    {"model", "potentials"},
-    {"stability"},
-    {"rewards"},
-    {"rl", "screening"},
-    {"reports"},
-    {"config"},
-    {"commands"},
-    {"cli"},
-)
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+HOUSE = Path(__file__).parents[1]
+MAP = (HOUSE / "CONTRIBUTING.md").read_text(encoding="utf-8")
+GROUND = set(re.search(r'ground\["(.+?)"\]', MAP)[1].split(", "))
+ARROWS = set(re.findall(r"^ +(\w+)(?:\[.*?\])? --> (\w+)", MAP, re.MULTILINE))  # from what is imported to who imports
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
-FRONT = {"__init__.py", "__main__.py"}  # the doors: they know where everything is
+MODULES = [name for name in MODULES if name not in ("__init__.py", "__main__.py")]  # the doors know where all is
+
+
+def room_of(name: str) -> str:
+    """The room of a module's path or dotted name; all of the ground floor is one."""
+    room = re.split(r"[/.]", name)[0]
+    return "ground" if room in GROUND else room
+
+
+def below(room: str) -> set[str]:
+    """What can be reached against the arrows."""
+    return {room}.union(*(below(lower) for lower, upper in ARROWS if upper == room))
 
 
 def rooms_imported(path: Path) -> set[str]:
-    """Rooms, or modules on the ground floor, that a file imports anywhere, also within functions."""
+    """Rooms that a file imports anywhere, also within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "cfrl":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cfrl."):
-            found.add(node.module.split(".")[1])
+            found.add(node.module.removeprefix("cfrl."))
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cfrl.")}
-    return found - {"__version__"}
+            found |= {alias.name.removeprefix("cfrl.") for alias in node.names if alias.name.startswith("cfrl.")}
+    return {room_of(name) for name in found - {"__version__"}}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name not in FRONT])
-def test_nothing_is_imported_from_above(module):
-    room = module.split("/")[0].removesuffix(".py")
-    imported = rooms_imported(ROOT / module)
-    allowed = {other for other in FLOOR if FLOOR[other] < FLOOR[room] or other == room or FLOOR[room] == 0}
-    allowed |= {"config"} if room == "config" else set()
-    if module == "config.py":  # settings of commands, made of the options of the rooms
-        allowed |= {"io", "model", "rl", "screening"}
-    assert imported <= allowed, f"{module} imports {sorted(imported - allowed)}"
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_imported_but_along_the_arrows(module):
+    assert rooms_imported(ROOT / module) <= below(room_of(module))
 
 
-def test_every_room_is_on_the_map():
-    assert {name.split("/")[0].removesuffix(".py") for name in MODULES if name not in FRONT} == set(FLOOR)
+def test_the_map_shows_what_there_is():
+    assert {room_of(name) for name in MODULES} == {room for arrow in ARROWS for room in arrow}
+    imported = {(lower, room_of(name)) for name in MODULES for lower in rooms_imported(ROOT / name)}
+    assert imported >= ARROWS, "every arrow is an import"
+    assert not [(a, b) for a, b in ARROWS if any(a in below(c) for c, d in ARROWS if d == b and c != a)], "none twice"
+
+
+BESIDE = sorted(path for room in ("examples", "scripts", "tests/benchmarks") for path in (HOUSE / room).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.name)
+def test_what_stands_beside_the_package_imports_what_there_is(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cfrl":
+            exec(compile(ast.Module([node], []), str(path), "exec"), {})
 
 
 @pytest.mark.parametrize(

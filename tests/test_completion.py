@@ -53,12 +53,16 @@ def type_in(tmp_path):
 
 
 def test_bash(type_in, tmp_path):
-    """Commands, values of settings, and file names where no value fits."""
+    """Commands, values of settings, run folders, and file names where no value fits."""
     (tmp_path / "crystals_of_mine.h5").touch()
+    run = tmp_path / "runs/20260131-142507-finetune-ehull"
+    run.mkdir(parents=True)
+    (run / "config.toml").touch()
     type_in("cfrl fine\t", "finetune ")
     type_in("--algorithm gr\t", "grpo ")
     type_in("--reward dielectric_b\t", "dielectric_bandgap ")
     type_in("--dataset crystals\t", "crystals_of_mine.h5 ")
+    type_in("--model runs/\t", "runs/20260131-142507-finetune-ehull ")
 
 
 def test_only_what_the_commands_accept():

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
+from cfrl.crystals.compositions import fractions
 from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.errors import UserError
-from cfrl.stability.hull import ReferenceHull, fractions
+from cfrl.stability.hull import ReferenceHull
 
 SYMBOLS = ["Li", "Fe", "P", "O", "Na", "U", "Cl"]  # U lies beyond bit 64 of a chemical system
 
@@ -56,7 +57,7 @@ def test_facets_and_linear_program_are_one_hull(monkeypatch):
     formulas, energies = random_phases(SYMBOLS[:5], 60, seed=3)
     queries, query_energies = random_phases(SYMBOLS[:5], 60, seed=4)
     facets = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
-    monkeypatch.setattr("cfrl.stability.hull.MAX_FACET_ELEMENTS", 1)
+    monkeypatch.setattr("cfrl.stability.lower_hull.MAX_FACET_ELEMENTS", 1)
     program = ReferenceHull.from_compositions(formulas, energies).e_above_hull(queries, query_energies)
     np.testing.assert_allclose(facets.e_above_hull, program.e_above_hull, atol=1e-9)
 

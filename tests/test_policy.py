@@ -273,7 +273,7 @@ def test_group_advantage_standardises_within_groups_and_falls_back_to_the_batch(
     alone = (score[3] - score.mean()) / score.std()
     torch.testing.assert_close(advantage[3], alone, atol=1e-5, rtol=1e-5)
     assert grpo_advantage(score[:1], group[:1]).tolist() == [0.0]
-    assert torch.equal(grpo_advantage(torch.ones(4), torch.tensor([1, 1, 2, 3])), torch.zeros(4))  # no spread
+    assert torch.equal(grpo_advantage(torch.ones(4), torch.tensor([1, 1, 2, 3])), torch.zeros(4))  # all alike
 
 
 def test_learned_space_groups_reach_their_own_optimum():

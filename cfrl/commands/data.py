@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +13,13 @@ from cfrl.config import DataConfig
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, check_writable
+from cfrl.files import check_writable
 from cfrl.io import fetch, storage
 from cfrl.io.catalogue import HDF5, dataset_path, prepared_path
 from cfrl.io.datasets import summarise
 from cfrl.io.importing import Dropped, Imported, read_files
 from cfrl.runs.progress import progress_bar
+from cfrl.tables import write_csv
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,10 +128,7 @@ def run_info(name: str, console: Console) -> None:
 def _write_dropped(dropped: list[Dropped], path: Path) -> None:
     path.unlink(missing_ok=True)
     if dropped:
-        with atomic_file(path) as temp, temp.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "row", "id", "reason"])
-            writer.writerows([row.file, row.row, row.id, row.reason] for row in dropped)
+        write_csv(path, {name: [getattr(row, name) for row in dropped] for name in ("file", "row", "id", "reason")})
 
 
 def _print_summary(imported: Imported, split: np.ndarray, output: Path, table: Path, console: Console) -> None:

@@ -29,13 +29,13 @@ def describe_model(model: str | Path | None) -> str:
     return "\n".join(lines)
 
 
-def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None:
+def pack_model(model: str | Path, output: str | Path, dataset: str | None = None) -> None:
     """`cfrl model pack`: a trained or tuned model as it is shipped: float16, and a header without local paths.
 
     Args:
         model: weights file or run folder.
         output: the file to write.
-        dataset: what it was trained on, for the header; empty: keep the name of the file.
+        dataset: what it was trained on, for the header; None: keep the name of the file.
     """
     check_writable(output, (".safetensors",))
     header = read_header(model_path(model))
@@ -49,7 +49,12 @@ def pack_model(model: str | Path, output: str | Path, dataset: str = "") -> None
 
 
 def run_import(
-    checkpoint: str, output: str, dataset: str, num_heads: int | None, coord_components: int | None, console: Console
+    checkpoint: str,
+    output: str,
+    dataset: str | None,
+    num_heads: int | None,
+    coord_components: int | None,
+    console: Console,
 ) -> None:
     """`cfrl model import`: published pickle -> our weights file.
 
@@ -64,7 +69,7 @@ def run_import(
         raise UserError(f"{checkpoint}: {error}") from error
     if dataset:
         model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))
-    save_model(model, output, {"source": Path(checkpoint).name, "dataset": dataset})
+    save_model(model, output, {"source": Path(checkpoint).name, "dataset": dataset or ""})
     config = model.config
     console.print(
         f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_layers} layers of "

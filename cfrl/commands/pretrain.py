@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
@@ -21,6 +20,7 @@ from cfrl.model.training import Trainer, Watcher
 from cfrl.model.transformer import FACTORS
 from cfrl.runs.devices import processes
 from cfrl.runs.folder import RunFolder
+from cfrl.runs.progress import progress_bar
 from cfrl.untrusted import fitting
 
 
@@ -73,16 +73,13 @@ class Recorder(Watcher):
     """Shows how a training goes, and writes it down: metrics, model file, checkpoints."""
 
     def __init__(self, run: RunFolder, config: PretrainConfig) -> None:
-        self.run, self.config, self.console = run, config, Console()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.2f}"), TimeRemainingColumn())
-        self.progress = Progress(TextColumn("training"), *columns, console=self.console)
+        self.run, self.config, self.console, self._bar = run, config, Console(), ExitStack()
 
     def __enter__(self) -> Recorder:
-        self.progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.progress.stop()
+        self._bar.close()
         if kind is KeyboardInterrupt:
             self.console.print(f"Stopped. Go on: cfrl pretrain --resume {self.run.path}", soft_wrap=True)
 
@@ -92,10 +89,11 @@ class Recorder(Watcher):
             f"{len(trainer.train)} crystals to train on, {len(trainer.validation)} to validate; {size:,} parameters "
             f"({self.config.preset}) on {trainer.device}; step {trainer.step} of {total}; run {self.run.path}"
         )
-        self.task = self.progress.add_task("", total=total, completed=trainer.step, loss=math.nan)
+        self._advance = self._bar.enter_context(progress_bar("training", total, self.console))
+        self._advance(trainer.step)
 
     def step(self, done: int, loss: float) -> None:
-        self.progress.update(self.task, completed=done, loss=loss)
+        self._advance(done, note=f"step {done:,}, loss {loss:.2f}")
 
     def epoch(self, trainer: Trainer, metrics: dict[str, float], better: bool) -> None:
         """Model file, then the row of metrics: a kill between them leaves no row without its model."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,10 +14,11 @@ from rich.console import Console
 
 from cfrl.commands.finetune import configured_reward
 from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
+from cfrl.crystals.compositions import fractions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError, nearest
 from cfrl.files import atomic_file, provenance
-from cfrl.io.catalogue import PROTOTYPES, dataset_path
+from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
@@ -29,22 +29,12 @@ from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.runs.progress import progress_bar
 from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
-from cfrl.screening.retrieval import RANKINGS, Columns, Meetings, _descending, discovery_curve, meet, rank
-from cfrl.stability.hull import fractions
-
-if TYPE_CHECKING:
-    pass
-
+from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, rank
+from cfrl.tables import Columns, as_text, read_csv, write_csv
 
 RESULT = "retrieval.json"
-
-
 COUNTS = ("space_group", "sites", "atoms")
-
-
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
-
-
 MAX_JUDGED = 50_000  # labelled crystals; a larger dataset is judged on a random part of it
 
 
@@ -129,7 +119,7 @@ def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tup
     dataset = config.dataset
     if not dataset:
         dataset = read_header(model_path(base)).get("dataset", "")
-        if not dataset or not _at_hand(dataset):
+        if not dataset or not at_hand(dataset):
             missing = f"{dataset}, which the base model was trained on, is not here" if dataset else "none was named"
             console.print(f"Dataset: {PROTOTYPES} ({missing})", highlight=False)
             dataset = PROTOTYPES
@@ -147,13 +137,6 @@ def _tuning_settings(model: Path, header: dict[str, str]) -> FinetuneConfig:
 def _space_groups(tuning: FinetuneConfig) -> tuple[str, str]:
     """The space groups of the tuned and of the base model, as settings: the model file holds shares that were tuned."""
     return "" if tuning.learn_space_groups else tuning.space_group, tuning.space_group
-
-
-def _at_hand(dataset: str) -> bool:
-    try:
-        return dataset_path(dataset).is_file()
-    except UserError:
-        return False
 
 
 def _draw(
@@ -219,7 +202,7 @@ def _evaluate(
         reward[some] = _rewards(tuning, dataset.pick(rows[some]), config.device, console)
     figures: dict[str, Any] = {"correlation": rank_correlation(ratio[some], reward[some], group[some])}
     table = {"id": ranking["id"][rows[some]], "ratio": ratio[some], "reward": reward[some]}
-    _write_csv(folder / "rewards.csv", table)
+    write_csv(folder / "rewards.csv", table)
     if label is None or len(rows) < MIN_JUDGED:
         return figures
     good, composition = is_good(label[rows]), fractions(dataset.pick(rows))[0]
@@ -259,7 +242,7 @@ def _best_rollouts(run: Path, share: float = 0.05, limit: int = 1000) -> np.ndar
     if not path.is_file():
         return np.zeros((0, 119))
     rollouts = read_crystals(path)
-    order = _descending(rollouts.properties["reward"].numpy())
+    order = descending(rollouts.properties["reward"].numpy())
     return np.unique(fractions(rollouts[order[: min(limit, max(1, int(share * len(order))))]])[0], axis=0)
 
 
@@ -278,7 +261,7 @@ def _write_ranking(folder: Path, ranking: Columns, best: CrystalBatch, by: str) 
         "id": ranking["id"][first],
         "formula": np.array(best.formulas(), dtype=object),
     }
-    _write_csv(folder / "retrieved.csv", table | {name: ranking[name][first] for name in COUNTS} | columns)
+    write_csv(folder / "retrieved.csv", table | {name: ranking[name][first] for name in COUNTS} | columns)
 
 
 def _write_meetings(folder: Path, meetings: Meetings, ranking: Columns) -> dict[str, Any]:
@@ -291,9 +274,9 @@ def _write_meetings(folder: Path, meetings: Meetings, ranking: Columns) -> dict[
         "rank": ranking["rank"][rows],
         "log_ratio": ranking["log_ratio"][rows],
     }
-    _write_csv(folder / "met.csv", table)
+    write_csv(folder / "met.csv", table)
     curves = {name: discovery_curve(getattr(meetings, name)) for name in ("tuned", "base")}
-    _write_csv(folder / "discovery.csv", {"draws": np.arange(1, len(meetings.tuned) + 1), **curves})
+    write_csv(folder / "discovery.csv", {"draws": np.arange(1, len(meetings.tuned) + 1), **curves})
     met = {name: getattr(meetings, name) for name in ("tuned", "base")}
     return {
         "draws": len(meetings.tuned),
@@ -301,20 +284,6 @@ def _write_meetings(folder: Path, meetings: Meetings, ranking: Columns) -> dict[
         "materials_met": {name: len(np.unique(rows[rows >= 0])) for name, rows in met.items()},
         "log_ratio_of_met": {name: _mean(ranking["log_ratio"][rows[rows >= 0]]) for name, rows in met.items()},
     }
-
-
-def _write_csv(path: Path, columns: Columns) -> None:
-    with atomic_file(path) as temp, open(temp, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(_texts(values) for values in columns.values()), strict=True))
-
-
-def _texts(values: np.ndarray) -> list[str]:
-    """For CSV: numbers to six digits, nothing for NaN."""
-    if values.dtype.kind == "f":
-        return ["" if np.isnan(value) else f"{value:.6g}" for value in values]
-    return [str(value) for value in values]
 
 
 def _mean(values: np.ndarray) -> float:
@@ -337,14 +306,13 @@ def show(run: RunFolder, console: Console) -> None:
     from rich.table import Table
 
     result = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
-    with open(run.path / "retrieved.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    first = read_csv(run.path / "retrieved.csv")
     shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]
     shown += [name for name in [result["property"].lstrip("-")] if name]
     title = f"first of {result['scored']:,} crystals of {result['dataset']}, by {result['ranked_by']} (nats)"
     table = Table(*shown, title=title, title_justify="left")
-    for row in rows[:10]:
-        table.add_row(*(row[name] for name in shown))
+    for row in zip(*(first[name][:10] for name in shown), strict=True):
+        table.add_row(*map(as_text, row))
     console.print(table)
     if beyond := result["crystals"] - result["scored"]:
         console.print(f"{beyond:,} crystals are not ranked: the run's sampler cannot draw them", highlight=False)

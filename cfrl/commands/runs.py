@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import tomli
 from rich.console import Console
 from rich.table import Table
 
 from cfrl.errors import UserError
 from cfrl.runs.folder import RunFolder
-from cfrl.untrusted import read_json, read_text
+from cfrl.untrusted import read_json, read_toml
 
 ROOT = "runs"
 # What the last row of metrics.csv is judged by, for each command.
@@ -50,8 +49,8 @@ def _named(name: str, root: str | Path) -> RunFolder:
 def settings_of(run: RunFolder) -> dict[str, Any]:
     """What its config.toml says; nothing where that cannot be read."""
     try:
-        document = tomli.loads(read_text(run.path / "config.toml"))
-    except (tomli.TOMLDecodeError, UserError):
+        document = read_toml(run.path / "config.toml")
+    except UserError:
         return {}
     return {name: value for table in document.values() if isinstance(table, dict) for name, value in table.items()}
 

@@ -17,12 +17,12 @@ from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
 
 
-def run_sample(config: SampleConfig, output: str = "", console: Console | None = None) -> Path:
+def run_sample(config: SampleConfig, output: str | None = None, console: Console | None = None) -> Path:
     """`cfrl sample`: generates crystals, writes them, and says what they are like.
 
     Args:
         config: settings.
-        output: file or folder to write (see `export`); empty: `crystals.h5` in a new run folder.
+        output: file or folder to write (see `export`); None: `crystals.h5` in a new run folder.
 
     Raises:
         UserError: bad settings, no such model, nowhere to write.
@@ -34,7 +34,7 @@ def run_sample(config: SampleConfig, output: str = "", console: Console | None =
     limit = config.max_atoms
     elements = parse_elements(config.elements)
     space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
-    path = Path(output) if output else RunFolder.create("sample", "", config).path / "crystals.h5"
+    path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,

@@ -1,8 +1,8 @@
 """Screen: which of these crystals deserve a DFT calculation?
 
 `screen` leads crystals from any generator through the stages: validity, duplicates and known crystals, relaxation,
-energy above the hull, properties; then it counts, ranks and writes. What a stage does with a crystal is in
-`screening/stages.py`, how work is spread in `runs/engine.py`, the table and its counts in `screening/tally.py`.
+energy above the hull, properties; then it counts, ranks and writes. Of `screening/`, what a stage does with a crystal
+is in `stages.py`, the table in `table.py`, what it comes to in `tally.py`; workers are `runs/engine.py`'s.
 
 Results of a stage go to a journal in the run folder as they come. A journal is named by all that its results depend
 on, so `--resume` computes what is missing, whatever was interrupted or changed, and nothing else.
@@ -41,7 +41,8 @@ from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
-from cfrl.screening.tally import TEXT, Judgement, Summary, Table, expression, summarise
+from cfrl.screening.table import TEXT, Table, expression
+from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale
@@ -66,13 +67,17 @@ _COLUMNS_SHOWN = {
 
 
 def screen(
-    source: str, config: ScreenConfig, output: str = "", resume: Path | None = None, console: Console | None = None
+    source: str | None,
+    config: ScreenConfig,
+    output: str | None = None,
+    resume: Path | None = None,
+    console: Console | None = None,
 ) -> Path:
     """Screen the crystals of a file; returns the run folder.
 
     Args:
         source: whatever `data.read_structures` takes: our HDF5, CIF, CSV, extxyz, JSON, folders and zips. When
-            resuming it may be left empty.
+            resuming, None or empty: what the run was about.
         config: the settings.
         output: the run folder (default: a new one under `runs/`), or a .csv or .h5 that the table is copied to.
         resume: go on with this run folder: what its journals hold is not computed again.
@@ -86,10 +91,11 @@ def screen(
         source = run.source
     if not source:
         raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
-    copy = Path(output) if Path(output).suffix in (".csv", ".h5") else None
+    ending = Path(output).suffix if output else ""
+    copy = Path(output) if ending in (".csv", ".h5") else None
     if copy:
         check_writable(copy)
-    elif Path(output).suffix[1:].isalpha():
+    elif ending[1:].isalpha():
         raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
     rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
     samples = read_samples(source)
@@ -104,7 +110,7 @@ def screen(
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
-    run = run or RunFolder.create("screen", Path(source).stem, config, path="" if copy else output, source=source)
+    run = run or RunFolder.create("screen", Path(source).stem, config, path=None if copy else output, source=source)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
         with run.locked(), make_engine(config.engine, workers, config.address) as engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from cfrl import __version__
@@ -11,6 +10,7 @@ from cfrl.errors import UserError, nearest
 from cfrl.io import fetch, storage
 from cfrl.io.options import ImportOptions
 from cfrl.io.splits import assign_splits
+from cfrl.tables import distinct
 
 PROTOTYPES = "prototypes"
 
@@ -45,7 +45,16 @@ def dataset_path(name: str | Path) -> Path:
 
 
 def is_dataset(name: str | Path) -> bool:
+    """Whether `dataset_path` knows what this is; else it is a file or folder of structures."""
     return Path(name).suffix in HDF5 or not Path(name).exists()
+
+
+def at_hand(name: str | Path) -> bool:
+    """Whether a dataset of this name, or such structures, are on this machine."""
+    try:
+        return not is_dataset(name) or dataset_path(name).is_file()
+    except UserError:
+        return False
 
 
 def prepared_path(name: str) -> Path:
@@ -64,7 +73,7 @@ def _prototypes() -> Path:
     from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 
     structures = [prototype["snl"].structure for prototype in AFLOW_PROTOTYPE_LIBRARY]
-    ids = _unique([prototype["tags"]["aflow"] for prototype in AFLOW_PROTOTYPE_LIBRARY])
+    ids = distinct((prototype["tags"]["aflow"] for prototype in AFLOW_PROTOTYPE_LIBRARY), "-")
     dropped: dict[int, str] = {}
     crystals = CrystalBatch.from_structures(structures, ids=ids, errors="skip", dropped=dropped)
     tags = [prototype["tags"] for i, prototype in enumerate(AFLOW_PROTOTYPE_LIBRARY) if i not in dropped]
@@ -78,13 +87,3 @@ def _prototypes() -> Path:
     except (OSError, UserError) as error:
         raise UserError(f"{path}: cannot be written; set CFRL_CACHE to a folder of yours") from error
     return path
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Names told apart: A, B, A -> A, B, A-2."""
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(f"{name}-{seen[name]}" if seen[name] > 1 else name)
-    return unique

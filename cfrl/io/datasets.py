@@ -19,9 +19,9 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.errors import UserError
 from cfrl.io import readers, storage
-from cfrl.io.catalogue import PROTOTYPES, dataset_path, is_dataset
+from cfrl.io.catalogue import dataset_path, is_dataset
 from cfrl.io.formats.entry import Unusable
-from cfrl.io.importing import _RESERVED, Columns, Dropped, _columns, _files, _name, read_files
+from cfrl.io.importing import _RESERVED, Dropped, _columns, _files, _name, read_files
 from cfrl.io.options import ImportOptions
 from cfrl.io.readers import Limits
 from cfrl.io.storage import describe, iter_crystals
@@ -119,7 +119,7 @@ class Dataset:
 
     def __init__(self, name: str, split: str | None) -> None:
         self._crystals, self._path, self._split = None, None, split
-        if name == PROTOTYPES or not Path(name).exists() or Path(name).suffix in (".h5", ".hdf5"):
+        if is_dataset(name):
             self._path = dataset_path(name)
             about = describe(self._path)
             self.size = about["splits"][split] if split else about["crystals"]

@@ -5,7 +5,6 @@ What each command's page shows is one function here. page.py makes pages, figure
 
 from __future__ import annotations
 
-import csv
 import html
 import math
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomli
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
@@ -38,7 +36,8 @@ from cfrl.reports.figures import (
 from cfrl.reports.page import Page, label, number_text
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.stability.flags import FLAGS
-from cfrl.untrusted import fitting, open_hdf5, read_json, read_text
+from cfrl.tables import read_csv
+from cfrl.untrusted import fitting, open_hdf5, read_json, read_toml
 
 REPORT = "report.html"
 SHOWN_CRYSTALS = 12
@@ -92,7 +91,7 @@ def _page(run: RunFolder, title: str, subtitle: str) -> Page:
 
 
 def _settings(run: RunFolder) -> dict[str, dict[str, Any]]:
-    return tomli.loads(read_text(run.path / "config.toml"))
+    return read_toml(run.path / "config.toml")
 
 
 def _command(run: RunFolder) -> str:
@@ -104,26 +103,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: there is no such file; did the run come to its end?")
     return read_json(path)
-
-
-def _read_csv(path: Path) -> dict[str, list[Any]]:
-    """Columns; numbers where all of a column are (empty: NaN)."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; did the run come to its end?")
-    with open(path, newline="", encoding="utf-8") as file:
-        head, *rows = list(csv.reader(file)) or [[]]
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(head)}
-    return {name: words if name in _NAMES else _typed(words) for name, words in columns.items()}
-
-
-_NAMES = ("id", "known_as", "duplicate_of")  # text, also where every one of them looks like a number
-
-
-def _typed(words: list[str]) -> list[Any]:
-    try:
-        return [float(word) if word else math.nan for word in words]
-    except ValueError:
-        return words
 
 
 def _metrics_page(run: RunFolder) -> Page:
@@ -352,7 +331,7 @@ def _retrieve_page(run: RunFolder) -> Page:
     page = _page(
         run, "Retrieval: what the tuned model points at", html.escape(f"{result['tuned']} on {result['dataset']}")
     )
-    best, table = read_crystals(run.path / "retrieved.h5"), _read_csv(run.path / "retrieved.csv")
+    best, table = read_crystals(run.path / "retrieved.h5"), read_csv(run.path / "retrieved.csv")
     key, wanted = result["ranked_by"], result["property"].lstrip("-")
     verdicts, sampling = result.get("verdicts", []), result.get("sampling")
     page.tiles(_retrieve_tiles(result))
@@ -376,7 +355,7 @@ def _retrieve_page(run: RunFolder) -> Page:
     if sampling:
         intro = f"{sampling['draws']:,} draws of each model; whether one is a known material, StructureMatcher says."
         page.heading("Known materials met by sampling", intro)
-        met = _read_csv(run.path / "met.csv")
+        met = read_csv(run.path / "met.csv")
         page.add_figures(_discovery(run), _met(met))
         if met["id"]:
             page.table({name: column[:SHOWN_ROWS] for name, column in met.items()})
@@ -425,7 +404,7 @@ def _judgement(result: Mapping[str, Any]) -> str:
 
 
 def _reward_scatter(run: RunFolder, result: Mapping[str, Any]) -> Figure | None:
-    table = _read_csv(run.path / "rewards.csv")
+    table = read_csv(run.path / "rewards.csv")
     if not len(table["id"]):
         return None
     rows = _thin(len(table["id"]))
@@ -460,7 +439,7 @@ def _ranking_figures(run: RunFolder, result: Mapping[str, Any], table: Mapping[s
         values = file[wanted.replace("/", ".")][:] if wanted else None
         factors = {name: file[f"log_ratio.{name}"][:] for name in ("wyckoff", "species", "coords", "lattice")}
         first = np.isin(file["rank"][:], np.arange(1, len(table["rank"]) + 1))
-    spread = histogram("ratio", "Likelihood ratio over the dataset", label(key), {"": ratio})
+    ratios = histogram("ratio", "Likelihood ratio over the dataset", label(key), {"": ratio})
     parts = Figure("factors", "Where the ratio comes from", "", "mean log-likelihood ratio (nats)")
     for name, rows, color in (("whole dataset", np.isfinite(ratio), GREY), (f"first {first.sum()}", first, BLUE)):
         means = [float(values[rows].mean()) for values in factors.values()] if rows.any() else [0.0] * 4
@@ -469,7 +448,7 @@ def _ranking_figures(run: RunFolder, result: Mapping[str, Any], table: Mapping[s
     if values is not None:
         groups = {"whole dataset": values, f"first {first.sum()}": values[first]}
         found = histogram("property", f"{_title(wanted)} of what was found", label(wanted), groups)
-    return [found, spread, parts]
+    return [found, ratios, parts]
 
 
 def _verdict_columns(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -484,7 +463,7 @@ def _verdict_columns(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 
 
 def _discovery(run: RunFolder) -> Figure:
-    curve = _read_csv(run.path / "discovery.csv")
+    curve = read_csv(run.path / "discovery.csv")
     rows = _thin(len(curve["draws"]))
     series = [
         Series(np.array(curve["draws"])[rows], np.array(curve[name])[rows], name, "line", color)
@@ -508,7 +487,7 @@ def _met(met: Mapping[str, list], most: int = 15) -> Figure | None:
 
 def _screen_page(run: RunFolder) -> Page:
     summary = _read_json(run.path / "summary.json")
-    table = _read_csv(run.path / "table.csv")
+    table = read_csv(run.path / "table.csv")
     crystals = _rollouts(run.path / "screen.h5")
     page = _page(run, f"Screening of {summary['crystals']:,} crystals", html.escape(run.path.name))
     rates = {rate["name"]: rate for rate in summary["rates"]}

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cfrl.assets import ASSETS
+from cfrl.crystals.compositions import fractions
 from cfrl.crystals.descriptors import element_descriptors
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
-from cfrl.stability.hull import fractions
 from cfrl.untrusted import fitting, read_tensors
 
 if TYPE_CHECKING:

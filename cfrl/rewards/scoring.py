@@ -47,7 +47,7 @@ class Scored:
 
     values: (n,), NaN where it could not be scored
     status: n strings, "" or the reason
-    spread: (n,) standard deviation of the ensemble, for rewards registered with `spread`
+    spread: (n,) how unsure each value is, one standard deviation, for rewards registered with `spread`
     parts: (n,) for each of the names registered as `parts`
     """
 

@@ -90,7 +90,7 @@ def rloo_advantage(score: Tensor) -> Tensor:
 def grpo_advantage(score: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Score standardised within its group (arXiv 2402.03300, sec. 4.1.2); the group is the space group.
 
-    A group of one, which has no spread, takes mean and standard deviation of the batch.
+    A group of one, which has none of its own, takes mean and standard deviation of the batch.
 
     Args:
         score: (n,).

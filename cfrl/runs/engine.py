@@ -166,7 +166,7 @@ class LocalEngine:
 class RayEngine:
     """The same on a Ray cluster: the one at `address`, or a local one with `workers` processes."""
 
-    def __init__(self, workers: int, address: str = "") -> None:
+    def __init__(self, workers: int, address: str | None = None) -> None:
         """Raises UserError if ray is missing or the cluster does not answer."""
         try:
             import ray
@@ -216,7 +216,7 @@ class RayEngine:
 Engine = LocalEngine | RayEngine
 
 
-def make_engine(name: str, workers: int, address: str = "") -> Engine:
+def make_engine(name: str, workers: int, address: str | None = None) -> Engine:
     """The engine of the settings, "local" or "ray". Raises as `RayEngine`."""
     return LocalEngine(workers) if name == "local" else RayEngine(workers, address)
 

@@ -32,8 +32,6 @@ from cfrl.files import atomic_file, provenance, write_problem
 from cfrl.settings import to_toml
 from cfrl.untrusted import check_weights, fitting, read_checkpoint, read_text
 
-__all__ = ["RunFolder", "newest_run", "provenance"]
-
 _INPUT = "input.txt"
 _NAME = re.compile(r"(?P<stamp>\d{8}-\d{6})-(?P<command>[a-z]+)(-(?P<tag>.+))?$")
 
@@ -51,11 +49,11 @@ class RunFolder:
     def create(
         cls,
         command: str,
-        tag: str = "",
+        tag: str | None = None,
         config: Any = None,
         root: str | Path = "runs",
-        path: str | Path = "",
-        source: str = "",
+        path: str | Path | None = None,
+        source: str | None = None,
     ) -> RunFolder:
         """A new folder `root/<date>-<time>-<command>[-<tag>]`, with the settings (a dataclass) in `config.toml`.
 
@@ -65,7 +63,7 @@ class RunFolder:
         Raises:
             UserError: it cannot be made, or `path` holds something already.
         """
-        tag = re.sub(r"[^\w.+]+", "_", tag).strip("_")[:80]
+        tag = re.sub(r"[^\w.+]+", "_", tag or "").strip("_")[:80]
         path = _named_folder(Path(path)) if path else _new_folder(Path(root), f"{command}-{tag}" if tag else command)
         run = cls(path)
         with atomic_file(path / "run.json") as temp:
@@ -113,10 +111,10 @@ class RunFolder:
         return match["command"] if match else ""
 
     @property
-    def source(self) -> str:
-        """What the command works on; "" where nothing was noted."""
+    def source(self) -> str | None:
+        """What the command works on, where that was noted."""
         path = self.path / _INPUT
-        return read_text(path).strip() if path.exists() else ""
+        return read_text(path).strip() if path.exists() else None
 
     @property
     def finished(self) -> bool:
@@ -234,7 +232,7 @@ class RunFolder:
         return state
 
 
-def newest_run(command: str | Sequence[str], root: str | Path = "runs", holding: str = "") -> RunFolder | None:
+def newest_run(command: str | Sequence[str], root: str | Path = "runs", holding: str | None = None) -> RunFolder | None:
     """The newest run of `command` (or of one of several), or None.
 
     Args:
@@ -246,7 +244,7 @@ def newest_run(command: str | Sequence[str], root: str | Path = "runs", holding:
     runs = []
     for config in Path(root).glob("*/config.toml"):
         match = _NAME.match(config.parent.name)
-        if match and match["command"] in commands and (config.parent / holding).exists():
+        if match and match["command"] in commands and (config.parent / (holding or "")).exists():
             runs.append((match["stamp"], config.stat().st_mtime_ns, config.parent))
     return RunFolder(max(runs)[2]) if runs else None
 

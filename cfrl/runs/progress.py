@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,9 @@ def progress_bar(label: str, total: int | None, console: Console | None, downloa
         return
     amount = [DownloadColumn(), TransferSpeedColumn()] if download else [TextColumn("{task.fields[note]}")]
     columns = (TextColumn(label), BarColumn(), *amount, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # What is printed meanwhile stays above the bar, where both go to a terminal; into a pipe it goes as ever.
+    above = sys.stdout is not None and sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=above) as progress:
         task = progress.add_task(label, total=total, note="")
 
         def advance(done: int, total: int | None = total, note: str = "") -> None:

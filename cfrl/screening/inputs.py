@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io import readers
-from cfrl.io.catalogue import HDF5
+from cfrl.io.catalogue import is_dataset
 from cfrl.io.datasets import load_dataset, read_structures
 from cfrl.io.formats.entry import Unusable
 from cfrl.io.formats.records import STRUCTURE_COLUMNS
 from cfrl.stability.hull import ReferenceHull
+from cfrl.tables import distinct
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,23 +60,13 @@ def read_samples(source: str) -> Samples:
     ids += [entry.id or f"{Path(entry.file).name}:{entry.row}" for entry in dropped]
     if not ids:
         raise UserError(f"{source}: there is no crystal in it")
-    ids = _distinct(ids)
+    ids = distinct(ids)
     filled = {}
     for name, values in columns.items():
         values = np.asarray(values)
         blank = np.full(len(dropped), np.nan if values.dtype.kind == "f" else "", dtype=values.dtype)
         filled[name] = np.concatenate([values, blank])
     return Samples(ids, structures, [entry.reason for entry in dropped], filled)
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The second "a" becomes "a#2" and so on."""
-    seen: Counter[str] = Counter()
-    distinct = []
-    for name in names:
-        seen[name] += 1
-        distinct.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return distinct
 
 
 def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[KnownCrystal]]:
@@ -87,7 +77,7 @@ def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[Known
     """
     known: dict[str, list[KnownCrystal]] = {}
     for name in names:
-        if Path(name).exists() and Path(name).suffix not in HDF5:
+        if not is_dataset(name):
             for formula, crystal in _known_in_files(name, formulas):
                 known.setdefault(formula, []).append(crystal)
         else:

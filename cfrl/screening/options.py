@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from cfrl.settings import DEVICES, POTENTIALS, Count, CountOrZero, Distance, Range, Settings, Tolerance, option
+from cfrl.settings import (
+    DEVICES,
+    POTENTIAL_HELP,
+    POTENTIALS,
+    Count,
+    CountOrZero,
+    Distance,
+    Range,
+    Settings,
+    Tolerance,
+    option,
+)
 
 
 @dataclass(frozen=True)
@@ -16,11 +27,7 @@ class ScreeningOptions(Settings):
     unique: bool = option(True, "Look for duplicates and for known crystals; duplicates go no further.")
     relax: bool = option(True, "Relax positions and cell with the potential.")
     stability: bool = option(True, "Compute energies and distances to the convex hull.")
-    potential: str = option(
-        "chgnet",
-        "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies.",
-        choices=POTENTIALS,
-    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     max_density: Annotated[float, Range(0, 1000, open_below=True)] = option(
         40.0, "g/cm^3; denser crystals are invalid."

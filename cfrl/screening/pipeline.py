@@ -17,7 +17,7 @@ from cfrl.runs.journal import Record, Work, digest
 from cfrl.screening import stages
 from cfrl.screening.inputs import KnownCrystal, known_by_formula
 from cfrl.screening.options import ScreeningOptions
-from cfrl.screening.tally import Table
+from cfrl.screening.table import Table
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale
 

@@ -23,10 +23,9 @@ from cfrl.crystals.fingerprint import find_duplicates, find_known, fingerprints
 from cfrl.errors import UserError
 from cfrl.model.distributions import IMPOSSIBLE, SamplerOptions
 from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.tables import Columns, join
 
 RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
-
-Columns = dict[str, np.ndarray]
 
 
 # ---- by likelihood -----------------------------------------------------------------------------------------------
@@ -108,21 +107,21 @@ def rank(
         named = replace(crystals, ids=crystals.ids or [str(seen + i) for i in range(len(crystals))])
         part = {**_describe(named), **log_ratios(tuned, base, named.canonical(), options, shares)}
         scores = np.concatenate([best_scores, part[RANKINGS[by]]])
-        keep = _descending(scores)[:top]
+        keep = descending(scores)[:top]
         keep = keep[np.isfinite(scores[keep])]
         best, best_scores = CrystalBatch.cat([best, named] if len(best) else [named])[keep], scores[keep]
         parts.append(part)
         seen += len(crystals)
     if not parts:
         raise UserError("the dataset holds no crystals")
-    columns = _join(parts)
+    columns = join(parts)
     scores = columns[RANKINGS[by]]
     if not np.isfinite(scores).any():
         raise UserError(
             f"none of the dataset's {seen} crystals can be drawn by the run's sampler: too many sites, or left out by "
             "its elements, max_atoms or top_p; give a --dataset that fits the run"
         )
-    order = _descending(scores)
+    order = descending(scores)
     columns["rank"] = np.zeros(len(order), dtype=np.int64)
     columns["rank"][order] = np.arange(1, len(order) + 1)
     columns["rank"][~np.isfinite(scores)] = 0
@@ -139,14 +138,7 @@ def _describe(crystals: CrystalBatch) -> Columns:
     }
 
 
-def _join(parts: list[Columns]) -> Columns:
-    """One column after the other; NaN where a part lacks one."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    blanks = [np.full(len(part["id"]), np.nan) for part in parts]
-    return {k: np.concatenate([p.get(k, nan) for p, nan in zip(parts, blanks, strict=True)]) for k in names}
-
-
-def _descending(scores: np.ndarray) -> np.ndarray:
+def descending(scores: np.ndarray) -> np.ndarray:
     """Indices, highest score first, NaN last, ties in their order."""
     return np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
 
@@ -208,9 +200,3 @@ def _met(crystals: CrystalBatch, known: list[Any], rows: list[int]) -> np.ndarra
     met = np.full(len(crystals), -1, dtype=np.int64)
     met[valid.cpu().numpy()] = [-1 if i is None else rows[i] for i in found]
     return met
-
-
-# ---- the command -------------------------------------------------------------------------------------------------
-
-
-# ---- what is written ---------------------------------------------------------------------------------------------

@@ -22,15 +22,14 @@ import numpy as np
 import torch
 
 from cfrl import config
-from cfrl.commands.finetune import finetune
+from cfrl.commands.finetune import configured_reward, finetune, start
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
 from cfrl.potentials import load_potential
-from cfrl.rewards import RewardContext, build_reward, register_reward
-from cfrl.rl import loop as module
-from cfrl.rl.tuning import Tuning
+from cfrl.rewards import register_reward
+from cfrl.rl.loop import FreshCrystals, robust_std, unit
 from cfrl.runs.folder import RunFolder
 from cfrl.stability.hull import ReferenceHull
 
@@ -74,17 +73,17 @@ def scale(settings: config.FinetuneConfig) -> None:
     """
     print(f"pools of {settings.scale_crystals} crystals, steps of {settings.n}; each: median, max/min, farthest")
     for name in ("dielectric_bandgap", "band_gap", "ehull", "rare"):
-        reward = build_reward(name, context=RewardContext.from_config(settings))
+        reward = configured_reward(replace(settings, reward=name), "cpu")
         units = []
         for seed in range(10):  # what a crystal has scored once is remembered, and not computed again
-            changed = replace(settings, reward=name, seed=seed)
-            units.append(module._scale(Tuning(changed), changed, reward))
-        tuning, n = Tuning(changed), settings.scale_crystals
-        pools = [module._fresh(tuning, changed, reward, n, seed, tuned=False).reward for seed in range(1, 11)]
+            tuning = start(replace(settings, reward=name, seed=seed))
+            source = FreshCrystals(tuning, reward)
+            units.append(unit(tuning, source))
+        pools = [source.draw(settings.scale_crystals, seed, tuned=False).reward for seed in range(1, 11)]
         print(f"{name} ({np.mean([float((pool == 0).double().mean()) for pool in pools]):.0%} earn 0)")
         print(f"  ten seeds   {' '.join(f'{x:.4g}' for x in units)}")
         steps = [pool[: settings.n] for pool in pools]
-        for label, values in (("ten pools", map(module.spread, pools)), ("first steps", map(module.spread, steps))):
+        for label, values in (("ten pools", map(robust_std, pools)), ("first steps", map(robust_std, steps))):
             found = np.array(list(values))
             far = np.abs(found / np.median(found) - 1).max()
             print(f"  {label:11} {np.median(found):.4g}, {found.max() / found.min():.2f}, {far:.0%}", flush=True)
@@ -116,14 +115,14 @@ def compare(run: RunFolder, settings: config.FinetuneConfig, n: int, hull: str) 
 
 def trade_off(samples: list[CrystalBatch], settings: config.FinetuneConfig) -> None:
     """Does each factor rise where the other is held? Medians before and after in bins of the other."""
-    reward = build_reward("dielectric_bandgap", context=RewardContext.from_config(settings))
+    reward = configured_reward(replace(settings, reward="dielectric_bandgap"), "cpu")
     terms = [reward(crystals).terms for crystals in samples]
     gap, dielectric = ([t[f"dielectric_bandgap/{name}"] for t in terms] for name in ("band_gap", "dielectric"))
-    for name, value, held, unit, edges in (
+    for name, value, held, other, edges in (
         ("dielectric constant", dielectric, gap, "eV", (0.25, 0.5, 1, 2, 3, 4, 6, 9)),
         ("band gap (eV)", gap, dielectric, "dielectric constant", (1, 5, 10, 15, 20, 30, 50, 100)),
     ):
-        print(f"\n{'held: ' + unit:>24} {'crystals':>16}   median {name}, before and after")
+        print(f"\n{'held: ' + other:>24} {'crystals':>16}   median {name}, before and after")
         for low, high in pairwise(edges):
             inside = [v[(h >= low) & (h < high)] for v, h in zip(value, held, strict=True)]
             if min(map(len, inside)) >= 5:
@@ -143,7 +142,7 @@ def fresh(model: str, settings: config.FinetuneConfig, n: int) -> CrystalBatch:
 
 def judge(crystals: CrystalBatch, settings: config.FinetuneConfig, hull: str) -> dict[str, float]:
     """Figures of a sample: its uniqueness, the reward and its terms, and the opinion of others."""
-    result = build_reward(settings.reward, context=RewardContext.from_config(settings))(crystals)
+    result = configured_reward(settings, "cpu")(crystals)
     figures = {"unique fraction": len(set(fingerprints(crystals))) / len(crystals)}
     figures["scored"] = float(np.mean([not reason for reason in result.status]))
     figures |= {f"reward, {f.__name__[3:]}": float(f(result.total)) for f in (np.nanmean, np.nanmedian)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cfrl.stability.hull import ReferenceHull, fractions
+from cfrl.crystals.compositions import fractions
+from cfrl.stability.hull import ReferenceHull
 
 path = Path(__file__).resolve().parents[3] / "shared" / "data" / "mp_energies.csv.gz"
 if not path.is_file():

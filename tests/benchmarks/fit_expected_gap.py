@@ -1,4 +1,4 @@
-"""Fits `expected_gap` (stability/hull.py): how much a hull falls at crystals of the embedded model, once all is known.
+"""Fits `expected_gap` (lower_hull.py): how much a hull falls at crystals of the embedded model, once all is known.
 
     python tests/benchmarks/fit_expected_gap.py mp_energies.csv.gz DATASET... [-n 2000]
 
@@ -12,10 +12,12 @@ from itertools import pairwise
 import numpy as np
 from scipy.optimize import curve_fit
 
+from cfrl.crystals.compositions import fractions
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.stability.hull import ReferenceHull, _group_rows, expected_gap, fractions
+from cfrl.stability.hull import ReferenceHull, _group_rows
+from cfrl.stability.lower_hull import expected_gap
 
 NEAR_HULL = 0.05  # eV/atom, as in the embedded reference
 BINS = (0, 1, 2, 3, 5, 9, 17, 33, 10_000)  # known compounds

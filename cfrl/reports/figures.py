@@ -246,7 +246,7 @@ def _layout() -> dict[str, Any]:
 
 def _axis(title: str, log: bool) -> dict[str, Any]:
     style = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": "#9AA5B1", "ticks": "outside", "ticklen": 4}
-    kind = {"type": "log", "dtick": 1} if log else {}
+    kind = {"type": "log"} if log else {}
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "showline": True, **style, **kind}
 
 

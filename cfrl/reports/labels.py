@@ -81,7 +81,7 @@ def chance_text(p: float) -> str:
 
 def subscripts(formula: str) -> Markup:
     """BaTiO3 -> BaTiO<sub>3</sub>."""
-    return Markup(re.sub(r"(?<=[A-Za-z)])(\d+)", r"<sub>\1</sub>", escape(formula)))
+    return Markup(re.sub(r"(?<=[A-Za-z)])(\d+)", r"<sub>\1</sub>", str(escape(formula))))
 
 
 def space_group_symbol(number: int) -> Markup:

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 
 for (const [id, figure] of Object.entries(data.figures)) {
   const config = { displaylogo: false, responsive: true, toImageButtonOptions: { format: "svg", filename: id } };
-  config.displayModeBar = "hover";
+  config.displayModeBar = matchMedia("(hover: hover)").matches && "hover"; // on a touch screen it would never go
   config.modeBarButtonsToRemove = ["select2d", "lasso2d", "autoScale2d"];
   Plotly.newPlot(id, figure.data, figure.layout, config);
 }

@@ -168,7 +168,8 @@ const behind = (e) => {
   }
   return 1;
 };
-const texts = [...document.querySelectorAll("h1, h2, h3, p, dt, dd, td, th, b, a, text.legendtext, .xtick text, .ytick text")];
+const kinds = "h1, h2, h3, p, dt, dd, td, th, b, a, text.legendtext, .xtick text, .ytick text";
+const texts = [...document.querySelectorAll(kinds)];
 const shown = texts.filter((e) => e.textContent.trim() && e.getBoundingClientRect().width);
 return shown.map((e) => {
   const style = getComputedStyle(e);
@@ -193,8 +194,8 @@ def test_all_text_can_be_read(emulated, reports, scheme):
 def test_print_is_ink_on_paper_with_fifty_rows(emulated, reports):
     browser = emulated(width=720, scheme="dark", media="print")
     browser.get((reports["retrieve"].path / "report.html").as_uri())
-    rows = "return [...document.querySelectorAll('table')].map((t) => [...t.tBodies[0].rows].map((r) => r.offsetHeight > 0))"
-    tables = browser.execute_script(rows)
+    shown = "[...t.tBodies[0].rows].map((row) => row.offsetHeight > 0)"
+    tables = browser.execute_script(f"return [...document.querySelectorAll('table')].map((t) => {shown})")
     assert max(map(len, tables)) > PRINTED_ROWS
     assert [sum(table) for table in tables] == [min(len(table), PRINTED_ROWS) for table in tables]
     assert f"The first {PRINTED_ROWS} of 80 rows." in browser.find_element("tag name", "main").text
@@ -214,7 +215,8 @@ def test_the_legend_is_beside_the_structure(page):
     assert legend.text
     assert legend.rect["y"] >= view.rect["y"] + view.rect["height"] - 1
     drawn = np.abs(pixels(view) - pixels(view)[4, 4]).sum(-1) > 0.1
-    assert not (drawn[0].any() or drawn[-1].any() or drawn[:, 0].any() or drawn[:, -1].any())  # nothing is cut off
+    edges = drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]
+    assert not np.concatenate(edges).any()  # nothing is cut off
 
 
 def test_crystals_are_drawn_and_turn(page):

@@ -278,7 +278,7 @@ def _hover(series: Series) -> dict[str, Any]:
 def _line(s: Series) -> list[dict[str, Any]]:
     line = {"color": s.color, "width": 2, **({"dash": "dash"} if s.dash else {})}
     base = {"type": "scatter", "x": _plain(s.x), "y": _plain(s.y), "name": s.name, "line": line, "mode": "lines"}
-    return [base | _hover(s)]
+    return [base | {"showlegend": bool(s.name)} | _hover(s)]
 
 
 def _points(s: Series) -> list[dict[str, Any]]:

@@ -15,7 +15,8 @@ from cfrl.crystals import display
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints, firsts
 from cfrl.io.storage import read_columns, read_crystals
-from cfrl.reports.figures import BLUE, GREY, ORANGE, pareto_front
+from cfrl.reports.figures import BLUE, GREY, ORANGE
+from cfrl.reports.pareto import pareto_front
 
 SHOWN = 4
 GAP, DIELECTRIC = (f"dielectric_bandgap/{name}" for name in ("band_gap", "dielectric"))

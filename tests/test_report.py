@@ -4,13 +4,15 @@ import base64
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
+from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
 from cfrl.commands.retrieve import retrieve
@@ -20,13 +22,20 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
-from cfrl.io.storage import append_crystals, read_columns, write_crystals
+from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
+from cfrl.reports import finetune as finetune_report
 from cfrl.reports import monitor
-from cfrl.reports.figures import Figure, PeriodicTable, Series, histogram, pareto, pareto_front, place
-from cfrl.reports.page import Page, number_text, scene, space_group_symbol, subscripts
+from cfrl.reports import retrieve as retrieve_report
+from cfrl.reports import screen as screen_report
+from cfrl.reports.figures import Figure, PeriodicTable, Series, histogram, place
+from cfrl.reports.labels import number_text, space_group_symbol, subscripts
+from cfrl.reports.page import PRINTED_ROWS, Page
+from cfrl.reports.pareto import pareto, pareto_front, quantities
 from cfrl.reports.report import newest_reportable, write_report
+from cfrl.reports.scene import cif_links, scene
 from cfrl.rewards import RewardContext, build_reward
 from cfrl.runs.folder import RunFolder
+from cfrl.screening.judge import judge
 from tests.tiny import tuned_run
 
 HOSTILE = '</script><script>document.title="broken"</script>'
@@ -112,8 +121,102 @@ def test_report_opens_without_fault_or_request(page):
     )
     assert len(figures) >= 3
     assert [name for name, paths in figures if paths < 2] == []
-    overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    assert page.browser.execute_script(overflow) <= 0
+    assert overflow(page.browser) <= 0
+
+
+def overflow(browser) -> int:
+    """Pixels by which the page is wider than the window."""
+    return browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+
+
+@pytest.fixture
+def emulated(browser):
+    """Sets the width of the screen, the colour scheme and the medium, for one test."""
+
+    def emulate(width: int = 1200, scheme: str = "light", media: str = "screen"):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": scheme})
+        return browser
+
+    yield emulate
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def test_nothing_is_wider_than_a_phone(emulated, reports):
+    browser = emulated(width=400)
+    for run in reports.values():
+        browser.get((run.path / "report.html").as_uri())
+        assert overflow(browser) <= 0
+        wide = "return [...document.querySelectorAll('main > *')].filter((e) => e.getBoundingClientRect().right > 400)"
+        assert browser.execute_script(wide) == []
+
+
+# Relative luminances (WCAG 2.1) of the ink of everything with text, and of the page behind it.
+LUMINANCE = """
+const part = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const luminance = (color) => {
+  const [r, g, b] = color.match(/[\\d.]+/g).map(Number);
+  return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+};
+const behind = (e) => {
+  for (; e; e = e.parentElement) {
+    const color = getComputedStyle(e).backgroundColor;
+    if (e instanceof HTMLElement && color !== "rgba(0, 0, 0, 0)") return luminance(color);
+  }
+  return 1;
+};
+const kinds = "h1, h2, h3, p, dt, dd, td, th, b, a, text.legendtext, .xtick text, .ytick text";
+const texts = [...document.querySelectorAll(kinds)];
+const shown = texts.filter((e) => e.textContent.trim() && e.getBoundingClientRect().width);
+return shown.map((e) => {
+  const style = getComputedStyle(e);
+  return [e.textContent.slice(0, 30), luminance(e instanceof SVGElement ? style.fill : style.color), behind(e)];
+});
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read(emulated, reports, scheme):
+    """A contrast of 4.5 to 1, as the Web Content Accessibility Guidelines ask; bright on dark in dark mode."""
+    browser = emulated(scheme=scheme)
+    for run in reports.values():
+        browser.get((run.path / "report.html").as_uri())
+        found = browser.execute_script(LUMINANCE)
+        assert len(found) > 50
+        poor = [entry for entry in found if (max(entry[1:]) + 0.05) / (min(entry[1:]) + 0.05) < 4.5]
+        assert poor == []
+        assert (found[-1][2] < 0.1) == (scheme == "dark")  # the page behind the last text
+
+
+def test_print_is_ink_on_paper_with_fifty_rows(emulated, reports):
+    browser = emulated(width=720, scheme="dark", media="print")
+    browser.get((reports["retrieve"].path / "report.html").as_uri())
+    shown = "[...t.tBodies[0].rows].map((row) => row.offsetHeight > 0)"
+    tables = browser.execute_script(f"return [...document.querySelectorAll('table')].map((t) => {shown})")
+    assert max(map(len, tables)) > PRINTED_ROWS
+    assert [sum(table) for table in tables] == [min(len(table), PRINTED_ROWS) for table in tables]
+    assert f"The first {PRINTED_ROWS} of 80 rows." in browser.find_element("tag name", "main").text
+    ink = browser.execute_script("return getComputedStyle(document.querySelector('h2')).color")
+    assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 200
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    undrawn = "return [...document.querySelectorAll('.view')].filter((v) => !v.querySelector('canvas')).length"
+    assert browser.execute_script(undrawn) == 0  # also those that nobody has scrolled to
+    boxes = "return [...document.querySelectorAll('.plot .main-svg')].every((s) => s.hasAttribute('viewBox'))"
+    assert browser.execute_script(boxes)
+
+
+def test_the_legend_is_beside_the_structure(page):
+    view, legend = (page.browser.find_element("css selector", f".crystal {kind}") for kind in (".view", ".elements"))
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", view)
+    page.browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 500))")
+    assert legend.text
+    assert legend.rect["y"] >= view.rect["y"] + view.rect["height"] - 1
+    drawn = np.abs(pixels(view) - pixels(view)[4, 4]).sum(-1) > 0.1
+    edges = drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]
+    assert not np.concatenate(edges).any()  # nothing is cut off
 
 
 def test_crystals_are_drawn_and_turn(page):
@@ -255,17 +358,40 @@ def test_the_first_reward_of_the_readme_has_its_pareto_plot(tmp_path):
         assert traces[1]["x"] == pytest.approx(gap[pareto_front(gap, eps)])
 
 
+def test_quantities_of_a_reward():
+    terms = ["dielectric_bandgap", *(f"dielectric_bandgap/{part}" for part in ("spread", "band_gap", "dielectric"))]
+    assert quantities(terms) == ["dielectric_bandgap/band_gap", "dielectric_bandgap/dielectric"]
+    assert quantities(["band_gap", "band_gap/spread", "ehull"]) == ["band_gap", "ehull"]
+
+
 @pytest.mark.parametrize(
-    ("gap", "eps"),
-    [("band_gap", "dielectric(kind=electronic)"), ("dielectric_bandgap(kind=total)/band_gap", "a/dielectric")],
+    ("reward", "signs"),
+    [
+        (lambda gap, hull: gap - hull, (1, -1)),
+        (lambda gap, hull: gap * hull, (1, 1)),
+        (lambda gap, hull: -gap - 3 * hull, (-1, -1)),
+        (lambda gap, hull: -abs(gap - 1.5), None),  # a target: neither more nor less is better
+    ],
 )
-def test_pareto_terms_are_found_by_their_names(gap, eps):
-    columns = {"reward": np.zeros(3), "dielectric_bandgap": np.ones(3), gap: np.arange(3.0), eps: np.arange(2.0, 5)}
-    figure = pareto({"before": columns, "after": columns})
-    assert figure.series[0].x.tolist() == [0, 1, 2]
-    assert figure.series[0].y.tolist() == [2, 3, 4]
-    del columns[eps]
-    assert pareto({"before": columns, "after": columns}) is None
+def test_a_front_goes_the_way_of_the_reward(reward, signs):
+    rng = np.random.default_rng(0)
+    gap, hull = rng.uniform(0, 3, (2, 200))
+    columns = {"band_gap": gap, "ehull": hull, "reward": reward(gap, hull)}
+    (figure,) = pareto({"before": columns, "after": columns}, ["band_gap", "ehull"])
+    fronts = [series for series in figure.series if series.kind == "line"]
+    if signs is None:
+        assert fronts == []
+        assert figure.note == ""
+        return
+    points = np.stack([signs[0] * gap, signs[1] * hull], 1)
+    best = [i for i, p in enumerate(points) if not ((points >= p).all(1) & (points > p).any(1)).any()]
+    assert sorted(fronts[0].x) == sorted(gap[best])
+    assert f"{'more' if signs[0] > 0 else 'less'} band gap" in figure.note
+
+
+def test_no_front_of_one_quantity():
+    columns = {"density": np.arange(3.0), "reward": np.arange(3.0)}
+    assert pareto({"before": columns, "after": columns}, ["density"]) == []
 
 
 def test_headline_is_of_fresh_crystals_not_of_single_batches(tmp_path):
@@ -277,8 +403,14 @@ def test_headline_is_of_fresh_crystals_not_of_single_batches(tmp_path):
     tiles = dict((name, value) for value, name in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
     unique = len(set(fingerprints(crystals))) / 40, len(set(fingerprints(repeated))) / 40
     assert tiles["mean reward, fresh crystals"] == f"{number_text(before)} → {number_text(after)}"
-    assert tiles["unique, fresh crystals"] == f"{number_text(unique[0])} → {number_text(unique[1])}"
-    assert tiles["valid, fresh crystals"] == "1 → 1"
+    cells = re.findall(r'data-value="(.*?)"', text.partition("<tbody>")[2].partition("</tbody>")[0])
+    shares = {cells[i]: [float(value) for value in cells[i + 1 : i + 4]] for i in range(0, len(cells), 4)}
+    assert shares["valid"] == [100, 100, 0]
+    assert shares["unique"] == [
+        round(100 * unique[0], 1),
+        round(100 * unique[1], 1),
+        round(100 * (unique[1] - unique[0]), 1),
+    ]
     for name in ("before.h5", "after.h5"):
         (run.path / name).unlink()
     text = write_report(run).read_text(encoding="utf-8")
@@ -296,7 +428,103 @@ def test_the_best_crystals_are_not_one_element_eight_times(tmp_path, capsys):
     assert write_report(run).read_text(encoding="utf-8").count("<h3>Li</h3>") == 1
 
 
+# ---- verdicts
+
+
+def verdict_of(run: RunFolder) -> str:
+    text = (run.path / "report.html").read_text(encoding="utf-8")
+    return re.search(r'<p class="verdict">(.*?)</p>', text).group(1)
+
+
+def test_every_report_says_what_it_comes_to(reports):
+    assert "mean reward" in verdict_of(reports["finetune"])
+    assert verdict_of(reports["retrieve"]).startswith("The ranking ")
+    screened = reports["screen"]
+    candidates = int(read_columns(screened.path / "screen.h5")["candidate"].sum())
+    assert verdict_of(screened).startswith(f"{candidates} of 12 crystals are candidates")
+
+
+def with_rewards(values: np.ndarray) -> CrystalBatch:
+    crystals = load_dataset("prototypes")[: len(values)]
+    values = torch.as_tensor(values)
+    return replace(crystals, properties={"reward": values, "density": values, "valid": torch.ones(len(values))})
+
+
+def test_a_gain_is_told_from_chance():
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=60)
+    for after, said in (
+        (before + 1, "Tuning raised the mean reward from"),
+        (before - 1, "Tuning lowered the mean reward from"),
+        (rng.permutation(before), "No gain beyond chance"),
+        (np.full(60, np.nan), "Too few"),
+    ):
+        text = finetune_report.verdict({"before": with_rewards(before), "after": with_rewards(after)}, ["density"], 2.5)
+        assert text.startswith(said)
+        assert ("at a KL of 2.5 nats" in text) == (said != "Too few")
+
+
+def test_a_ranking_is_told_from_chance():
+    rng = np.random.default_rng(0)
+    good = rng.permutation(np.arange(1000) < 50)
+
+    def said(scores: np.ndarray) -> str:
+        verdicts = [asdict(judge("likelihood ratio", scores, good))]
+        result = {"verdicts": verdicts, "property": "-e_above_hull", "correlation": {"crystals": 0}}
+        return retrieve_report.verdict(json.loads(json.dumps(result)))
+
+    noise = [said(rng.normal(size=1000)) for _ in range(200)]
+    assert sum(text.startswith("The ranking is no better than chance") for text in noise) >= 180
+    found = said(good + 0.1 * rng.normal(size=1000))
+    assert found.startswith(
+        "The ranking finds what was asked for: 50 of its first 100 are among the 50 (5%) with the lowest"
+    )
+    assert "where chance gives 5 (p < 0.001), 10 times chance" in found
+    assert said(rng.normal(size=1000) - 2 * good).startswith("The ranking is worse than chance")
+
+
+def test_a_ranking_without_labels_is_held_against_the_reward():
+    for rho, said in ((0.3, "follows"), (-0.3, "runs against"), (0.05, "is no better than chance")):
+        text = retrieve_report.verdict({"correlation": {"all": rho, "crystals": 200}, "property": ""})
+        assert said in text
+    nothing = {"correlation": {"all": None, "within": None, "crystals": 0}, "property": ""}
+    assert "cannot be said" in retrieve_report.verdict(nothing)
+
+
+def test_a_screening_says_how_many_of_how_many():
+    counts = {
+        "all": 40,
+        "valid": 38,
+        "unique": 30,
+        "within 0.1 eV/atom": 12,
+        "unflagged": 9,
+        "candidates": 9,
+        "stable": 2,
+    }
+    text = screen_report.verdict(counts, 9, 3, "band_gap > 1")
+    assert text.startswith(
+        "9 of 40 crystals (22%) are candidates for a DFT calculation: valid, unique, within 0.1 eV/atom"
+    )
+    assert text.endswith(
+        "unflagged, band_gap > 1; 2 of them are on the hull or below it; 3 more are held back by flags."
+    )
+    assert screen_report.verdict({"all": 5, "valid": 0}, 0, 0).startswith("None of 5 crystals is a candidate")
+
+
 # ---- parts
+
+
+def test_a_link_yields_the_crystal(reports):
+    """What a browser would save under the CIF link of a card, read by pymatgen."""
+    text = (reports["retrieve"].path / "report.html").read_text(encoding="utf-8")
+    shown = read_crystals(reports["retrieve"].path / "retrieved.h5")[:12]
+    links = re.findall(r'<a class="cif" href="data:chemical/x-cif,([^"]*)" download="([^"]*)\.cif">', text)
+    assert len(links) == 12
+    for (cif, name), formula, structure in zip(links, shown.formulas(), shown.to_structures(), strict=True):
+        assert name.startswith(formula)
+        assert "_symmetry_equiv_pos_as_xyz" in unquote(cif)
+        assert StructureMatcher().fit(Structure.from_str(unquote(cif), fmt="cif"), structure)
+    assert cif_links(CrystalBatch.empty()) == []
 
 
 def test_scene_of_rock_salt():

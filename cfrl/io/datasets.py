@@ -21,7 +21,7 @@ from cfrl.errors import UserError
 from cfrl.io import readers, storage
 from cfrl.io.catalogue import dataset_path, is_dataset
 from cfrl.io.formats.entry import Unusable
-from cfrl.io.importing import _RESERVED, Dropped, _columns, _files, _name, read_files
+from cfrl.io.importing import _RESERVED, Columns, Dropped, _columns, _files, _name, read_files
 from cfrl.io.options import ImportOptions
 from cfrl.io.readers import Limits
 from cfrl.io.storage import describe, iter_crystals

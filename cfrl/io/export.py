@@ -129,7 +129,7 @@ def _write_csv(
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["material_id", "formula", *columns, "cif"])
-        cifs = _cifs(structures, symprec)
+        cifs = cif_texts(structures, symprec)
         for row in zip(names, map(_formula, structures), *columns.values(), cifs, strict=True):
             writer.writerow(row)
 
@@ -162,7 +162,7 @@ def _write_cif(
 ) -> None:
     blocks = (
         cif.replace(cif[cif.index("data_") :].partition("\n")[0], f"data_{name}", 1)
-        for name, cif in zip(names, _cifs(structures, symprec), strict=True)
+        for name, cif in zip(names, cif_texts(structures, symprec), strict=True)
     )
     path.write_text("\n".join(blocks), encoding="utf-8")
 
@@ -177,7 +177,7 @@ def _write_zip(
     structures: Sequence[Structure], names: list[str], columns: Columns, path: Path, symprec: float | None
 ) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, cif in zip(names, _cifs(structures, symprec), strict=True):
+        for name, cif in zip(names, cif_texts(structures, symprec), strict=True):
             archive.writestr(f"{name}.cif", cif)
 
 
@@ -196,7 +196,7 @@ def _write_folder(structures: Sequence[Structure], names: list[str], path: Path,
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, cif in zip(names, _cifs(structures, symprec), strict=True):
+        for name, cif in zip(names, cif_texts(structures, symprec), strict=True):
             (partial / f"{name}.cif").write_text(cif, encoding="utf-8")
         if path.exists():
             path.rmdir()
@@ -219,8 +219,8 @@ def _names(structures: Sequence[Structure], ids: Sequence[str] | None) -> list[s
     return ["".join(c if c.isalnum() or c in "-_.+" else "_" for c in name) for name in ids]
 
 
-def _cifs(structures: Sequence[Structure], symprec: float | None) -> Iterator[str]:
-    """With the symmetry, where it is looked for and found; all atoms of the cell else."""
+def cif_texts(structures: Sequence[Structure], symprec: float | None) -> Iterator[str]:
+    """A CIF of each, with the symmetry where it is looked for and found, else with all atoms of the cell."""
     from pymatgen.io.cif import CifWriter
 
     for structure in structures:

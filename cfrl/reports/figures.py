@@ -1,7 +1,8 @@
 """A figure is described once and drawn twice: by plotly on the page, by matplotlib for the paper (PNG and SVG).
 
-`Figure` holds curves, points, bars or bands on two axes; `PeriodicTable` one number per element. What they show is
-decided in report.py. The page's figures are plain dicts for plotly.js; the plotly Python package is not needed.
+`Figure` holds curves, points, bars or histograms on two axes; `PeriodicTable` one number per element. What they show
+is decided elsewhere. The page's figures are plain dicts for plotly.js; the plotly Python package is not needed. A
+figure's own colours are those of paper, on which it is saved; report.css adapts them to a dark screen.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY = (
 )
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER, GREY)
 INK, GRID = "#1F2933", "#E4E7EB"
+FAINT = "rgba(138, 143, 152, 0.12)"  # on white and on black
 SEQUENTIAL = ["#F3F6FA", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"]
 DIVERGING = ["#B2182B", "#F4A582", "#F7F7F7", "#92C5DE", "#2166AC"]
 _SIZE = (3.5, 2.6)  # inches: one column of a journal
@@ -116,7 +118,7 @@ class PeriodicTable:
         traces = []
         for there in (False, True):
             rows = [i for i in range(118) if np.isfinite(known[i]) == there]
-            marker: dict[str, Any] = {"color": "#FAFBFC", "line": {"color": GRID, "width": 1}}
+            marker: dict[str, Any] = {"color": FAINT, "line": {"color": FAINT, "width": 1}}
             if there:
                 marker |= {"color": known[rows].tolist(), "cmin": low, "cmax": high, "showscale": True}
                 marker |= {"colorscale": [[i / (len(scale) - 1), c] for i, c in enumerate(scale)]}
@@ -244,7 +246,7 @@ def _layout() -> dict[str, Any]:
 
 def _axis(title: str, log: bool) -> dict[str, Any]:
     style = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": "#9AA5B1", "ticks": "outside", "ticklen": 4}
-    kind = {"type": "log", "dtick": 1} if log else {}
+    kind = {"type": "log"} if log else {}
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "showline": True, **style, **kind}
 
 
@@ -276,7 +278,7 @@ def _hover(series: Series) -> dict[str, Any]:
 def _line(s: Series) -> list[dict[str, Any]]:
     line = {"color": s.color, "width": 2, **({"dash": "dash"} if s.dash else {})}
     base = {"type": "scatter", "x": _plain(s.x), "y": _plain(s.y), "name": s.name, "line": line, "mode": "lines"}
-    return [base | _hover(s)]
+    return [base | {"showlegend": bool(s.name)} | _hover(s)]
 
 
 def _points(s: Series) -> list[dict[str, Any]]:
@@ -345,36 +347,3 @@ def _mathtext(label: str) -> str:
     """The few HTML tags that labels use, for matplotlib."""
     label = re.sub(r"<sub>(.*?)</sub>", r"$_{\\mathrm{\1}}$", label)
     return re.sub(r"<i>(.*?)</i>", r"$\1$", label)
-
-
-def pareto_front(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rows of which no other row has more of both, by falling x."""
-    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    order = known[np.lexsort((-y[known], -x[known]))]
-    highest = np.maximum.accumulate(y[order])
-    return order[np.concatenate([[True], y[order][1:] > highest[:-1]])] if len(order) else order
-
-
-def pareto(groups: Mapping[str, Mapping[str, Any]]) -> Figure | None:
-    """Dielectric constant against band gap with the front of each group; None where one of the two is not known.
-
-    Args:
-        groups: two groups of crystals, by name: their columns (n,), among them reward terms, which may stand on their
-            own (`band_gap`, `dielectric(kind=total)`) or be parts of another (`dielectric_bandgap/band_gap`).
-    """
-    figure = Figure("pareto", "Band gap and dielectric constant", "band gap (eV)", "dielectric constant", log_y=True)
-    figure.note = "Lines: crystals of which no other of the group has more of both."
-    for (name, columns), color, line in zip(groups.items(), (GREY, BLUE), (GREY, ORANGE), strict=True):
-        gap, dielectric = _term(columns, "band_gap"), _term(columns, "dielectric", "eps_total", "eps_electronic")
-        if gap is None or dielectric is None:
-            return None
-        front = pareto_front(gap, dielectric)
-        figure.series.append(Series(gap, dielectric, name, "points", color))
-        figure.series.append(Series(gap[front], dielectric[front], "", "line", line))
-    return figure
-
-
-def _term(columns: Mapping[str, Any], *words: str) -> np.ndarray | None:
-    """The first column of such a name, parameters and the reward that it is a part of left aside."""
-    named = (values for name, values in columns.items() if name.split("/")[-1].split("(")[0] in words)
-    return next((np.asarray(values) for values in named), None)

@@ -21,7 +21,9 @@ from cfrl.crystals.fingerprint import varied
 from cfrl.files import atomic_file
 from cfrl.io.storage import read_columns, read_crystals
 from cfrl.model.transformer import FACTORS
-from cfrl.reports.figures import PALETTE, Figure, Series, pareto, save
+from cfrl.reports.figures import PALETTE, Figure, Series, save
+from cfrl.reports.pareto import pareto
+from cfrl.reports.reading import reward_terms
 from cfrl.runs.folder import RunFolder
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -83,7 +85,15 @@ class Live:
         table = Table(title=f"step {step} of {self.steps}   {self.path}", title_justify="left", box=None)
         for heading, justify in (("", "left"), ("first", "right"), ("now", "right"), ("", "left")):
             table.add_column(heading, justify=justify)
-        shown = ["reward/mean", "reward/median", *self._terms(), "kl", "beta", "ratio", "clip_fraction"]
+        shown = [
+            "reward/mean",
+            "reward/median",
+            *(f"reward/{term}" for term in reward_terms(self.history)),
+            "kl",
+            "beta",
+            "ratio",
+            "clip_fraction",
+        ]
         shown += ["valid", "scored", "unique", "new", "chemical_systems", "effective_space_groups"]
         shown += [f"entropy/{name}" for name in FACTORS] + ["validation/loss"]
         for name in shown:
@@ -91,15 +101,6 @@ class Live:
                 table.add_row(name, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
         table.add_row("seconds", "", f"{self.history['seconds/step'][-1]:.1f}", stage_seconds(metrics))
         return table
-
-    def _terms(self) -> list[str]:
-        return reward_terms(self.history)
-
-
-def reward_terms(metrics: Mapping[str, object]) -> list[str]:
-    """Metrics `reward/<term>` of the single terms."""
-    summary = {f"reward/{name}" for name in ("mean", "median", "std", "max")}
-    return [name for name in metrics if name.startswith("reward/") and name not in summary]
 
 
 def stage_seconds(metrics: Mapping[str, float]) -> str:
@@ -121,11 +122,12 @@ def sparkline(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def plot(run: RunFolder) -> None:
-    """`progress.png`: courses of the run; `pareto.png` where fresh crystals have a gap and a dielectric constant."""
+    """`progress.png`: courses of the run; `pareto.png` where the reward weighs two quantities."""
     m = {name: np.array(values) for name, values in run.metrics().items()}
+    terms = reward_terms(m)
     panels = {
         "reward": {"reward/mean": "mean", "reward/median": "median"},
-        **{term.removeprefix("reward/"): {term: ""} for term in reward_terms(m)},
+        **{term: {f"reward/{term}": ""} for term in terms},
         "KL (nats)": {"kl": "all", **{f"kl/{name}": name for name in FACTORS}},
         "entropy (nats per crystal)": {f"entropy/{name}": name for name in FACTORS},
         "share of a batch": {name: name for name in ("valid", "scored", "unique", "new")},
@@ -143,8 +145,8 @@ def plot(run: RunFolder) -> None:
         _save_panels(figures, run.path / "progress.png")
     fresh = {name: run.path / f"{name}.h5" for name in ("before", "after")}
     columns = {name: read_columns(path) for name, path in fresh.items() if path.exists()}
-    if len(columns) == 2 and (front := pareto(columns)):
-        save(front, run.path)
+    for figure in pareto(columns, terms) if len(columns) == 2 else []:
+        save(figure, run.path)
 
 
 def _save_panels(figures: Sequence[Figure], path: Path) -> None:

@@ -1,5 +1,6 @@
-"""What a model's crystals are made of: shares of kinds, of guarded crystals, of repeats. Beside a gain it says whether the
-crystals became better or only easier.
+"""What a model's crystals are made of: shares of kinds, of guarded crystals, of repeats.
+
+Beside a gain it says whether the crystals became better or only easier.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 
 for (const [id, figure] of Object.entries(data.figures)) {
   const config = { displaylogo: false, responsive: true, toImageButtonOptions: { format: "svg", filename: id } };
-  config.displayModeBar = "hover";
+  config.displayModeBar = matchMedia("(hover: hover)").matches && "hover"; // on a touch screen it would never go
   config.modeBarButtonsToRemove = ["select2d", "lasso2d", "autoScale2d"];
   Plotly.newPlot(id, figure.data, figure.layout, config);
 }
@@ -20,14 +20,12 @@ function drawCrystal(element, scene) {
     atoms[i].bondOrder.push(1);
     atoms[j].bondOrder.push(1);
   }
-  const legend = element.appendChild(document.createElement("div"));
-  legend.className = "elements";
   for (const symbol of new Set(atoms.map((atom) => atom.elem))) {
-    const entry = legend.appendChild(document.createElement("span"));
+    const entry = element.nextElementSibling.appendChild(document.createElement("span"));
     entry.appendChild(document.createElement("i")).style.background = hex(symbol);
     entry.append(symbol);
   }
-  const viewer = $3Dmol.createViewer(element, { backgroundColor: "#fbfcfd", antialias: true, disableFog: true });
+  const viewer = $3Dmol.createViewer(element, { backgroundAlpha: 0, antialias: true, disableFog: true });
   const model = viewer.addModel();
   model.addAtoms(atoms);
   viewer.setStyle({}, { sphere: { scale: 0.3, colorscheme: "Jmol" }, stick: { radius: 0.1, colorscheme: "Jmol" } });
@@ -39,30 +37,42 @@ function drawCrystal(element, scene) {
   viewer.rotate(-25, "y");
   viewer.rotate(10, "x");
   viewer.zoomTo();
+  viewer.zoom(0.8); // 3Dmol fits the centres of the atoms, which have a size
   viewer.render();
 }
 
 // The wheel scrolls the page; with Ctrl it zooms the crystal. 3Dmol would take the wheel for itself.
 const letPageScroll = (event) => event.ctrlKey || event.stopImmediatePropagation();
 
+function show(view) {
+  whenSeen.unobserve(view);
+  if (view.childElementCount) return;
+  try {
+    drawCrystal(view, data.crystals[view.dataset.crystal]);
+    view.addEventListener("wheel", letPageScroll, true);
+  } catch (error) {
+    const note = document.createElement("p"); // a browser without WebGL
+    note.textContent = "This view needs WebGL: " + error.message;
+    view.replaceChildren(note);
+  }
+}
+
 const whenSeen = new IntersectionObserver(
-  (entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (!isIntersecting) continue;
-      whenSeen.unobserve(target);
-      try {
-        drawCrystal(target, data.crystals[target.dataset.crystal]);
-        target.addEventListener("wheel", letPageScroll, true);
-      } catch (error) {
-        const note = document.createElement("p"); // a browser without WebGL
-        note.textContent = "This view needs WebGL: " + error.message;
-        target.replaceChildren(note);
-      }
-    }
-  },
+  (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => show(entry.target)),
   { rootMargin: "200px" },
 );
 document.querySelectorAll(".view").forEach((view) => whenSeen.observe(view));
+
+// On paper there is another width: figures become pictures that scale, and every crystal is drawn.
+window.addEventListener("beforeprint", () => {
+  document.querySelectorAll(".view").forEach(show);
+  for (const svg of document.querySelectorAll(".plot .main-svg")) {
+    svg.setAttribute("viewBox", `0 0 ${svg.getAttribute("width")} ${svg.getAttribute("height")}`);
+  }
+});
+window.addEventListener("afterprint", () => {
+  for (const svg of document.querySelectorAll(".plot .main-svg")) svg.removeAttribute("viewBox");
+});
 
 function sortBy(table, header) {
   const column = header.cellIndex;

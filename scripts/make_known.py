@@ -1,6 +1,6 @@
 """Hashes of the formulas that the embedded generator learnt from: python scripts/make_known.py train.h5
 
-Writes cfrl/assets/known.npy: hashes, not data. `train.h5` is of make_training_set.py; its validation split is known too.
+Writes cfrl/assets/known.npy: hashes, not data. `train.h5` is of make_training_set.py; validation included.
 """
 
 import sys

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cfrl.crystals.symmetry import NUM_SPACE_GROUPS
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
 
 PAIRED = ("dpo", "rebel")  # learn from pairs of crystals, whoever drew them
 ALGORITHMS = ("ppo", "vargrad", "grpo", "rloo", *PAIRED)

@@ -635,3 +635,136 @@ def test_the_table_of_rewards() -> None:
         "volume_per_atom",
     ):
         assert text in result.output
+
+
+# ---- relaxed before it is scored, guards, sun
+
+
+def test_what_is_scored_is_the_relaxed_crystal(chgnet, hull):
+    """A strained rock salt scores as the relaxed one does; its own energy is far higher."""
+    from cfrl.potentials.relax import relax
+
+    strained = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.0), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+    batch = CrystalBatch.from_structures([strained])
+    scores = {
+        steps: build_reward("ehull", context=RewardContext(chgnet, hull, caution=0.0, relax_steps=steps))(batch)
+        for steps in (0, 2, 20)
+    }
+    values = {steps: float(result.terms["ehull"][0]) for steps, result in scores.items()}
+    assert values[0] > values[2] > values[20]
+    assert values[0] - values[20] > 0.1
+    full = relax([strained], chgnet).energy
+    assert values[20] == pytest.approx(float(hull.e_above_hull(batch, full).e_above_hull[0]), abs=2e-3)
+
+
+def test_force_is_that_of_the_crystal_as_drawn(chgnet):
+    strained = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.0), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+    batch = CrystalBatch.from_structures([strained])
+    plain, relaxed = (
+        build_reward("force", context=RewardContext(chgnet, relax_steps=k))(batch).terms["force"][0] for k in (0, 20)
+    )
+    assert plain == pytest.approx(relaxed, rel=1e-5)
+    assert plain > 0.1
+
+
+def test_features_are_those_of_the_relaxed_crystal(chgnet):
+    strained = Structure.from_spacegroup("Fm-3m", Lattice.cubic(4.0), ["Mg", "O"], [[0, 0, 0], [0.5] * 3])
+    sound = Structure.from_spacegroup("Fm-3m", Lattice.cubic(4.26), ["Mg", "O"], [[0, 0, 0], [0.5] * 3])
+
+    def gap(structure: Structure, steps: int) -> float:
+        context = RewardContext(chgnet, relax_steps=steps)
+        return float(build_reward("band_gap", context=context)(CrystalBatch.from_structures([structure])).total[0])
+
+    assert gap(strained, 30) == pytest.approx(gap(sound, 30), abs=0.01)
+    assert abs(gap(strained, 0) - gap(sound, 0)) > 0.04
+
+
+GUARDED = {
+    "NaCl": ("Na", "Cl", 5.69),
+    "element": ("Cu", "Cu", 3.0),
+    "noble_gas": ("Kr", "F", 5.0),
+    "radioactive": ("Tc", "O", 4.4),
+    "overlap": ("Mg", "O", 2.6),
+    "exploded": ("Mg", "O", 9.0),
+}
+
+
+@pytest.fixture(scope="module")
+def suspects() -> CrystalBatch:
+    salt = [[0, 0, 0], [0.5, 0.5, 0.5]]
+    made = [Structure.from_spacegroup("Fm-3m", Lattice.cubic(a), [x, y], salt) for x, y, a in GUARDED.values()]
+    odd = Structure.from_spacegroup("Pm-3m", Lattice.cubic(3.4), ["Mg", "Cl"], [[0, 0, 0], [0.5] * 3])
+    return CrystalBatch.from_structures([*made, odd])
+
+
+def test_each_guard_stops_what_it_is_named_for_and_can_be_lifted(suspects):
+    from cfrl.rewards.guards import GUARDS, heeded
+
+    known = CrystalBatch.from_structures([COPPER])  # so that none of the others is known
+    names = [*GUARDED, "not_neutral"]
+    context = RewardContext(known=known)
+    result = build_reward("density", context=context, guards=heeded(None))(suspects)
+    assert result.status == ["", *(f"guard: {name}" for name in names[1:])]
+    assert np.isfinite(result.total).tolist() == [True] + [False] * 6
+    assert not result.abstained.any()
+    for row, name in enumerate(names[1:], 1):
+        alone = build_reward("density", context=context, guards=(name,))(suspects)
+        assert alone.status[row] == f"guard: {name}"
+        assert set(alone.status) == {"", f"guard: {name}"}
+        lifted = build_reward("density", context=context, guards=heeded(name))(suspects)
+        assert lifted.status[row] != f"guard: {name}"  # krypton fluoride is not neutral either
+        assert lifted.status[0] == ""
+    free = build_reward("density", context=context, guards=heeded("all"))(suspects)
+    assert np.isfinite(free.total).all()
+    assert heeded("all") == ()
+    assert set(heeded(None)) == set(GUARDS)
+    with pytest.raises(UserError, match="did you mean 'radioactive'"):
+        heeded("radioactiv")
+
+
+def test_repeats_of_known_crystals_are_abstained_from_and_blamed_where_the_unknown_is_asked_for(suspects, hull, chgnet):
+    from cfrl.rewards.guards import heeded
+
+    context = RewardContext(chgnet, hull)  # the embedded generator knows NaCl
+    guards = heeded("sparse_reference,far_below_hull")
+    plain = build_reward("density", context=context, guards=guards)(suspects[[0]])
+    assert (plain.status, plain.abstained.tolist()) == (["guard: known"], [True])
+    sought = build_reward("sun", context=context, guards=guards)(suspects[[0]])
+    assert (sought.status, sought.abstained.tolist()) == (["guard: known"], [False])
+    free = build_reward("sun", context=context, guards=())(suspects[[0]])
+    assert free.total.tolist() == [0.0]
+    assert free.terms["sun/novel"].tolist() == [0.0]
+    assert free.terms["sun/stable"][0] > 0.5
+
+
+def test_a_sparse_reference_is_no_fault_of_the_crystal(suspects, hull, chgnet):
+    from cfrl.rewards.guards import heeded
+
+    context = RewardContext(chgnet, hull, known=CrystalBatch.from_structures([COPPER]))
+    result = build_reward("ehull", context=context, guards=heeded("far_below_hull"))(suspects[[0]])
+    assert (result.status, result.abstained.tolist()) == (["guard: sparse_reference"], [True])
+    assert list(result.terms) == ["ehull", "ehull/spread"]  # guards have no columns of their own
+    assert np.isfinite(result.terms["ehull"][0])
+
+
+def test_sun_is_the_probability_to_lie_within_reach_of_the_hull(hull):
+    from scipy.stats import norm
+
+    class Judge:
+        """A potential whose word is given."""
+
+        name, energy_scale, elements, cutoff, feature_version = "given", "chgnet-0.3.0", None, 5.0, ""
+
+        def compute(self, structures, **asked):
+            from cfrl.potentials import Evaluation
+
+            return Evaluation(np.array([-3.5 + 0.02, -3.5 + 0.1, -3.5 + 0.5]), [""] * 3)
+
+    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+    batch = CrystalBatch.from_structures([salt, salt.copy().scale_lattice(150), salt.copy().scale_lattice(160)])
+    context = RewardContext(Judge(), hull, known=CrystalBatch.from_structures([COPPER]))
+    result = build_reward("sun", context=context)(batch)
+    above = result.terms["sun/e_above_hull"]
+    np.testing.assert_allclose(above, [0.02, 0.1, 0.5], atol=1e-6)
+    doubt = hull.e_above_hull(batch, np.zeros(3)).doubt
+    np.testing.assert_allclose(result.total, norm.cdf((0.1 - above - doubt) / 0.06), rtol=1e-6)

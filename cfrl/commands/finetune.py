@@ -21,11 +21,13 @@ from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
 from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, begin, step, validate, why_end
+from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
 from cfrl.rl.tuning import Tuning
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import Abandoned, stop_on_signal
+from cfrl.tables import write_csv
 from cfrl.untrusted import fitting
 
 VALIDATION_CRYSTALS = 512
@@ -52,7 +54,7 @@ def finetune(
 
     Returns:
         The run folder: metrics.csv, rollouts.h5, checkpoint.pt, model.safetensors and plots; with `config.evaluate`
-        also before.h5 and after.h5, fresh crystals of both models.
+        also before.h5 and after.h5, fresh crystals of both models, and makeup.csv, what they are made of.
 
     Raises:
         UserError: a setting, a file or the reward is at fault; finished steps are saved.
@@ -177,13 +179,19 @@ def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
 
 
 def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> None:
-    """Draw and score fresh crystals of the starting model and of the policy; same seeds, a file each."""
+    """Draw and score fresh crystals of the starting model and of the policy, a file each; and what they are made of.
+
+    The seeds are the same. makeup.csv: columns as `makeup.table` has them.
+    """
     if isinstance(source.scorer, Reward):
         source = FreshCrystals(source.tuning, partial(source.scorer, update=False))
     seed = random_seed(config.seed, 0)
+    made = []
     for name, tuned in (("before.h5", False), ("after.h5", True)):
         rollout = source.draw(config.evaluate, seed, tuned)
         write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
+        made.append(makeup(rollout.crystals, rollout.status))
+    write_csv(folder / MAKEUP, compared(*made))
 
 
 def _check(config: FinetuneConfig) -> None:

@@ -64,9 +64,15 @@ def fingerprints(crystals: CrystalBatch) -> list[str]:
 
 
 def prototypes(crystals: CrystalBatch) -> list[str]:
-    """Space group and Wyckoff sequence of every crystal, such as ``221|a b c``, whatever its elements."""
-    parts = (text.split("|") for text in fingerprints(crystals))
-    return [f"{group}|{' '.join(sorted(site.split(':')[1] for site in sites.split()))}" for _, group, sites in parts]
+    """Space group and Wyckoff sequence of every crystal, such as ``221|a b c``, whatever its elements.
+
+    As in `fingerprint`, the sequence is the first among the equivalent ones; elements have no say in which that is.
+    """
+    named = []
+    for group, row in zip(crystals.space_group.tolist(), crystals.wyckoff.tolist(), strict=True):
+        letters = min(sorted(new[w] for w in row if w) for new in _letter_maps(group))
+        named.append(f"{_OTHER_HAND.get(group, group)}|{' '.join(map(symmetry.letter_name, letters))}")
+    return named
 
 
 def firsts(keys: Sequence[str]) -> np.ndarray:

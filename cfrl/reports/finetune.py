@@ -18,9 +18,11 @@ from cfrl.reports.course import course
 from cfrl.reports.figures import Figure
 from cfrl.reports.groups import comparison
 from cfrl.reports.labels import chance_text, label, name_alone, number_text, slug
+from cfrl.reports.monitor import shares_of
 from cfrl.reports.page import Page
 from cfrl.reports.pareto import pareto, quantities
 from cfrl.reports.reading import crystals_if_any, metrics, reward_terms, settings
+from cfrl.rl.makeup import halved
 from cfrl.runs.folder import RunFolder
 
 SHOWN_CRYSTALS = 12
@@ -43,6 +45,9 @@ def finetune_page(run: RunFolder) -> Page:
         page.heading("Before and after", "Fresh crystals of the starting model and of the tuned one.")
         page.shares(_kept(fresh), "share of fresh crystals")
         _add_comparison(page, fresh, terms)
+        if made := shares_of(run):
+            page.heading("What they are made of", _lost(made, len(fresh["after"])))
+            page.shares(made, "share of fresh crystals")
     elif len(rollouts):
         page.heading("Before and after", "Crystals of the first and of the last tenth of the run.")
         _add_comparison(page, _ends(rollouts), terms)
@@ -56,6 +61,11 @@ def finetune_page(run: RunFolder) -> Page:
     page.heading("Course of the run")
     page.add_figures(*_courses(logged, terms))
     return page
+
+
+def _lost(made: Mapping[str, tuple[float, float]], n: int) -> str:
+    names = ", ".join(halved(made, n))
+    return f"Less than half is left of {names}." if names else "No kind has lost half of its share."
 
 
 # ---- what it comes to

@@ -24,7 +24,9 @@ from cfrl.model.transformer import FACTORS
 from cfrl.reports.figures import PALETTE, Figure, Series, save
 from cfrl.reports.pareto import pareto
 from cfrl.reports.reading import reward_terms
+from cfrl.rl.makeup import MAKEUP, halved
 from cfrl.runs.folder import RunFolder
+from cfrl.tables import read_csv
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # characters of a sparkline
@@ -171,6 +173,12 @@ def summarise(run: RunFolder) -> None:
     console = Console(highlight=False)
     if (run.path / "after.h5").exists():
         console.print(_comparison(run))
+    made = shares_of(run)
+    if made:
+        console.print(_makeup(made))
+        count = len(read_columns(run.path / "after.h5", ["reward"])["reward"])
+        for name in halved(made, count):
+            console.print(f"Warning: less than half is left of {name}: {made[name][0]:.0%} -> {made[name][1]:.0%}.")
     if (run.path / "rollouts.h5").exists():
         console.print(_best(run))
     means = {name: float(np.mean(values)) for name, values in run.metrics().items() if values}
@@ -196,6 +204,23 @@ def _comparison(run: RunFolder) -> Table:
         values = [columns[name] for columns in (before, after)]
         if all(np.isfinite(v).any() for v in values):
             table.add_row(label, *(form.format(function(v)) for v in values))
+    return table
+
+
+def shares_of(run: RunFolder) -> dict[str, tuple[float, float]]:
+    """What the fresh crystals of a run are made of, before and after; empty where none were drawn."""
+    if not (run.path / MAKEUP).exists():
+        return {}
+    columns = read_csv(run.path / MAKEUP)
+    return dict(zip(columns["share_of"], zip(columns["before"], columns["after"], strict=True), strict=True))
+
+
+def _makeup(made: dict[str, tuple[float, float]]) -> Table:
+    table = Table(title="What they are made of", title_justify="left", box=None)
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, shares in made.items():
+        table.add_row(name, *(f"{share:.0%}" for share in shares))
     return table
 
 

@@ -236,19 +236,22 @@ class Inputs:
     @cached_property
     def evaluation(self) -> Evaluation:
         """Energy and features (where some term needs them) of the crystals as they are scored."""
-        relaxed, features = self.relaxed, "features" in self._needs
-        if relaxed.evaluation is not None and not features:
+        relaxed = self.relaxed
+        if relaxed.evaluation is None:
+            return self.drawn
+        if "features" not in self._needs:
             return relaxed.evaluation
-        found = self.context.potential.compute(relaxed.structures, features=features)
-        if relaxed.evaluation is not None:  # one that fell apart on the way has features, but they tell nothing
-            found.status = [a or b for a, b in zip(relaxed.evaluation.status, found.status, strict=True)]
-            found.energy = np.where([not reason for reason in found.status], found.energy, np.nan)
+        found = self.context.potential.compute(relaxed.structures, features=True)
+        # one that fell apart on the way has features, but they tell nothing
+        found.status = [a or b for a, b in zip(relaxed.evaluation.status, found.status, strict=True)]
+        found.energy = np.where([not reason for reason in found.status], found.energy, np.nan)
         return found
 
     @cached_property
     def drawn(self) -> Evaluation:
-        """Energy, forces and stress of the crystals as they were drawn."""
-        return self.context.potential.compute(self.structures, forces=True, stress=True)
+        """What the terms need of the crystals as they were drawn."""
+        asked = {need: need in self._needs for need in ("forces", "stress", "features")}
+        return self.context.potential.compute(self.structures, **asked)
 
     def predict(self, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Mean (n,), spread (n,) and status of a predictor, each predictor asked once."""

@@ -14,6 +14,7 @@ from cfrl.crystals.fingerprint import fingerprints, prototypes
 from cfrl.crystals.kinds import CLASSES, kinds, shares
 from cfrl.rewards.guards import GUARDS
 
+MAKEUP = "makeup.csv"  # of a run folder
 FEWEST = 10  # crystals of a kind before tuning; what fewer become is chance
 OTHERS = ("unique", "prototypes", "without a score")
 
@@ -38,14 +39,17 @@ def makeup(crystals: CrystalBatch, status: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def halved(before: dict[str, float], after: dict[str, float], n: int) -> list[str]:
-    """Kinds (not guards) of which less than half is left, among those with at least `FEWEST` of n crystals before."""
-    kept = [name for name in before if name.partition(":")[0] in CLASSES and before[name] * n >= FEWEST]
-    return [name for name in kept if after.get(name, 0.0) < before[name] / 2]
+def halved(shares: dict[str, tuple[float, float]], n: int) -> list[str]:
+    """Kinds, among shares before and after, of which less than half is left.
+
+    Not guards, nor elements alone, which a guard stops; nor kinds with fewer than `FEWEST` of n crystals before.
+    """
+    kinds = [name for name in shares if name.partition(":")[0] in CLASSES and name != "elements: 1 element"]
+    return [name for name in kinds if shares[name][0] * n >= FEWEST and shares[name][1] < shares[name][0] / 2]
 
 
-def table(before: dict[str, float], after: dict[str, float]) -> dict[str, np.ndarray]:
-    """Columns "share_of", "before", "after" for a CSV file and a report."""
+def compared(before: dict[str, float], after: dict[str, float]) -> dict[str, np.ndarray]:
+    """Two of `makeup` as a table: columns "share_of", "before" and "after"."""
     names = [name for name in {**before, **after} if name not in OTHERS] + list(OTHERS)
     return {
         "share_of": np.array(names, dtype=object),

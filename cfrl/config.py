@@ -152,8 +152,11 @@ class FinetuneInputs(Settings):
         "negative: the reward's own number.",
         unset=-1.0,
     )
-    relax_steps: CountOrZero = option(
-        0, "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn."
+    relax_steps: CountOrZero | None = option(
+        None,
+        "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn; "
+        "negative: 4 where the reward asks for the hull, else 0.",
+        unset=-1,
     )
     known: str | None = option(
         None,

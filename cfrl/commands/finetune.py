@@ -16,7 +16,7 @@ from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_
 from cfrl.model.files import load_model, model_path, save_model
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
-from cfrl.rewards import Reward, RewardContext, build_reward
+from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
@@ -147,9 +147,10 @@ def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Rew
         caution=config.caution,
         timeout=config.reward_timeout,
         known=config.known,
-        relax_steps=config.relax_steps,
     )
-    return build_reward(config.reward, context=context, definitions=reward_definitions(), guards=heeded(config.allow))
+    reward = build_reward(config.reward, context=context, definitions=reward_definitions(), guards=heeded(config.allow))
+    context.relax_steps = relax_steps_for(reward) if config.relax_steps is None else config.relax_steps
+    return reward
 
 
 def _recorded(config: FinetuneConfig) -> RecordedCrystals:

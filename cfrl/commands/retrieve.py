@@ -33,6 +33,7 @@ from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_c
 from cfrl.tables import Columns, as_text, read_csv, write_csv
 
 RESULT = "retrieval.json"
+DOUBTFUL = ("The ranking is", "The ranking runs against", "The first of the ranking")  # how such verdicts begin
 COUNTS = ("space_group", "sites", "atoms")
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
 MAX_JUDGED = 50_000  # labelled crystals; a larger dataset is judged on a random part of it
@@ -302,10 +303,16 @@ def _jsonable(value: Any) -> Any:
 
 
 def show(run: RunFolder, console: Console) -> None:
-    """The results in short: the first crystals, what sampling met, the verdicts, and where everything is."""
+    """The results in short: whether it found what was asked for, the first crystals, what sampling met, the verdicts, and where everything is."""
     from rich.table import Table
 
+    from cfrl.reports.retrieve import verdict
+
     result = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
+    told = verdict(result)
+    console.print(told, style="bold", highlight=False)
+    if told.startswith(DOUBTFUL):
+        console.print(f"Remedy: more steps with the same reward (cfrl finetune --resume {result['tuned']} --steps N).")
     first = read_csv(run.path / "retrieved.csv")
     shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]
     shown += [name for name in [result["property"].lstrip("-")] if name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cfrl.rewards import chemistry, geometry, predicted, stability  # noqa: F401 (they register themselves)
 from cfrl.rewards.expression import Expression
 from cfrl.rewards.registry import RewardInfo, all_rewards, find_reward, register_reward
-from cfrl.rewards.scoring import Inputs, Reward, RewardContext, RewardResult, Scored, build_reward
+from cfrl.rewards.scoring import Inputs, Reward, RewardContext, RewardResult, Scored, build_reward, relax_steps_for
 
 __all__ = [
     "Expression",
@@ -19,4 +19,5 @@ __all__ = [
     "build_reward",
     "find_reward",
     "register_reward",
+    "relax_steps_for",
 ]

@@ -68,6 +68,7 @@ class Guarded(Reward):
             self._seen += [name for name in OF_HULL if name in self.guards]
         infos = {**infos, MET: self._info()} if self._seen else infos
         super().__init__(expression, infos, context)
+        self.needs = needs
 
     def __call__(
         self, crystals: CrystalBatch, structures: Sequence[Any] | None = None, update: bool = True

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PASSES = {"energy", "features"}  # of the needs, those that the potential serves from crystals as they are scored
 WITHIN = np.linspace(-1, 1, 9)  # in units of caution times spread
+RELAX_STEPS = 4  # evaluations
 NOT_FINITE = "the expression has no finite value here"
 
 
@@ -293,6 +294,16 @@ def build_reward(
     return Reward(expression, infos, context)
 
 
+def relax_steps_for(reward: Reward) -> int:
+    """How far crystals should be relaxed before this reward is asked of them.
+
+    As drawn, 30% of the embedded model's crystals lie within 0.1 eV/atom of the hull, relaxed 69%, and the rank
+    correlation of the two distances is 0.55; after 4 evaluations it is 0.78 (`bench_relax.py steps`). Predictors of
+    properties hardly see the difference.
+    """
+    return RELAX_STEPS if "hull" in reward.needs else 0
+
+
 class Reward:
     """Scores crystals: ``reward(crystals) -> RewardResult``. Remembers every crystal that it has scored."""
 
@@ -304,6 +315,7 @@ class Reward:
     ) -> None:
         self.expression, self.context = expression, context
         self._terms = {term: _BoundTerm(term, info) for term, info in infos.items()}
+        self.needs = {need for info in infos.values() for need in info.needs}
         bare = expression.single
         self._sign = -1.0 if bare is not None and infos[bare].goal == "min" else 1.0
         self._cache: dict[bytes, dict[Term, _Row]] = {}

@@ -22,7 +22,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite, UserError
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.rewards import RewardContext, build_reward
+from cfrl.rewards import RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
@@ -73,7 +73,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     tuning.memory.add(rollout, alike)
 
     start = time.perf_counter()
-    replayed = tuning.memory.replay(options.replay, generator)
+    replayed = tuning.memory.replay(options.replayed[0], generator)
     crystals = CrystalBatch.cat([rollout.crystals, replayed.crystals])
     nuclei = tuning.nuclei(crystals)
     old, entropies = tuning.log_probs_and_entropies(crystals, nuclei)
@@ -458,10 +458,11 @@ def finetune(
     """
     settings = TuningOptions(**options)
     tuning = Tuning(copy.deepcopy(model), settings)
-    source = FreshCrystals(
-        tuning,
-        build_reward(reward, context=context, guards=heeded(settings.allow)) if isinstance(reward, str) else reward,
-    )
+    if isinstance(reward, str):
+        reward = build_reward(reward, context=context, guards=heeded(settings.allow))
+        if context is None:
+            reward.context.relax_steps = relax_steps_for(reward)
+    source = FreshCrystals(tuning, reward)
     begin(tuning, source)
     metrics, parts = [], []
     while tuning.step < settings.steps:

@@ -27,10 +27,10 @@ from cfrl.settings import (
 class TuningOptions(Settings):
     """Draw, score, update: sizes, objective, limits."""
 
-    algorithm: Literal["ppo", "vargrad", "grpo", "rloo", "dpo", "rebel"] = option(
-        "ppo",
-        "ppo, vargrad (regression to the optimum), grpo (space group as prompt), rloo (leave-one-out), dpo "
-        "(preferences between pairs) or rebel (differences of reward between pairs).",
+    algorithm: Literal["vargrad", "ppo", "grpo", "rloo", "dpo", "rebel"] = option(
+        "vargrad",
+        "vargrad (regression to the optimum, from fresh and earlier crystals), ppo, grpo (space group as prompt), rloo "
+        "(leave-one-out), dpo (preferences between pairs) or rebel (differences of reward between pairs).",
     )
     steps: Count = option(60, "Rounds of sampling, scoring and updating.")
     time_limit: Minutes | None = option(
@@ -40,10 +40,10 @@ class TuningOptions(Settings):
     )
     n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
     draw_size: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
-    epochs: Count = option(2, "Passes over each step's crystals.")
-    batch_size: Count = option(64, "Crystals (dpo, rebel: pairs) per optimiser step.")
+    epochs: Count = option(1, "Passes over each step's crystals.")
+    batch_size: Count = option(128, "Crystals (dpo, rebel: pairs) per optimiser step.")
     micro_batch: Count = option(32, "Crystals per backward pass; gradients of a batch are accumulated.")
-    lr: PositiveFraction = option(2e-4, "Peak learning rate of Adam, per optimiser step.")
+    lr: PositiveFraction = option(3e-4, "Peak learning rate of Adam, per optimiser step.")
     lr_final: Fraction = option(
         0.05, "Learning rate at the end of the steps or the time limit, as a fraction of the peak (falls linearly)."
     )
@@ -62,7 +62,7 @@ class TuningOptions(Settings):
     scale_crystals: Count = option(
         1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
     )
-    beta: Weight = option(0.1, "Weight of the KL to the starting model, in units of the reward (see standardize).")
+    beta: Weight = option(0.2, "Weight of the KL to the starting model, in units of the reward (see standardize).")
     kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
     target_kl: PositiveWeight | None = option(
         None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0
@@ -105,12 +105,17 @@ class TuningOptions(Settings):
         "Guards to lift, e.g. `element,known`, or `all` (docs/rewards.md: what each closes); empty: none.",
         unset="",
     )
-    replay: CountOrZero = option(
-        0,
-        "Earlier crystals that join each step's batch; vargrad: any; ppo and the like: the best, weighted for the "
-        "change of policy; 0: none.",
+    replay: CountOrZero | None = option(
+        None,
+        "Earlier crystals that join each step's batch: vargrad takes any, ppo, grpo and rloo the best, weighted for "
+        "the change of policy; negative: 256 for vargrad, 0 for the others.",
+        unset=-1,
     )
-    replay_size: Count = option(256, "How many crystals are kept for replay.")
+    replay_size: Count | None = option(
+        None,
+        "How many crystals are kept for replay; 0: the last 8192 for vargrad, the best 256 for the others.",
+        unset=0,
+    )
     replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
     space_group: str | None = option(
         None,
@@ -134,3 +139,10 @@ class TuningOptions(Settings):
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
     validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
     seed: Seed = option(0, "Seed of sampling and of the order of updates.")
+
+    @property
+    def replayed(self) -> tuple[int, int]:
+        """How many crystals are replayed each step, and among how many that are kept."""
+        n, kept = (256, 8192) if self.algorithm == "vargrad" else (0, 256)
+        n = n if self.replay is None else self.replay
+        return n, (self.replay_size or kept) if n else 0

@@ -111,9 +111,8 @@ class Tuning:
             groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
         diversity = None if offline else options.diversity
-        kept = options.replay_size if options.replay else 0
         best = options.algorithm != "vargrad"
-        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best)
+        self.memory = Memory(options.penalty, diversity, options.diversity_window, options.replayed[1], best)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
         self.of_crystal = torch.tensor([True] * len(FACTORS) + [False], device=device)

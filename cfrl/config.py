@@ -48,6 +48,7 @@ USER_FILE = "cfrl.toml"
 DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
 REWARDS = (
     "ehull",
+    "sun",
     "force",
     "band_gap",
     "dielectric",

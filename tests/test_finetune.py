@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = dict(steps=3, n=24, batch_size=8, evaluate=0, plots=False, device="cpu", lr=3e-3)
 QUICK |= dict(min_distance=0.0, max_atoms=16, scale_crystals=24)
 FREE = dict(hold=None, factors=",".join(FACTORS))  # all that can move may move
-QUICK |= FREE
+QUICK |= FREE | dict(algorithm="ppo", epochs=2, beta=0.1)
 
 
 @pytest.fixture(scope="session")
@@ -758,7 +758,9 @@ def test_ehull_tuning_on_chgnet(tiny_model, tmp_path):
     from cfrl.potentials import load_potential
 
     hull = build_hull(["prototypes"], tmp_path / "hull.h5")
-    settings = dict(reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12, allow="all")
+    settings = dict(
+        reward="ehull", hull=str(tmp_path / "hull.h5"), min_distance=0.5, max_atoms=12, allow="all", relax_steps=0
+    )
     run = tune(tiny_model, tmp_path / "runs", None, steps=2, n=32, evaluate=16, **settings)
     columns = read_columns(run.path / "rollouts.h5")
     good = columns["status"] == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
+from cfrl.rl.hold import what_to_hold
 from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
@@ -65,10 +67,12 @@ def finetune(
     _check(config)
     if resume and reward is None and not config.rollouts:
         confirm_code(config.reward, Path(resume) / "config.toml", trust)
-    tuning = start(config)
     scorer = reward
     if scorer is None and not config.rollouts:
-        scorer = configured_reward(config, tuning.model.device)
+        scorer = configured_reward(config, choose_device(config.device))
+        config = replace(config, hold=what_to_hold(config.hold, scorer.needs))
+    tuning = start(config)
+    if isinstance(scorer, Reward):
         scorer.load()
     source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
     validation = _validation_crystals(config)

@@ -9,7 +9,7 @@ sites: a crystal's part of it is log(share / target) of its classes, so that wha
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.kinds import CLASSES, kinds
 from cfrl.errors import UserError, nearest
 
+AUTO = "auto"
 MEMORY = 0.95  # decay of the counts, per step
 DOUBT = 20.0  # crystals of the target that the counts start from: a class seen twice or not at all is no evidence
 
@@ -97,8 +98,20 @@ class Hold:
             setattr(self, part, {k: v.numpy() for k, v in state[part].items() if k in self.names})
 
 
+def what_to_hold(text: str | None, needs: Collection[str]) -> str | None:
+    """The setting `hold` for a reward with these needs.
+
+    How near to the hull a crystal lies is no matter of its kind; a property such as a band gap is one of its chemistry.
+    """
+    if text != AUTO:
+        return text
+    return ",".join(CLASSES) if "hull" in needs else "elements,sites"
+
+
 def parse_hold(text: str | None) -> tuple[str, ...]:
-    """ "elements,anion" -> names of marginals. Raises UserError."""
+    """Names of marginals, of a list such as "elements,anion", or "auto": all. Raises UserError."""
+    if text == AUTO:
+        return tuple(CLASSES)
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     for name in names:
         if name not in CLASSES:

@@ -25,6 +25,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
+from cfrl.rl.hold import what_to_hold
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, collect, random_seed
 from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
@@ -457,11 +458,12 @@ def finetune(
         UserError: an option or the reward is at fault, or nothing was left to learn from.
     """
     settings = TuningOptions(**options)
-    tuning = Tuning(copy.deepcopy(model), settings)
     if isinstance(reward, str):
         reward = build_reward(reward, context=context, guards=heeded(settings.allow))
+        settings = replace(settings, hold=what_to_hold(settings.hold, reward.needs))
         if context is None:
             reward.context.relax_steps = relax_steps_for(reward)
+    tuning = Tuning(copy.deepcopy(model), settings)
     source = FreshCrystals(tuning, reward)
     begin(tuning, source)
     metrics, parts = [], []

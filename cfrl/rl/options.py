@@ -92,8 +92,9 @@ class TuningOptions(Settings):
         "What the reward moves: some of wyckoff, species, coords, lattice; the others stay where the model has them.",
     )
     hold: str | None = option(
-        "elements,anion,sites",
-        "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; empty: let go.",
+        "auto",
+        "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; auto: all three "
+        "where the reward asks for the hull, else elements and sites; empty: let go.",
         unset="",
     )
     hold_strength: Weight = option(1.0, "What a nat of divergence of these shares costs, in units of the reward.")

@@ -29,6 +29,7 @@ trained() { realpath "$work/$1"/runs/*; } # NAME: the run folder of a finished t
 train first pretrain --dataset ../train.h5 --epochs 20 --lr 1.5e-3
 train second pretrain --dataset ../train.h5 --epochs 22 --lr 1e-3 --dropout 0.1 --keep last --init "$(trained first)"
 train third finetune --reward contact --model "$(trained second)" --beta 0.5 --lr 6e-5 -n 256 --steps 150 \
+    --algorithm ppo --epochs 2 --batch-size 64 --factors wyckoff,species,coords,lattice --hold "" --allow all \
     --diversity 0 --seed 1 --evaluate 0
 cfrl model pack "$(trained third)" -o cfrl/assets/default.safetensors \
     --dataset "mp_20, mpts_52, elements, prototypes, mixed databases near the hull"

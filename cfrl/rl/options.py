@@ -93,8 +93,8 @@ class TuningOptions(Settings):
     )
     hold: str | None = option(
         "auto",
-        "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; auto: all three "
-        "where the reward asks for the hull, else elements and sites; empty: let go.",
+        "Hold the shares of kinds where the starting model has them: elements (how many), anion, sites; auto: all "
+        "three where the reward asks for the hull, else elements and sites; empty: let go.",
         unset="",
     )
     hold_strength: Weight = option(1.0, "What a nat of divergence of these shares costs, in units of the reward.")

@@ -68,8 +68,8 @@ def scale(settings: config.FinetuneConfig) -> None:
     runs of a model; the third is what one step's crystals would make of it.
 
     With the embedded model and all guards lifted (allow = "all"): dielectric_bandgap (92% earn 0) 2.637 for each of
-    the ten seeds, other pools max/min 1.86 and at most 30% from their median of 3.49, first steps 7.7 and 81%; band_gap (91%) 0.2264,
-    1.72 and 38% of 0.359, 5.3 and 74%; ehull 0.4115, 1.03 and 2% of 0.411, 1.07 and 5%.
+    the ten seeds, other pools max/min 1.86 and at most 30% from their median of 3.49, first steps 7.7 and 81%; band_gap
+    (91%) 0.2264, 1.72 and 38% of 0.359, 5.3 and 74%; ehull 0.4115, 1.03 and 2% of 0.411, 1.07 and 5%.
     """
     print(f"pools of {settings.scale_crystals} crystals, steps of {settings.n}; each: median, max/min, farthest")
     for name in ("dielectric_bandgap", "band_gap", "ehull", "rare"):

@@ -108,7 +108,8 @@ def finetune(
             log.add(crystals, status, metrics)
             live.update(tuning.step, metrics)
             if not metrics["scored"]:
-                reason, count = Counter(status).most_common(1)[0]
+                faults = [why for why in status if not why.startswith("guard: ")]  # the reward's own before guards
+                reason, count = Counter(faults or status).most_common(1)[0]
                 live.say(
                     f"Step {tuning.step}: nothing to learn from, no crystal has a score ({count} times: {reason})."
                 )

@@ -423,7 +423,14 @@ def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
 
 
 def read_run_config(cls: type[T], path: Path) -> T:
-    """The settings that a run folder's `config.toml` holds."""
+    """The settings that a run folder's `config.toml` holds.
+
+    Raises:
+        UserError: it cannot be read, or is of another command's run.
+    """
+    name = next(name for name, section in SECTIONS.items() if section is cls)
+    if path.is_file() and name not in read_toml(path):
+        raise UserError(f"{path}: not the settings of a {name} run: it has no section [{name}]")
     return resolve(cls, file=path)
 
 

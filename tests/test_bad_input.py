@@ -315,3 +315,13 @@ def test_datasets_without_the_wanted_column(cfrl_command):
     line = complaint(finetune(cfrl_command, "--algorithm", "dpo", "--rollouts", "plain.h5"))
     assert "plain.h5: has no column 'reward'; it has energy" in line
     assert not Path("runs").exists()
+
+
+def test_another_commands_run_is_not_resumed(cfrl_command):
+    """It would be started as a run with default settings in that folder, and what lies there be overwritten."""
+    folder = Path("runs/screened")
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("[screen]\nrelax = false\n")
+    line = complaint(cfrl_command("finetune", "--resume", str(folder)))
+    assert "config.toml: not the settings of a finetune run" in line
+    assert (folder / "config.toml").read_text() == "[screen]\nrelax = false\n"

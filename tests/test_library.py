@@ -75,7 +75,7 @@ def test_own_rewards(model):
         return -crystals.num_atoms.double().numpy()
 
     tuned = cfrl.finetune(
-        model, "of_the_library_test", steps=2, n=16, batch_size=8, scale_crystals=16, min_distance=0.0
+        model, "of_the_library_test", steps=2, n=16, batch_size=8, scale_crystals=16, min_distance=0.0, allow="all"
     )
     assert tuned.crystals.properties["reward"].max() < 0
     with pytest.raises(UserError, match=r"unexpected|steps = "):

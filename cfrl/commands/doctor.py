@@ -225,6 +225,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         "assets/elements.csv": _element_table,
         "assets/default.safetensors": _generator,
         "assets/hull.h5": _hull,
+        "assets/known.npy": _known,
         **predictors,
         "reports/assets/": _report_parts,
     }
@@ -252,6 +253,12 @@ def _hull() -> str:
     from cfrl.stability.hull import ReferenceHull
 
     return f"reference hull, {len(ReferenceHull.load()):,} phases"
+
+
+def _known() -> str:
+    from cfrl.crystals.known import KnownFormulas
+
+    return f"{len(KnownFormulas.embedded()):,} formulas that the generator learnt from"
 
 
 def _predictor(name: str) -> str:

@@ -200,13 +200,14 @@ def test_gradient_accumulation_changes_nothing(tiny_model, tmp_path):
     assert ((weights[0] - weights[1]).abs() < 0.01 * moved).double().mean() > 0.97
 
 
-def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tmp_path):
+@pytest.mark.parametrize("algorithm", ["ppo", "vargrad"])
+def test_learned_space_groups_rise_keep_their_floor_and_are_saved(tiny_model, tmp_path, algorithm):
     def is_cubic(crystals: CrystalBatch) -> SimpleNamespace:
         return scored(crystals.space_group >= 195)
 
     before = load_model(tiny_model).space_group_log_prob.exp()
     settings = dict(scorer=is_cubic, steps=12, n=64, batch_size=64, learn_space_groups=True, beta=0.05,
-                    space_group_lr=0.2, space_group_floor=0.2, diversity=0, lr=1e-5)  # fmt: skip
+                    space_group_lr=0.2, space_group_floor=0.2, diversity=0, lr=1e-5, algorithm=algorithm)  # fmt: skip
     run = tune(tiny_model, tmp_path, **settings)
     after = load_model(run.path).space_group_log_prob.exp()
     assert float(after[195:].sum()) > float(before[195:].sum()) + 0.15
@@ -652,6 +653,10 @@ def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
         ({"kl": "nowhere"}, "reward, loss"),
         ({"rollouts": "x.h5"}, "only --algorithm dpo and rebel"),
         ({"n": 0}, "n"),
+        ({"algorithm": "vargrad", "beta": 0.0}, "more than 0"),
+        ({"hold": "size"}, "no such kind"),
+        ({"share": "oxide"}, "between 0 and 1"),
+        ({"factors": "letters"}, "no such factor"),
         ({"lr": 0.0}, "lr"),
         ({"lr_final": 2.0}, "lr_final"),
         ({"penalty": "low"}, "penalty"),

@@ -22,9 +22,10 @@ from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
 from cfrl.rl.hold import what_to_hold
-from cfrl.rl.loop import FreshCrystals, RecordedCrystals, Scorer, begin, step, validate, why_end
+from cfrl.rl.loop import begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
+from cfrl.rl.sources import FreshCrystals, RecordedCrystals, Scorer
 from cfrl.rl.tuning import Tuning
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder

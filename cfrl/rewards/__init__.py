@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from cfrl.rewards import chemistry, geometry, predicted, stability  # noqa: F401 (they register themselves)
+from cfrl.rewards.context import Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression
 from cfrl.rewards.registry import RewardInfo, all_rewards, find_reward, register_reward
-from cfrl.rewards.scoring import Inputs, Reward, RewardContext, RewardResult, Scored, build_reward, relax_steps_for
+from cfrl.rewards.scoring import Reward, RewardResult, build_reward, relax_steps_for
 
 __all__ = [
     "Expression",

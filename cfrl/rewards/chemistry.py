@@ -11,8 +11,8 @@ import numpy as np
 from cfrl.crystals.compositions import fractions
 from cfrl.crystals.elements import MASSES, SYMBOLS
 from cfrl.crystals.oxidation import charge_balance
+from cfrl.rewards.context import Scored
 from cfrl.rewards.registry import register_reward
-from cfrl.rewards.scoring import Scored
 
 
 @register_reward("hhi", goal="min")

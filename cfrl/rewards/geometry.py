@@ -8,8 +8,8 @@ import numpy as np
 
 from cfrl.crystals.distances import closest_contact
 from cfrl.crystals.fingerprint import fingerprints
+from cfrl.rewards.context import Inputs
 from cfrl.rewards.registry import register_reward
-from cfrl.rewards.scoring import Inputs
 
 
 @register_reward("density", unit="g/cm3")

@@ -15,9 +15,10 @@ import numpy as np
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import contacts
 from cfrl.errors import UserError, nearest
+from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
-from cfrl.rewards.scoring import PASSES, Inputs, Reward, RewardContext, RewardResult, Scored
+from cfrl.rewards.scoring import Reward, RewardResult
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, composition_flags, hull_flags, relaxation_flags
 
 LANTHANIDE_SWAP = "lanthanide_swap"

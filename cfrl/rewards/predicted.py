@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cfrl.rewards.context import Inputs, Scored
 from cfrl.rewards.predictors import load_predictor
 from cfrl.rewards.registry import RewardInfo, register_reward
-from cfrl.rewards.scoring import Inputs, Scored
 from cfrl.rewards.stability import strained_bulk_modulus
 
 DIELECTRIC = {"total": "eps_total", "electronic": "eps_electronic"}

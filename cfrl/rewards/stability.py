@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
+from cfrl.rewards.context import Inputs, Scored
 from cfrl.rewards.registry import register_reward
-from cfrl.rewards.scoring import Inputs, Scored
 
 GPA_PER_EV_A3 = 160.21766208
 BEST = -0.05  # eV/atom; about a potential's error: what lies deeper below a hull is more likely wrong than new

@@ -20,18 +20,17 @@ from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
-from cfrl.errors import NotFinite, UserError
+from cfrl.errors import NotFinite
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
 from cfrl.rl.hold import what_to_hold
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, collect, random_seed
+from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, random_seed
+from cfrl.rl.sources import FreshCrystals, Scorer, Source
 from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
 
-Scorer = Callable[[CrystalBatch], Any]
-SCALE_SEED = 0  # the same for all runs, so that the unit of a reward is
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
@@ -138,13 +137,14 @@ def _prepare(
     """
     options, fresh = tuning.options, len(crystals) - len(replayed)
     bonus = [getattr(options, f"entropy_{name}") for name in FACTORS] + [0.0]
-    beta = tuning.beta if options.kl == "reward" else 0.0
+    regress = options.algorithm == "vargrad"
+    beta = tuning.beta if options.kl == "reward" or regress else 0.0
     entropy = torch.tensor(bonus, dtype=old.dtype, device=old.device)[tuning.learned]
     score = policy.shaped_reward(earned / tuning.scale, old[:, tuning.learned], base[:, tuning.learned], beta, entropy)
     score = score + tuning.hold.pull(crystals).to(score.device)
     group, cell = crystals.space_group.to(old.device), tuning.hold.cells(crystals).to(old.device)
     # A regression is to the optimum of whatever it learns from; a policy gradient is that of the policy.
-    known = learned if options.algorithm == "vargrad" else learned & (torch.arange(len(learned)) < fresh)
+    known = learned if regress else learned & (torch.arange(len(learned)) < fresh)
     if tuning.baseline.mean is None and known.any():
         tuning.baseline.mean = float(score[known].mean())
     limit = options.clip_advantage or math.inf
@@ -155,7 +155,7 @@ def _prepare(
     tuning.baseline.update(score[known].cpu(), crystals.space_group[known].cpu(), cell[known].cpu())
     weight = torch.ones_like(earned)
     drawn = replayed.log_prob.to(old.device)
-    if options.algorithm != "vargrad":
+    if not regress:
         weight[fresh:] = policy.importance_weight(old[fresh:].sum(1), drawn, options.replay_clip)
     items = learned.nonzero().to(old.device)
     if options.algorithm in policy.PAIRED:
@@ -241,7 +241,9 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
     now, old, base = (x[:, tuning.learned].sum(1) for x in (factors, old_factors, base_factors))
     advantage, weight = batch.advantage[rows], batch.weight[rows]
     if options.algorithm == "vargrad":
-        loss = weight * policy.vargrad_loss(advantage, now, old, tuning.beta)
+        # where the space groups are learnt, a baseline of each would leave no signal about which to choose
+        gap = batch.group_advantage[rows] if tuning.prior.learn else advantage
+        loss = weight * policy.vargrad_loss(gap, now, old, tuning.beta)
         clipped = torch.zeros_like(now)
     elif options.algorithm in policy.PAIRED:
         now_pairs, base_pairs, rewards = (x.view(-1, 2) for x in (now, base, batch.reward[rows]))
@@ -315,81 +317,6 @@ def why_end(options: TuningOptions, metrics: dict[str, float], seconds: float) -
     if options.time_limit and seconds > 60 * options.time_limit:
         return "The time limit is reached."
     return ""
-
-
-# ---- where crystals come from ------------------------------------------------------------------------------------
-
-
-class FreshCrystals:
-    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `begin`."""
-
-    fresh = True
-
-    def __init__(self, tuning: Tuning, scorer: Scorer) -> None:
-        self.tuning, self.scorer = tuning, scorer
-
-    def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
-        """The crystals of one step."""
-        groups = self.tuning.prior.sample(self.tuning.options.n, generator)
-        return self._collect(self.tuning.model, groups, seed)
-
-    def draw(self, n: int, seed: int, tuned: bool) -> Rollout:
-        """n scored crystals of the policy, or of the starting model; the same for the same seed."""
-        tuning = self.tuning
-        model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
-        generator = torch.Generator().manual_seed(seed)
-        groups = torch.multinomial(shares.detach().exp().cpu(), n, replacement=True, generator=generator)
-        return self._collect(model, groups, seed)
-
-    def survey(self) -> Rollout:
-        """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
-
-        One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals
-        earn no `dielectric_bandgap`): from batch to batch the unit would change by a factor of three, and beta with it.
-        The crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
-        """
-        return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False)
-
-    def _collect(self, model: nn.Module, groups: Tensor, seed: int) -> Rollout:
-        options = self.tuning.options
-        chunk, distance = options.draw_size, options.min_distance
-        return collect(model, groups, self.tuning.sampler, self.scorer, seed=seed, chunk=chunk, min_distance=distance)
-
-
-class RecordedCrystals:
-    """Crystals with rewards (n,) that were drawn before, n of them at random per step; for paired objectives.
-
-    Raises:
-        UserError: no two crystals of one space group differ in reward.
-    """
-
-    fresh = False
-
-    def __init__(self, crystals: CrystalBatch, reward: Tensor, per_step: int) -> None:
-        self.crystals, self.reward, self.per_step = replace(crystals, properties={}), reward, per_step
-        if not len(self._pairs(torch.Generator())):
-            raise UserError("no two crystals of one space group differ in reward; nothing to prefer")
-
-    def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
-        """Neighbours by space group come together: a random choice of single crystals would hold few pairs."""
-        pairs = self._pairs(generator)
-        few = torch.randperm(len(pairs), generator=generator)[: max(self.per_step // 2, 1)]
-        rows = pairs[few].unique()
-        reward = self.reward[rows]
-        status = ["no score" if missing else "" for missing in torch.isnan(reward)]
-        every = torch.ones(len(rows), dtype=torch.bool)
-        return Rollout(self.crystals[rows].trim(), reward, every, status, ~every)
-
-    def survey(self) -> Rollout:
-        """All of them."""
-        every = torch.ones(len(self.crystals), dtype=torch.bool)
-        return Rollout(self.crystals, self.reward, every, [""] * len(every), ~every)
-
-    def _pairs(self, generator: torch.Generator) -> Tensor:
-        return policy.preference_pairs(self.reward.nan_to_num(-1e9), self.crystals.space_group, generator)
-
-
-Source = FreshCrystals | RecordedCrystals
 
 
 # ---- watching and judging ----------------------------------------------------------------------------------------

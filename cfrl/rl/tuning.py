@@ -98,6 +98,8 @@ class Tuning:
         offline: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
+        if options.algorithm == "vargrad" and not options.beta:
+            raise UserError("beta: vargrad regresses to pi_base exp(r / beta); give more than 0, or --algorithm ppo")
         self.options, self.settings = options, dict(settings or options.plain())
         self.base = copy.deepcopy(model).requires_grad_(False)
         self.model, device = model.requires_grad_(True), model.device

@@ -29,7 +29,8 @@ from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
 from cfrl.potentials import load_potential
 from cfrl.rewards import register_reward
-from cfrl.rl.loop import FreshCrystals, begin, robust_std
+from cfrl.rl.loop import begin, robust_std
+from cfrl.rl.sources import FreshCrystals
 from cfrl.runs.folder import RunFolder
 from cfrl.stability.hull import ReferenceHull
 

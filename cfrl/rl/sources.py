@@ -1,0 +1,91 @@
+"""Where the crystals of a step come from: drawn from the policy and scored, or recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.errors import UserError
+from cfrl.rl import policy
+from cfrl.rl.rollouts import Rollout, collect
+from cfrl.rl.tuning import Tuning
+
+Scorer = Callable[[CrystalBatch], Any]
+SCALE_SEED = 0  # the same for all runs, so that the unit of a reward is
+
+
+class FreshCrystals:
+    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `begin`."""
+
+    fresh = True
+
+    def __init__(self, tuning: Tuning, scorer: Scorer) -> None:
+        self.tuning, self.scorer = tuning, scorer
+
+    def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
+        """The crystals of one step."""
+        groups = self.tuning.prior.sample(self.tuning.options.n, generator)
+        return self._collect(self.tuning.model, groups, seed)
+
+    def draw(self, n: int, seed: int, tuned: bool) -> Rollout:
+        """n scored crystals of the policy, or of the starting model; the same for the same seed."""
+        tuning = self.tuning
+        model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.multinomial(shares.detach().exp().cpu(), n, replacement=True, generator=generator)
+        return self._collect(model, groups, seed)
+
+    def survey(self) -> Rollout:
+        """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
+
+        One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals
+        earn no `dielectric_bandgap`): from batch to batch the unit would change by a factor of three, and beta with it.
+        The crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
+        """
+        return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False)
+
+    def _collect(self, model: nn.Module, groups: Tensor, seed: int) -> Rollout:
+        options = self.tuning.options
+        chunk, distance = options.draw_size, options.min_distance
+        return collect(model, groups, self.tuning.sampler, self.scorer, seed=seed, chunk=chunk, min_distance=distance)
+
+
+class RecordedCrystals:
+    """Crystals with rewards (n,) that were drawn before, n of them at random per step; for paired objectives.
+
+    Raises:
+        UserError: no two crystals of one space group differ in reward.
+    """
+
+    fresh = False
+
+    def __init__(self, crystals: CrystalBatch, reward: Tensor, per_step: int) -> None:
+        self.crystals, self.reward, self.per_step = replace(crystals, properties={}), reward, per_step
+        if not len(self._pairs(torch.Generator())):
+            raise UserError("no two crystals of one space group differ in reward; nothing to prefer")
+
+    def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
+        """Neighbours by space group come together: a random choice of single crystals would hold few pairs."""
+        pairs = self._pairs(generator)
+        few = torch.randperm(len(pairs), generator=generator)[: max(self.per_step // 2, 1)]
+        rows = pairs[few].unique()
+        reward = self.reward[rows]
+        status = ["no score" if missing else "" for missing in torch.isnan(reward)]
+        every = torch.ones(len(rows), dtype=torch.bool)
+        return Rollout(self.crystals[rows].trim(), reward, every, status, ~every)
+
+    def survey(self) -> Rollout:
+        """All of them."""
+        every = torch.ones(len(self.crystals), dtype=torch.bool)
+        return Rollout(self.crystals, self.reward, every, [""] * len(every), ~every)
+
+    def _pairs(self, generator: torch.Generator) -> Tensor:
+        return policy.preference_pairs(self.reward.nan_to_num(-1e9), self.crystals.space_group, generator)
+
+
+Source = FreshCrystals | RecordedCrystals

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtr
 
 from cfrl.rewards.context import Inputs, Scored
 from cfrl.rewards.registry import register_reward
@@ -50,6 +49,8 @@ def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float =
 
     "stable" is the probability alone, "novel" 1 or 0, "e_above_hull" in eV/atom.
     """
+    from scipy.special import ndtr
+
     result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     status = [a or b for a, b in zip(inputs.evaluation.status, result.status, strict=True)]
     stable = ndtr((within - result.e_above_hull - result.doubt) / sure)

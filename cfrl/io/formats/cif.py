@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TextIO
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.io.formats.entry import LARGEST, MAX_ATOMS, Cell, Entry, Unusable, from_structure, refuse_many_atoms, stem
@@ -98,6 +97,8 @@ def plain_cif(text: str) -> Cell | None:
         frac[np.abs(frac / third - 1) <= _IDEAL_TOLERANCE] = third
     if not (np.abs(frac) < LARGEST).all():
         return None
+    from scipy.spatial import cKDTree  # here, because models are trained where scipy is not
+
     apart = not cKDTree(frac % 1 % 1, boxsize=1).query_pairs(_MERGE_TOLERANCE, p=np.inf)  # -1e-18 % 1 is 1
     numbers = np.array([ATOMIC_NUMBERS[symbol[1]] for symbol in symbols])
     return Cell(lattice, frac, numbers) if ordered and apart else None

@@ -7,7 +7,7 @@ from pymatgen.core import Lattice, Structure
 
 import cfrl
 from cfrl.crystals.fingerprint import fingerprints
-from cfrl.crystals.kinds import CLASSES, kinds, shares, without_lanthanide_swaps
+from cfrl.crystals.kinds import CLASSES, anion_of, kinds, shares, without_lanthanide_swaps
 from cfrl.crystals.known import KnownFormulas
 from cfrl.rl.makeup import compared, halved, makeup
 
@@ -34,6 +34,7 @@ def test_kinds_of_what_a_chemist_knows(crystals):
         *("2 elements", "3 elements", "3 elements", "1 element", "2 elements", "2 elements"),
     ]
     assert found["anion"] == ["halide", "oxide", "halide", "intermetallic", "pnictide", "intermetallic"]
+    assert [anion_of(formula) for formula in crystals.formulas()] == found["anion"]
     assert found["sites"] == ["2 sites", "3 sites", "3 sites", "1 site", "2 sites", "2 sites"]
 
 

@@ -290,6 +290,9 @@ def test_rates_say_by_what_they_were_judged(serial: type[SerialEngine], judged: 
         **{"crystals": 1, "novel": 1, "new formula": 0, "stable": 0, "metastable": 1},
         **{"S.U.N.": 0, "S.U.N., unflagged": 0, "meta-S.U.N.": 1, "meta-S.U.N., unflagged": 0},
     }
+    anions = {name: (row["crystals"], row["meta-S.U.N., unflagged"]) for name, row in summary["by_anion"].items()}
+    assert anions == {"oxide": (2, 1), "halide": (4, 1), "chalcogenide": (0, 0), "pnictide": (0, 0),
+                      "intermetallic": (1, 0)}  # fmt: skip
     shares = [rates[f"valid, {kind}"]["count"] for kind in ("charge neutral", "alloy", "element alone")]
     assert shares == [4, 0, 1], "rock salt, its copy, MgO and TcO; no alloy; copper"
     assert summary["flags"]["not_neutral"] == {"crystals": 2, "held back": 2}
@@ -303,7 +306,7 @@ def test_the_funnel_never_rises(serial: type[SerialEngine], judged: Path, judge:
         **{"all": 7, "valid": 7, "unique": 6, "novel": 6, "within 0.1 eV/atom": 6},
         **{"unflagged": 2, "candidates": 2, "stable": 1},
     }
-    for name in ("judgement", "funnel", "flags", "by_elements"):
+    for name in ("judgement", "funnel", "flags", "by_elements", "by_anion"):
         del summary[name]
     for entry in summary["rates"]:
         entry["count"] += entry["name"] == "novel"

@@ -195,7 +195,8 @@ def _show(
         )
     console.print(grid)
     console.print(summary.judgement, highlight=False)
-    _show_by_elements(summary, console)
+    _show_groups("elements", "By number of elements", summary.by_elements, console)
+    _show_groups("anion", "By anion", summary.by_anion, console)
     for average in summary.averages:
         console.print(
             f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
@@ -213,14 +214,14 @@ def _show(
     console.print(f"Wrote {path}/: {', '.join(written)}")
 
 
-def _show_by_elements(summary: Summary, console: Console) -> None:
+def _show_groups(head: str, title: str, groups: dict[str, dict[str, int]], console: Console) -> None:
     from rich.table import Table as Grid
 
-    grid = Grid("elements", title="By number of elements", title_justify="left")
-    for number in summary.by_elements:
-        grid.add_column(number, justify="right")
-    for name in summary.by_elements["1"]:
-        grid.add_row(name, *(str(counts[name]) for counts in summary.by_elements.values()))
+    grid = Grid(head, title=title, title_justify="left")
+    for label in groups:
+        grid.add_column(label, justify="right")
+    for name in next(iter(groups.values())):
+        grid.add_row(name, *(str(counts[name]) for counts in groups.values()))
     console.print(grid)
 
 

@@ -6,6 +6,7 @@ easier kind is no better crystal.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,12 @@ def kinds(crystals: CrystalBatch) -> dict[str, np.ndarray]:
         "anion": _anion(present),
         "sites": np.digitize(crystals.num_sites.cpu().numpy(), _MOST_SITES, right=True),
     }
+
+
+def anion_of(formula: str) -> str:
+    """The class of `ANIONS` of a formula, such as "oxide"."""
+    symbols = set(re.findall("[A-Z][a-z]?", formula))
+    return next(name for name, anions in ANIONS.items() if symbols & set(anions) or not anions)
 
 
 def shares(labels: np.ndarray, name: str, weight: np.ndarray | None = None) -> np.ndarray:

@@ -117,12 +117,13 @@ def _add_rates(page: Page, summary: Mapping[str, Any], rates: Mapping[str, Mappi
         },
         sortable=False,
     )
-    if by_elements := summary.get("by_elements"):
-        names = list(by_elements["1"])
-        page.table(
-            {"elements": list(by_elements)} | {name: [row[name] for row in by_elements.values()] for name in names},
-            sortable=False,
-        )
+    for head, groups in (("elements", summary.get("by_elements")), ("anion", summary.get("by_anion"))):
+        if groups:
+            names = list(next(iter(groups.values())))
+            page.table(
+                {head: list(groups)} | {name: [row[name] for row in groups.values()] for name in names},
+                sortable=False,
+            )
 
 
 def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cfrl.crystals.kinds import ANIONS, anion_of
 from cfrl.screening.table import Table
 from cfrl.stability.flags import FLAGS
 from cfrl.stability.hull import ReferenceHull
@@ -102,6 +103,7 @@ class Summary:
     funnel: condition -> how many crystals satisfy it and all before it
     flags: flag -> how many crystals have it, and how many it holds back that else were candidates
     by_elements: "1", "2" and ">=3" elements -> how many crystals there are, and how many are what
+    by_anion: classes of `kinds.ANIONS` -> the same
     failures: statuses of crystals that did not reach the end, or have no distance to the hull -> how many
     """
 
@@ -111,6 +113,7 @@ class Summary:
     funnel: dict[str, int]
     flags: dict[str, dict[str, int]]
     by_elements: dict[str, dict[str, int]]
+    by_anion: dict[str, dict[str, int]]
     averages: list[Average]
     failures: dict[str, int]
     warning: str
@@ -155,7 +158,8 @@ def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) ->
         rates=rates,
         funnel=_funnel(table, judgement.threshold),
         flags=_flag_counts(table),
-        by_elements=_by_elements(table, chosen),
+        by_elements=_by_group(table, chosen, _of_elements(table)),
+        by_anion=_by_group(table, chosen, _of_anion(table)),
         averages=[_average(name, unit, table[name]) for name, unit in columns if table.has(name)],
         failures=dict(reasons.most_common(20)),
         warning=hull.mismatch(table.energy_scale) if hull and table.energy_scale else "",
@@ -214,11 +218,22 @@ def _flag_counts(table: Table) -> dict[str, dict[str, int]]:
     }
 
 
-def _by_elements(table: Table, conditions: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    """What the rates of stability are for crystals of so many elements: elements alone are stable by definition."""
+def _of_elements(table: Table) -> dict[str, np.ndarray]:
+    """Crystals of so many elements: elements alone are stable by definition."""
     number = np.array([len(re.findall("[A-Z]", formula)) for formula in table["formula"]])
+    return {"1": number == 1, "2": number == 2, ">=3": number >= 3}
+
+
+def _of_anion(table: Table) -> dict[str, np.ndarray]:
+    anions = np.array([anion_of(formula) if formula else "" for formula in table["formula"]])
+    return {name: anions == name for name in ANIONS}
+
+
+def _by_group(
+    table: Table, conditions: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, int]]:
+    """What the rates of stability are made of: for each group (n,) bool how many crystals are what."""
     shown = [name for name, column in _COLUMN_OF.items() if name != "unique" and table.has(column)]
-    groups = {"1": number == 1, "2": number == 2, ">=3": number >= 3}
     return {
         label: {"crystals": int(rows.sum())} | {name: int((conditions[name] & rows).sum()) for name in shown}
         for label, rows in groups.items()

@@ -264,7 +264,7 @@ class _BoundTerm:
         return Scored(values, status, spread, {name: self._array(scored.parts[name], n) for name in self.info.parts})
 
     def _call(self, arguments: tuple[Any, ...], timeout: float | None) -> Any:
-        if getattr(self.info.function, "__module__", "").startswith("cfrl."):
+        if (getattr(self.info.function, "__module__", None) or "").startswith("cfrl."):
             return self.info.function(*arguments, **self.parameters)
         if self._given_up is not None:
             raise self._given_up

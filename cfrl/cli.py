@@ -94,13 +94,13 @@ def configured(cls: type) -> Callable[[Callable], Callable]:
         def call(ctx: typer.Context, **values: Any) -> Any:
             settings = {f.name: values.pop(f.name) for f in flagged}
             given = {k: v for k, v in settings.items() if ctx.get_parameter_source(k).name == "COMMANDLINE"}
-            file = None
-            if values.get("resume"):  # the run brings its own settings; flags still win
-                values["resume"] = _run_to_resume(values["resume"], command.__name__)
-                file = Path(values["resume"]) / "config.toml"
-                if "reward" in given:  # named by the user, not by the run
-                    values["trust"] = True
-            return command(config=config.resolve(cls, given, file), **values)
+            if not values.get("resume"):
+                return command(config=config.resolve(cls, given), **values)
+            values["resume"] = _run_to_resume(values["resume"], command.__name__)
+            if "reward" in given:  # named by the user, not by the run
+                values["trust"] = True
+            file = Path(values["resume"]) / "config.toml"  # the run brings its own settings; flags still win
+            return command(config=config.read_run_config(cls, file, given), **values)
 
         call.__signature__ = inspect.Signature(parameters)
         call.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -422,8 +422,8 @@ def reward_definitions(file: Path | None = None) -> dict[str, dict[str, Any]]:
     return definitions
 
 
-def read_run_config(cls: type[T], path: Path) -> T:
-    """The settings that a run folder's `config.toml` holds.
+def read_run_config(cls: type[T], path: Path, flags: Mapping[str, Any] | None = None) -> T:
+    """The settings that a run folder's `config.toml` holds, and flags that win over them.
 
     Raises:
         UserError: it cannot be read, or is of another command's run.
@@ -431,7 +431,7 @@ def read_run_config(cls: type[T], path: Path) -> T:
     name = next(name for name, section in SECTIONS.items() if section is cls)
     if path.is_file() and name not in read_toml(path):
         raise UserError(f"{path}: not the settings of a {name} run: it has no section [{name}]")
-    return resolve(cls, file=path)
+    return resolve(cls, flags, path)
 
 
 def _section(path: Path, name: str) -> dict[str, Any]:

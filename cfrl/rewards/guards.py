@@ -84,8 +84,8 @@ class Guarded(Reward):
                 result.status[place] = result.status[place] or name
         for row, reason in zip(go, result.status, strict=True):
             status[row] = reason
-        terms = {name: _spread(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
-        total = np.where([not reason for reason in status], _spread(result.total, go, len(status)), np.nan)
+        terms = {name: _among(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
+        total = np.where([not reason for reason in status], _among(result.total, go, len(status)), np.nan)
         abstained = np.array([reason in self.abstain for reason in status], dtype=bool)
         return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
 
@@ -133,7 +133,7 @@ def _own(name: str) -> bool:
     return name == MET.name or name.startswith(f"{MET}/")
 
 
-def _spread(values: np.ndarray, rows: list[int], n: int) -> np.ndarray:
+def _among(values: np.ndarray, rows: list[int], n: int) -> np.ndarray:
     """Values of some rows among n, NaN elsewhere."""
     out = np.full(n, np.nan)
     out[rows] = values

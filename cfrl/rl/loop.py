@@ -254,7 +254,8 @@ def _loss(tuning: Tuning, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str
             loss = policy.rebel_loss(*gaps, tuning.beta)
         clipped = torch.zeros_like(now)
     else:
-        crystal, crystal_old = (x[:, tuning.learned & tuning.of_crystal].sum(1) for x in (factors, old_factors))
+        moved_factors = tuning.learned[CRYSTAL]
+        crystal, crystal_old = (x[:, CRYSTAL][:, moved_factors].sum(1) for x in (factors, old_factors))
         gain = policy.clipped_surrogate(crystal, crystal_old, advantage, options.clip_ratio)
         clipped = policy.is_clipped(crystal, crystal_old, advantage, options.clip_ratio).double()
         if tuning.prior.learn:

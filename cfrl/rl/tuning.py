@@ -117,7 +117,6 @@ class Tuning:
         self.memory = Memory(options.penalty, diversity, options.diversity_window, options.replayed[1], best)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
-        self.of_crystal = torch.tensor([True] * len(FACTORS) + [False], device=device)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
         self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
         self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)

@@ -46,6 +46,7 @@ USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
 DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
 REWARDS = (
     "ehull",
     "sun",
@@ -117,6 +118,17 @@ class SampleConfig(Settings):
     temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
     top_p: PositiveFraction = option(
         1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all."
+    )
+    refuse: str = option(
+        "auto",
+        f"Draw anew what is of {', '.join(REFUSED)}; or `all`, `none`; auto: what a model was tuned to leave out.",
+        choices=("auto", "all", "none", *REFUSED),
+    )
+    known: str | None = option(
+        None,
+        "Crystals whose formulas --refuse known means: a name or a file; empty: the tuning's, or the training's.",
+        choices=DATASETS,
+        unset="",
     )
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")

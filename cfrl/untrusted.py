@@ -92,7 +92,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def read_tensors(path: str | Path, otherwise: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors (float32) of a safetensors file; `otherwise` says what a file is that is none.
+    """Header and tensors of a safetensors file, float32 but for integers; `otherwise` says what a file is that is none.
 
     Raises:
         UserError: not such a file, or one with NaN or infinity among its numbers.
@@ -103,7 +103,8 @@ def read_tensors(path: str | Path, otherwise: str) -> tuple[dict[str, str], dict
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: {otherwise} ({one_line(error)})") from error
     check_weights(tensors, path)

@@ -75,7 +75,7 @@ def finetune(
     tuning = start(config)
     if isinstance(scorer, Reward):
         scorer.load()
-    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
+    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer, getattr(scorer, "refuses", None))
     validation = _validation_crystals(config)
     run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
     log = RunLog(run, tuning, _header(config), scorer if isinstance(scorer, Reward) else None)
@@ -191,7 +191,8 @@ def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> Non
     The seeds are the same. makeup.csv: columns as `makeup.table` has them.
     """
     if isinstance(source.scorer, Reward):
-        source = FreshCrystals(source.tuning, partial(source.scorer, update=False))
+        withheld = getattr(source.scorer, "withheld", None)
+        source = FreshCrystals(source.tuning, partial(source.scorer, update=False), withheld)
     seed = random_seed(config.seed, 0)
     made = []
     for name, tuned in (("before.h5", False), ("after.h5", True)):
@@ -254,4 +255,5 @@ class RunLog:
         self.saved = self.tuning.step
         if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
             header = {**self.header, "step": str(self.tuning.step)}
-            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header)
+            refusal = getattr(self.reward, "withheld", None)
+            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header, refusal=refusal)

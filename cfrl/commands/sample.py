@@ -9,12 +9,14 @@ from rich.console import Console
 
 from cfrl.config import SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.known import KnownFormulas
 from cfrl.io.export import check_output, export_crystals
-from cfrl.model.files import load_model, model_path
+from cfrl.model.files import load_model, load_refusal, model_path
 from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
+from cfrl.stability.refusal import KNOWN, Refusal, parse_refused
 
 
 def run_sample(config: SampleConfig, output: str | None = None, console: Console | None = None) -> Path:
@@ -33,6 +35,7 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
     model = load_model(config.model, choose_device(config.device))
     limit = config.max_atoms
     elements = parse_elements(config.elements)
+    refusal = _refusal(config)
     space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
     path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
@@ -48,13 +51,27 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
             keep_invalid=config.keep_invalid,
             min_distance=config.min_distance,
             draw_size=config.draw_size,
+            wanted=refusal if refusal.names else None,
             progress=advance,
         )
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
     console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
+    if refusal.names:
+        console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
     _describe(crystals, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return path
+
+
+def _refusal(config: SampleConfig) -> Refusal:
+    """What is drawn anew: as asked, or as the model was tuned to leave out. Raises UserError."""
+    tuned = load_refusal(config.model)
+    names = tuned.names if config.refuse == "auto" else parse_refused(config.refuse)
+    if config.known is None or KNOWN not in names:
+        return Refusal(names, tuned.known)
+    from cfrl.io.datasets import load_dataset
+
+    return Refusal(names, KnownFormulas.of(load_dataset(config.known).formulas()))
 
 
 def _describe(crystals: CrystalBatch, console: Console) -> None:

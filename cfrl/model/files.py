@@ -6,19 +6,23 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfrl import settings
 from cfrl.assets import ASSETS
+from cfrl.crystals.known import KnownFormulas
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
 from cfrl.model.options import ModelConfig
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
+from cfrl.stability.refusal import Refusal
 from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"
+KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
 
 
 def save_model(
@@ -26,11 +30,13 @@ def save_model(
     path: str | Path,
     info: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    refusal: Refusal | None = None,
 ) -> None:
     """Writes weights, configuration and space-group distribution as safetensors, atomically.
 
     Args:
         info: strings to keep in the header (provenance, dataset, figures).
+        refusal: what the model's crystals should not be; `load_refusal` gives it back.
         dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
     """
     from safetensors.torch import save_file
@@ -39,6 +45,10 @@ def save_model(
     if dtype is not None:
         weights = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in weights.items()}
     header = {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config)), **(info or {})}
+    if refusal is not None:
+        header["refuses"] = ",".join(refusal.names)
+        if refusal.known is not None:
+            weights[KNOWN_FORMULAS] = torch.from_numpy(refusal.known.hashes.view(np.int64))
     with atomic_file(path) as temporary:
         save_file(weights, temporary, metadata=header)
 
@@ -66,7 +76,26 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     header, weights = _read_model(path)
     with fitting(path):
         config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
+    weights.pop(KNOWN_FORMULAS, None)
     return build_model(config, weights, path).to(device)
+
+
+def load_refusal(model: str | Path | None = None) -> Refusal:
+    """What a model's crystals should not be: nothing in particular, unless a tuning said so.
+
+    Args:
+        model: as for `load_model`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    path = model_path(model)
+    header, weights = _read_model(path)
+    hashes = weights.get(KNOWN_FORMULAS)
+    if hashes is not None and hashes.dtype != torch.int64:
+        raise UserError(f"{path}: its {KNOWN_FORMULAS} are no hashes")
+    known = None if hashes is None else KnownFormulas(hashes.numpy().view(np.uint64))
+    return Refusal(filter(None, header.get("refuses", "").split(",")), known)
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:

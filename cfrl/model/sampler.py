@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 
 UNIFORM = "uniform"
 SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
+RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
@@ -132,6 +134,7 @@ def sample(
     keep_invalid: bool = False,
     min_distance: float = 0.5,
     draw_size: int = 256,
+    wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CrystalBatch:
     """Generates n crystals.
@@ -146,6 +149,8 @@ def sample(
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
         draw_size: crystals drawn at once.
+        wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
+            space group and all.
         progress: called with the number of crystals finished so far.
 
     Returns:
@@ -153,7 +158,7 @@ def sample(
         any rejection), "valid" (0 or 1) and "draws" (how often this crystal was drawn).
 
     Raises:
-        UserError: a space group, element or limit that leaves nothing to draw, or a damaged model.
+        UserError: a space group, element, limit or wish that leaves nothing to draw, or a damaged model.
     """
     options = SamplerOptions(temperature, top_p, parse_elements(elements), max_atoms)
     prior = space_group_prior(model, space_group, max_atoms)
@@ -161,12 +166,18 @@ def sample(
     model.eval()
     generator = seeded(model.device, seed)
     shares = prior.exp().to(model.device)  # (231,)
-    groups = torch.multinomial(shares, n, True, generator=generator).cpu() if n else torch.zeros(0, dtype=torch.long)
-    batches = []
-    for part in groups.split(draw_size):
-        batches.append(_draw_valid(model, part, options, keep_invalid, min_distance, generator))
-        if progress is not None:
-            progress(sum(len(batch) for batch in batches))
+    batches, found, drawn = [], 0, 0
+    while found < n:
+        for part in torch.multinomial(shares, n - found, True, generator=generator).cpu().split(draw_size):
+            batch = _draw_valid(model, part, options, keep_invalid, min_distance, generator)
+            drawn += len(batch)
+            batch = batch if wanted is None else batch[torch.from_numpy(wanted(batch))]
+            batches.append(batch)
+            found += len(batch)
+            if progress is not None:
+                progress(found)
+        if found * RAREST < drawn - RAREST:
+            raise UserError(f"of {drawn:,} draws only {found} were not refused: ask for less ({wanted})")
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}

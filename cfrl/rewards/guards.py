@@ -19,7 +19,8 @@ from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
-from cfrl.stability.flags import APART, FLAGS, OVERLAP, composition_flags, hull_flags, relaxation_flags
+from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
+from cfrl.stability.refusal import KNOWN, Refusal
 
 LANTHANIDE_SWAP = "lanthanide_swap"
 GUARDS = {
@@ -28,8 +29,8 @@ GUARDS = {
     "known": "a formula that is known already: repeating the training data is no discovery",
     LANTHANIDE_SWAP: "a crystal that came before with a neighbouring lanthanide counts as a repeat",
 }
-# These say that nobody knows, not that the crystal is bad: it is left out of learning, neither praised nor blamed.
-ABSTAIN = frozenset({"sparse_reference", "known"})
+# Says that nobody knows, not that the crystal is bad: it is left out of learning, neither praised nor blamed.
+ABSTAIN = frozenset({"sparse_reference"})
 MET = Term("guard")
 OF_STRUCTURE = ("exploded", "overlap")
 OF_HULL = ("far_below_hull", "sparse_reference")
@@ -51,10 +52,16 @@ def heeded(allow: str | None) -> tuple[str, ...]:
 class Guarded(Reward):
     """A reward that heeds guards: a crystal that meets one has no total, and its status says which.
 
-    Those of the composition come first: what they stop costs no evaluation.
+    Those of the composition come first: what they stop costs no evaluation. A sampler that asks `refuses` first hands
+    in none of them. That a formula is known is for a reward of new crystals to mind; a property can be learned from
+    known crystals too.
 
     Args:
         guards: names of `GUARDS`.
+
+    Attributes:
+        refuses: what this reward needs not be asked about.
+        withheld: what a model tuned by it should not hand out.
     """
 
     def __init__(
@@ -62,8 +69,8 @@ class Guarded(Reward):
     ) -> None:
         self.guards = tuple(guards)
         needs = {need for info in infos.values() for need in info.needs}
-        # To know the formula and yet to ask for the unknown: then it is a fault, and else nobody's.
-        self.abstain = ABSTAIN - {"known"} if "known" in needs else ABSTAIN
+        self.withheld = Refusal(self.guards, context.known if KNOWN in self.guards else None)
+        self.refuses = Refusal(set(self.guards) - ({KNOWN} - needs), self.withheld.known)
         self._seen = [name for name in OF_STRUCTURE if name in self.guards]
         if needs & PASSES and context.fits_hull:  # where an energy is at hand anyway
             self._seen += [name for name in OF_HULL if name in self.guards]
@@ -75,35 +82,24 @@ class Guarded(Reward):
         self, crystals: CrystalBatch, structures: Sequence[Any] | None = None, update: bool = True
     ) -> RewardResult:
         """As `Reward`; the terms of a crystal whose composition meets a guard are NaN."""
-        status = self._compositions(crystals.formulas())
+        status = self.refuses.reasons(crystals.formulas())
         go = [row for row, met in enumerate(status) if not met]
         chosen = None if structures is None else [structures[row] for row in go]
         result = super().__call__(crystals[go], chosen, update)
-        for name in sorted(self._seen, key=self.abstain.__contains__):  # faults before doubts
+        for name in sorted(self._seen, key=ABSTAIN.__contains__):  # faults before doubts
             for place in np.flatnonzero(result.terms[f"{MET}/{name}"]):
                 result.status[place] = result.status[place] or name
         for row, reason in zip(go, result.status, strict=True):
             status[row] = reason
         terms = {name: _among(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
         total = np.where([not reason for reason in status], _among(result.total, go, len(status)), np.nan)
-        abstained = np.array([reason in self.abstain for reason in status], dtype=bool)
+        abstained = np.array([reason in ABSTAIN for reason in status], dtype=bool)
         return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
 
     @property
     def columns(self) -> list[str]:
         """Names of the columns in `RewardResult.terms`."""
         return [name for name in super().columns if not _own(name)]
-
-    def _compositions(self, formulas: list[str]) -> list[str]:
-        """The guard that each composition meets, or ""."""
-        found = composition_flags(formulas)
-        if "known" in self.guards:
-            found["known"] = self.context.known.holds(formulas)
-        status = [""] * len(formulas)
-        for name in sorted(set(found) & set(self.guards), key=lambda name: (name in self.abstain, name)):
-            for row in np.flatnonzero(found[name]):
-                status[row] = status[row] or name
-        return status
 
     def _info(self) -> RewardInfo:
         """The term whose parts say which other guards a crystal meets."""

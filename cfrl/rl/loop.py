@@ -95,6 +95,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         **{f"entropy/{name}": float(values[:n].double().mean()) for name, values in entropies.items()},
         "valid": float(rollout.valid.double().mean()),
         "unique": len(set(keys)) / n,
+        "refused": rollout.refused / (rollout.refused + n),
         "new": new / n,
         "chemical_systems": len(set(chemical_systems(rollout.crystals))),
         "space_groups": len(rollout.crystals.space_group.unique()),
@@ -392,7 +393,7 @@ def finetune(
         if context is None:
             reward.context.relax_steps = relax_steps_for(reward)
     tuning = Tuning(copy.deepcopy(model), settings)
-    source = FreshCrystals(tuning, reward)
+    source = FreshCrystals(tuning, reward, getattr(reward, "refuses", None))
     begin(tuning, source)
     metrics, parts = [], []
     while tuning.step < settings.steps:

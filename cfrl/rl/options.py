@@ -39,7 +39,7 @@ class TuningOptions(Settings):
         unset=0.0,
     )
     n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
-    draw_size: Count = option(64, "Crystals drawn at once; while one lot is scored the next is drawn.")
+    draw_size: Count = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: Count = option(1, "Passes over each step's crystals.")
     batch_size: Count = option(128, "Crystals (dpo, rebel: pairs) per optimiser step.")
     micro_batch: Count = option(32, "Crystals per backward pass; gradients of a batch are accumulated.")

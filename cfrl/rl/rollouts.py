@@ -22,7 +22,7 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import draw, seeded
+from cfrl.model.sampler import RAREST, draw, seeded
 
 INVALID = "atoms too close or impossible cell"
 RECENT = 2000  # scores that a percentile penalty looks back on
@@ -38,6 +38,7 @@ class Rollout:
     abstained: (n,) bool, without a score because nobody can tell it: neither praised nor blamed.
     terms: (n,) float64 by name, of each term of the reward in its own unit.
     seconds: time spent by stage; sampling and scoring may overlap.
+    refused: how many more were drawn, and thrown away for what they are made of.
     """
 
     crystals: CrystalBatch
@@ -47,6 +48,7 @@ class Rollout:
     abstained: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    refused: int = 0
 
     def __len__(self) -> int:
         return len(self.status)
@@ -72,6 +74,7 @@ class Rollout:
             torch.cat([part.abstained for part in parts]),
             {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
             dict(seconds),
+            sum(part.refused for part in parts),
         )
 
 
@@ -109,25 +112,34 @@ class Kept:
 
 def collect(
     model: torch.nn.Module,
-    space_groups: Tensor,
+    space_groups: Callable[[int], Tensor],
+    n: int,
     options: SamplerOptions,
     reward: Callable[..., Any],
     *,
     seed: int,
     chunk: int,
     min_distance: float = 0.5,
+    wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
 ) -> Rollout:
-    """Draw one crystal in each of `space_groups` (n,) and score it; one lot is scored while the next is drawn.
+    """Draw n crystals and score them; one lot is scored while the next is drawn.
 
-    Nothing is drawn again: a rejected crystal would make the likelihood that of another sampler. Each lot is drawn by a
-    generator of its own, seeded by (seed, lot): what the reward's thread does has no part in it.
+    Impossible crystals are not drawn again: a policy should learn what they are. Each lot is drawn by a generator of
+    its own, seeded by (seed, lot): what the reward's thread does has no part in it.
+
+    Args:
+        space_groups: draws so many of them, (k,).
+        chunk: crystals drawn at once.
+        wanted: which of k crystals to keep, (k,) bool, such as a `Refusal`; None: all. What is kept follows the policy
+            conditioned on it. Its log-probability differs from the policy's by a number that is the same for all
+            crystals of a group, which no objective here sees: each takes the mean off what it learns from.
 
     Raises:
-        UserError: the reward cannot be computed at all.
+        UserError: the reward cannot be computed at all, or hardly anything is wanted.
     """
     seconds = Counter()
     with ThreadPoolExecutor(1) as worker:
-        lots = _draw(model, space_groups, options, seed, chunk, min_distance, seconds)
+        lots = _draw(model, space_groups, n, options, seed, chunk, min_distance, wanted, seconds)
         jobs = [worker.submit(_score, *lot, reward, seconds) for lot in lots]
         parts = [job.result() for job in jobs]
     return Rollout.cat(parts, seconds)
@@ -135,23 +147,37 @@ def collect(
 
 def _draw(
     model: torch.nn.Module,
-    space_groups: Tensor,
+    space_groups: Callable[[int], Tensor],
+    n: int,
     options: SamplerOptions,
     seed: int,
     chunk: int,
     min_distance: float,
+    wanted: Callable[[CrystalBatch], np.ndarray] | None,
     seconds: Counter,
-) -> Iterator[tuple[CrystalBatch, Tensor]]:
-    """Lots of crystals, and which of them (n,) are valid."""
-    for k, groups in enumerate(space_groups.split(chunk)):
+) -> Iterator[tuple[CrystalBatch, Tensor, int]]:
+    """Lots of crystals, which of them (k,) are valid, and how many were refused on the way."""
+    found = drawn = lot = 0
+    while found < n:
         start = time.perf_counter()
-        crystals = draw(model, groups, options, seeded(model.device, random_seed(seed, k))).to("cpu")
+        groups = space_groups(min(chunk, n - found) if wanted is None else chunk)
+        crystals = draw(model, groups, options, seeded(model.device, random_seed(seed, lot))).to("cpu")
+        lot, drawn = lot + 1, drawn + len(crystals)
+        rows = torch.arange(len(crystals)) if wanted is None else torch.from_numpy(np.flatnonzero(wanted(crystals)))
+        refused = len(crystals) - len(rows)
+        crystals = crystals[rows[: n - found]]
+        found += len(crystals)
+        if found * RAREST < drawn - RAREST:
+            raise UserError(f"of {drawn:,} draws only {found} were not refused: lift a guard (--allow)")
         valid = crystals.valid(min_distance)
         seconds["sample"] += time.perf_counter() - start
-        yield crystals, valid
+        if len(crystals):
+            yield crystals, valid, refused
 
 
-def _score(crystals: CrystalBatch, valid: Tensor, reward: Callable[..., Any], seconds: Counter) -> Rollout:
+def _score(
+    crystals: CrystalBatch, valid: Tensor, refused: int, reward: Callable[..., Any], seconds: Counter
+) -> Rollout:
     start = time.perf_counter()
     result = reward(crystals[valid])
     status = np.full(len(crystals), INVALID, dtype=object)
@@ -161,7 +187,8 @@ def _score(crystals: CrystalBatch, valid: Tensor, reward: Callable[..., Any], se
     if getattr(result, "abstained", None) is not None:
         abstained[valid] = torch.as_tensor(result.abstained)
     seconds["score"] += time.perf_counter() - start
-    return Rollout(crystals, _scatter(result.total, valid), valid, status.tolist(), abstained, terms)
+    total = _scatter(result.total, valid)
+    return Rollout(crystals, total, valid, status.tolist(), abstained, terms, refused=refused)
 
 
 def random_seed(*numbers: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,25 +22,33 @@ SCALE_SEED = 0  # the same for all runs, so that the unit of a reward is
 
 
 class FreshCrystals:
-    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `begin`."""
+    """Drawn from the policy, and scored. The reward is that of many crystals at once: see `begin`.
+
+    Args:
+        scorer: the reward.
+        wanted: which crystals to score at all, (n,) bool; None: all.
+    """
 
     fresh = True
 
-    def __init__(self, tuning: Tuning, scorer: Scorer) -> None:
-        self.tuning, self.scorer = tuning, scorer
+    def __init__(
+        self, tuning: Tuning, scorer: Scorer, wanted: Callable[[CrystalBatch], np.ndarray] | None = None
+    ) -> None:
+        self.tuning, self.scorer, self.wanted = tuning, scorer, wanted
 
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
         """The crystals of one step."""
-        groups = self.tuning.prior.sample(self.tuning.options.n, generator)
-        return self._collect(self.tuning.model, groups, seed)
+        groups = partial(self.tuning.prior.sample, generator=generator)
+        return self._collect(self.tuning.model, groups, self.tuning.options.n, seed)
 
     def draw(self, n: int, seed: int, tuned: bool) -> Rollout:
         """n scored crystals of the policy, or of the starting model; the same for the same seed."""
         tuning = self.tuning
         model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
         generator = torch.Generator().manual_seed(seed)
-        groups = torch.multinomial(shares.detach().exp().cpu(), n, replacement=True, generator=generator)
-        return self._collect(model, groups, seed)
+        weights = shares.detach().exp().cpu()
+        groups = partial(torch.multinomial, weights, replacement=True, generator=generator)
+        return self._collect(model, groups, n, seed)
 
     def survey(self) -> Rollout:
         """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
@@ -49,10 +59,19 @@ class FreshCrystals:
         """
         return self.draw(self.tuning.options.scale_crystals, SCALE_SEED, tuned=False)
 
-    def _collect(self, model: nn.Module, groups: Tensor, seed: int) -> Rollout:
+    def _collect(self, model: nn.Module, groups: Callable[[int], Tensor], n: int, seed: int) -> Rollout:
         options = self.tuning.options
-        chunk, distance = options.draw_size, options.min_distance
-        return collect(model, groups, self.tuning.sampler, self.scorer, seed=seed, chunk=chunk, min_distance=distance)
+        return collect(
+            model,
+            groups,
+            n,
+            self.tuning.sampler,
+            self.scorer,
+            seed=seed,
+            chunk=options.draw_size,
+            min_distance=options.min_distance,
+            wanted=self.wanted,
+        )
 
 
 class RecordedCrystals:

@@ -308,7 +308,9 @@ def test_lots_are_scored_in_order(tiny_model):
         lots.append(len(crystals))
         return scored(crystals.species[:, 0])
 
-    rollout = collect(model, groups, SamplerOptions(), reward, seed=3, chunk=8, min_distance=0.0)
+    waiting = iter(groups.split(8))
+    settings = dict(seed=3, chunk=8, min_distance=0.0)
+    rollout = collect(model, lambda k: next(waiting), 20, SamplerOptions(), reward, **settings)
     assert len(lots) == 3
     assert torch.equal(rollout.crystals.space_group, groups)
     known = rollout.scored
@@ -338,13 +340,43 @@ def test_drawing_and_scoring_do_not_wait_for_each_other(tiny_model, monkeypatch)
 
     monkeypatch.setattr(rollouts, "draw", watched_draw)
     settings = dict(seed=3, chunk=8, min_distance=0.0)
-    model, groups = load_model(tiny_model), torch.tensor([225] * 24)
-    together = collect(model, groups, SamplerOptions(), reward, **settings)
+    model = load_model(tiny_model)
+
+    def cubic(k: int) -> torch.Tensor:
+        return torch.full((k,), 225)
+
+    together = collect(model, cubic, 24, SamplerOptions(), reward, **settings)
     assert waits == [True] * 4
     monkeypatch.undo()
-    again = collect(model, groups, SamplerOptions(), first_is_oxygen, **settings)
+    again = collect(model, cubic, 24, SamplerOptions(), first_is_oxygen, **settings)
     assert torch.equal(together.crystals.frac_coords, again.crystals.frac_coords)
-    assert FinetuneConfig().draw_size <= FinetuneConfig().n / 2  # so that there is something to overlap
+
+
+def test_what_is_refused_is_drawn_anew_and_never_scored(tiny_model):
+    """What is kept are exactly those of all the draws that are wanted, in their order."""
+    settings = dict(seed=3, chunk=16, min_distance=0.0)
+    model, seen = load_model(tiny_model), []
+
+    def cubic(k: int) -> torch.Tensor:
+        return torch.full((k,), 225)
+
+    def light(crystals: CrystalBatch) -> np.ndarray:
+        return (crystals.species[:, 0] <= 50).numpy()
+
+    def reward(crystals: CrystalBatch) -> SimpleNamespace:
+        seen.append(crystals)
+        return first_is_oxygen(crystals)
+
+    every = collect(model, cubic, 160, SamplerOptions(), first_is_oxygen, **settings)
+    kept = collect(model, cubic, 40, SamplerOptions(), reward, wanted=light, **settings)
+    rows = np.flatnonzero(light(every.crystals))[:40]
+    assert len(rows) == len(kept) == 40
+    assert torch.equal(kept.crystals.lattice, every.crystals[rows].lattice)
+    assert all(light(crystals).all() for crystals in seen)
+    drawn = 16 * (rows[-1] // 16 + 1)
+    assert kept.refused == drawn - light(every.crystals)[:drawn].sum() > 0
+    with pytest.raises(UserError, match="lift a guard"):
+        collect(model, cubic, 1, SamplerOptions(), reward, wanted=lambda c: np.zeros(len(c), dtype=bool), **settings)
 
 
 def test_crystals_without_a_score_earn_the_penalty_and_never_nan(tiny_model, tmp_path):

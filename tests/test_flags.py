@@ -5,10 +5,11 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from cfrl.crystals.oxidation import charge_balance
+from cfrl.crystals.refusal import composition_flags
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.screening import stages
-from cfrl.stability.flags import APART, FLAGS, check_flags, composition_flags, hull_flags, relaxation_flags
+from cfrl.stability.flags import APART, FLAGS, check_flags, hull_flags, relaxation_flags
 from cfrl.stability.hull import ReferenceHull
 
 

@@ -722,14 +722,19 @@ def test_each_guard_stops_what_it_is_named_for_and_can_be_lifted(suspects):
         heeded("radioactiv")
 
 
-def test_repeats_of_known_crystals_are_abstained_from_and_blamed_where_the_unknown_is_asked_for(suspects, hull, chgnet):
+def test_a_property_is_learned_from_known_crystals_too_and_only_discovery_minds_them(suspects, hull, chgnet):
     from cfrl.rewards.guards import heeded
 
     context = RewardContext(chgnet, hull)  # the embedded generator knows NaCl
     guards = heeded("sparse_reference,far_below_hull")
-    plain = build_reward("density", context=context, guards=guards)(suspects[[0]])
-    assert (plain.status, plain.abstained.tolist()) == (["guard: known"], [True])
-    sought = build_reward("sun", context=context, guards=guards)(suspects[[0]])
+    density = build_reward("density", context=context, guards=guards)
+    plain = density(suspects[[0]])
+    assert (plain.status, plain.abstained.tolist()) == ([""], [False])
+    assert "known" in density.withheld.names  # learned from, but not handed out
+    assert "known" not in density.refuses.names
+    sun = build_reward("sun", context=context, guards=guards)
+    assert sun.refuses.names == sun.withheld.names == density.withheld.names
+    sought = sun(suspects[[0]])
     assert (sought.status, sought.abstained.tolist()) == (["guard: known"], [False])
     free = build_reward("sun", context=context, guards=())(suspects[[0]])
     assert free.total.tolist() == [0.0]
@@ -767,4 +772,4 @@ def test_sun_is_the_probability_to_lie_within_reach_of_the_hull(hull):
     above = result.terms["sun/e_above_hull"]
     np.testing.assert_allclose(above, [0.02, 0.1, 0.5], atol=1e-6)
     doubt = hull.e_above_hull(batch, np.zeros(3)).doubt
-    np.testing.assert_allclose(result.total, norm.cdf((0.1 - above - doubt) / 0.06), rtol=1e-6)
+    np.testing.assert_allclose(result.total, norm.cdf((0.1 - above - doubt) / 0.03), rtol=1e-6)

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from pymatgen.core import Lattice, Structure
 from scipy import integrate, stats
 
 import cfrl
@@ -16,17 +17,20 @@ from cfrl.commands.sample import run_sample
 from cfrl.config import FinetuneConfig, SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.refusal import REFUSED, Refusal, parse_refused
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
-from cfrl.model.files import save_model
+from cfrl.model.files import load_model, load_refusal, save_model
 from cfrl.model.sampler import draw, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import FACTORS, TINY, tiny_model
 
 PLAIN = SamplerOptions()
+PEROVSKITE = [[0] * 3, [0.5] * 3, [0.5, 0.5, 0]]
 SHARP = SamplerOptions(temperature=0.6, top_p=0.8, elements=(3, 8, 22, 38), max_atoms=24)
 
 
@@ -370,3 +374,72 @@ def test_export_refuses_what_it_cannot_write(tmp_path):
     with pytest.raises(UserError, match="not an empty folder"):
         export_crystals(crystals, tmp_path / "full")
     assert (tmp_path / "full" / "precious.txt").exists()
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_wanted_is_drawn_and_nothing_else_changes():
+    model = tiny_model(descriptors=True)
+
+    def light(crystals: CrystalBatch) -> np.ndarray:
+        return (crystals.species[:, 0] <= 50).numpy()
+
+    every = sample(model, 64, seed=5, keep_invalid=True)
+    kept = sample(model, 64, seed=5, keep_invalid=True, wanted=light)
+    assert len(kept) == 64
+    assert light(kept).all()
+    rows = np.flatnonzero(light(every))
+    assert 10 < len(rows) < 64
+    assert torch.equal(kept.lattice[: len(rows)], every[rows].lattice)
+    with pytest.raises(UserError, match="were not refused"):
+        sample(model, 1, seed=5, keep_invalid=True, wanted=lambda crystals: np.zeros(len(crystals), dtype=bool))
+
+
+def test_a_refusal_names_what_a_formula_meets_and_counts():
+    refusal = Refusal(REFUSED, KnownFormulas.of(["NaCl"]))
+    formulas = ["NaCl", "MgO", "Cu", "KrF", "TcO2", "NaCl3", "TiAl"]
+    assert refusal.reasons(formulas) == ["known", "", "element", "noble_gas", "radioactive", "not_neutral", ""]
+    assert Refusal(["known"]).reasons(["NaCl", "Cu"]) == ["known", "known"]  # the embedded generator's own
+    assert Refusal([]).reasons(formulas) == [""] * 7
+    titanate = Structure.from_spacegroup(
+        "Pm-3m", Lattice.cubic(4.0), ["Ba", "Ti", "O"], [[0] * 3, [0.5] * 3, [0.5, 0.5, 0]]
+    )
+    copper = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.6), ["Cu"], [[0] * 3])
+    batch = CrystalBatch.from_structures([titanate, copper])
+    assert refusal(batch).tolist() == [True, False]
+    assert str(refusal) == "50% of 2 draws were refused (element 50%)"
+    assert parse_refused("all") == REFUSED
+    assert parse_refused("none") == ()
+    with pytest.raises(UserError, match="did you mean 'element'"):
+        parse_refused("elemnt")
+
+
+def test_a_model_file_tells_what_its_crystals_should_not_be(tmp_path):
+    model, path = tiny_model(), tmp_path / "tuned.safetensors"
+    save_model(model, path, refusal=Refusal(["element", "known"], KnownFormulas.of(["BaTiO3", "NaCl"])))
+    refusal = load_refusal(path)
+    assert refusal.names == ("known", "element")
+    assert refusal.reasons(["BaTiO3", "Cu", "CaTiO3", "KrF"]) == ["known", "element", "", ""]
+    for name, weight in load_model(path).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    assert load_refusal().names == ()  # the embedded model draws whatever it learned
+
+
+def test_sample_refuses_what_the_tuning_did_unless_told_otherwise(tmp_path):
+    from rich.console import Console
+
+    path = tmp_path / "tuned.safetensors"
+    save_model(load_model(), path, refusal=Refusal(["element", "known"]))
+    known = KnownFormulas.embedded()
+
+    def shares(**settings: str) -> tuple[float, float]:
+        with Console(quiet=True) as console:
+            run_sample(SampleConfig(n=100, model=str(path), **settings), str(tmp_path / "out.h5"), console)
+        formulas = read_crystals(tmp_path / "out.h5").formulas()
+        return known.holds(formulas).mean(), Refusal(["element"]).reasons(formulas).count("element") / 100
+
+    assert shares() == (0.0, 0.0)
+    assert shares(refuse="none")[0] > 0.15
+    assert shares(refuse="element")[0] > 0.15
+    assert shares(refuse="element")[1] == 0

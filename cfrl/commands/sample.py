@@ -10,13 +10,13 @@ from rich.console import Console
 from cfrl.config import SampleConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.refusal import KNOWN, Refusal, parse_refused
 from cfrl.io.export import check_output, export_crystals
 from cfrl.model.files import load_model, load_refusal, model_path
 from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
-from cfrl.stability.refusal import KNOWN, Refusal, parse_refused
 
 
 def run_sample(config: SampleConfig, output: str | None = None, console: Console | None = None) -> Path:

@@ -13,12 +13,12 @@ from torch import Tensor
 from cfrl import settings
 from cfrl.assets import ASSETS
 from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.refusal import Refusal
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
 from cfrl.model.options import ModelConfig
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
-from cfrl.stability.refusal import Refusal
 from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"

@@ -25,6 +25,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 
 UNIFORM = "uniform"
 SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
+LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
@@ -168,15 +169,16 @@ def sample(
     shares = prior.exp().to(model.device)  # (231,)
     batches, found, drawn = [], 0, 0
     while found < n:
-        for part in torch.multinomial(shares, n - found, True, generator=generator).cpu().split(draw_size):
+        missing = n - found if wanted is None else max(n - found, LOT)
+        for part in torch.multinomial(shares, missing, True, generator=generator).cpu().split(draw_size):
             batch = _draw_valid(model, part, options, keep_invalid, min_distance, generator)
             drawn += len(batch)
-            batch = batch if wanted is None else batch[torch.from_numpy(wanted(batch))]
+            batch = batch if wanted is None else batch[torch.from_numpy(wanted(batch))][: n - found]
             batches.append(batch)
             found += len(batch)
             if progress is not None:
                 progress(found)
-        if found * RAREST < drawn - RAREST:
+        if found * RAREST < drawn - RAREST and found < n:
             raise UserError(f"of {drawn:,} draws only {found} were not refused: ask for less ({wanted})")
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)

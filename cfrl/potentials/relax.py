@@ -42,6 +42,7 @@ class Relaxed:
     status: "" or why the crystal was taken out
     rmsd: angstrom, root mean square displacement of atoms, without the change of the cell and a common drift
     volume_change: relative to the start
+    fall: eV/atom by which the last step lowered the energy; 0 where it has converged, or there was none
     """
 
     structure: Structure | None
@@ -51,6 +52,7 @@ class Relaxed:
     status: str
     rmsd: float
     volume_change: float
+    fall: float = 0.0
 
 
 @dataclass
@@ -64,6 +66,7 @@ class RelaxResult:
     status: list[str]
     rmsd: np.ndarray
     volume_change: np.ndarray
+    fall: np.ndarray
 
     @classmethod
     def of(cls, crystals: list[Relaxed]) -> RelaxResult:
@@ -75,6 +78,7 @@ class RelaxResult:
             status=[c.status for c in crystals],
             rmsd=np.array([c.rmsd for c in crystals], dtype=np.float64),
             volume_change=np.array([c.volume_change for c in crystals], dtype=np.float64),
+            fall=np.array([c.fall for c in crystals], dtype=np.float64),
         )
 
     def __len__(self) -> int:
@@ -158,6 +162,7 @@ class _Walk:
         self.point: SymmetricCell | None = None  # the best so far, where energy and gradient hold
         self.energy, self.gradient = np.inf, np.zeros_like(self.q)
         self.radius = RADIUS
+        self.fall = 0.0  # eV of the cell
         self.steps = 0
         self.converged = self.ended = False
         self.status = ""
@@ -201,12 +206,14 @@ class _Walk:
             status=final.status[0],
             rmsd=float(np.sqrt((moved**2).sum(axis=1).mean())),
             volume_change=end.volume / self.start.volume - 1,
+            fall=0.0 if self.converged else self.fall / len(end),
         )
 
     def _end(self, status: str) -> None:
         self.ended, self.status = True, status
 
     def _accept(self, energy: float, gradient: np.ndarray) -> None:
+        self.fall = 0.0 if self.point is None else max(self.energy - energy, 0.0)
         self.q = self.q + self.step
         self.point, self.energy, self.gradient = self.trial, energy, gradient
         if np.any(self.step) and self._length(self.step) > 0.9 * self.radius:

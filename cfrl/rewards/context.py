@@ -46,12 +46,14 @@ class Settled:
 
     structures: n; those that could not be started as they were drawn
     volume_change: (n,) relative to the start; rmsd: (n,) angstrom; NaN where it failed
+    fall: (n,) eV/atom by which the last step lowered the energy, 0 where nothing more is to come
     evaluation: energies and why some failed; None: nothing was relaxed
     """
 
     structures: list[Structure]
     volume_change: np.ndarray
     rmsd: np.ndarray
+    fall: np.ndarray
     evaluation: Evaluation | None = None
 
 
@@ -191,14 +193,14 @@ class Inputs:
         """The crystals as they are scored: relaxed by `relax_steps`, or as they were drawn."""
         steps, n = self.context.relax_steps, len(self.structures)
         if not (steps and self._needs & PASSES):
-            return Settled(list(self.structures), np.zeros(n), np.zeros(n))
+            return Settled(list(self.structures), np.zeros(n), np.zeros(n), np.zeros(n))
         from cfrl.potentials import Evaluation
         from cfrl.potentials.relax import relax
 
         result = relax(self.structures, self.context.potential, steps=steps)
         ends = [drawn if end is None else end for drawn, end in zip(self.structures, result.structures, strict=True)]
         energy = np.where([not reason for reason in result.status], result.energy, np.nan)
-        return Settled(ends, result.volume_change, result.rmsd, Evaluation(energy, result.status))
+        return Settled(ends, result.volume_change, result.rmsd, result.fall, Evaluation(energy, result.status))
 
     @cached_property
     def evaluation(self) -> Evaluation:

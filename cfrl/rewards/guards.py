@@ -14,13 +14,13 @@ import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import contacts
+from cfrl.crystals.refusal import KNOWN, Refusal
 from cfrl.errors import UserError, nearest
 from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
-from cfrl.stability.refusal import KNOWN, Refusal
 
 LANTHANIDE_SWAP = "lanthanide_swap"
 GUARDS = {

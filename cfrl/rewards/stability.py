@@ -12,6 +12,10 @@ from cfrl.rewards.registry import register_reward
 GPA_PER_EV_A3 = 160.21766208
 BEST = -0.05  # eV/atom; about a potential's error: what lies deeper below a hull is more likely wrong than new
 WORST = 1.0  # eV/atom; nothing is learned from how much more hopeless than hopeless a crystal is
+# What is left to fall when a relaxation is cut short, in units of its last fall: mean, and how far that errs. Fitted to
+# 2,300 of the embedded model's crystals, each relaxed to the end: after 4 evaluations they say with ROC AUC 0.93 which
+# will be within 0.1 eV/atom of the hull, the energy alone 0.90.
+LEFT, ERRS = 0.7, 1.5
 STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and float32 noise is far below
 
 
@@ -42,10 +46,10 @@ def ehull(crystals: Any, structures: list[Any], inputs: Inputs) -> Scored:
     minimum=0.0,
     maximum=1.0,
 )
-def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float = 0.1, sure: float = 0.06) -> Scored:
+def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float = 0.1, sure: float = 0.03) -> Scored:
     """Stable and novel (unique is the diversity filter's part): the probability that a crystal of an unknown formula
-    lies within `within` eV/atom of the hull, where the judge errs by `sure` eV/atom (standard deviation) and the hull
-    is too high by what its reference is expected to lack. 0 for known formulas (`--known`).
+    will, relaxed to the end, lie within `within` eV/atom of the hull, where the judge errs by `sure` eV/atom (standard
+    deviation) and the hull is too high by what its reference is expected to lack. 0 for known formulas (`--known`).
 
     "stable" is the probability alone, "novel" 1 or 0, "e_above_hull" in eV/atom.
     """
@@ -53,7 +57,9 @@ def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float =
 
     result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     status = [a or b for a, b in zip(inputs.evaluation.status, result.status, strict=True)]
-    stable = ndtr((within - result.e_above_hull - result.doubt) / sure)
+    fall = np.nan_to_num(inputs.relaxed.fall)
+    end = result.e_above_hull + result.doubt - LEFT * fall
+    stable = ndtr((within - end) / (sure + ERRS * fall))
     novel = ~inputs.context.known.holds(crystals.formulas())
     parts = {"stable": stable, "novel": novel.astype(float), "e_above_hull": result.e_above_hull}
     return Scored(stable * novel, status, parts=parts)

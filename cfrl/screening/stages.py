@@ -18,8 +18,9 @@ from cfrl.crystals.crystal import DALTON_PER_CUBIC_ANGSTROM, CrystalBatch
 from cfrl.crystals.distances import contacts, shortest_distance
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
+from cfrl.crystals.refusal import composition_flags
 from cfrl.runs.journal import Record
-from cfrl.stability.flags import APART, OVERLAP, composition_flags
+from cfrl.stability.flags import APART, OVERLAP
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure

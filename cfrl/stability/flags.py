@@ -6,19 +6,12 @@ way to a prize that is none; `FLAGS` says which.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-
 import numpy as np
 
-from cfrl.crystals.elements import ATOMIC_NUMBERS
-from cfrl.crystals.oxidation import charge_balance
 from cfrl.errors import UserError, nearest
 
 TOO_DEEP = -0.1  # eV/atom; twice the error of a potential; a phase so far below a full hull would be a sensation
 FEW_REFERENCES = 12  # phases in the chemical system, elements included
-NOBLE_GASES = frozenset((2, 10, 18, 36, 54, 86, 118))
-RADIOACTIVE = frozenset((43, 61, *range(84, 119))) - {90, 92}  # thorium and uranium are handled as minerals
 MOST_VOLUME = 2.0  # times, either way; what a relaxation changes more was no crystal of this kind
 MOST_MOVED = 3.0  # angstrom, RMSD; about the distance of neighbours: the atoms have changed places
 OVERLAP = 0.7  # of the sum of two covalent radii; nearer atoms are in no known crystal
@@ -46,18 +39,6 @@ def check_flags(text: str) -> list[str]:
     return names
 
 
-def composition_flags(formulas: Sequence[str]) -> dict[str, np.ndarray]:
-    """noble_gas, radioactive, element, not_neutral of n formulas; each (n,) bool."""
-    elements = [{ATOMIC_NUMBERS[symbol] for symbol in re.findall("[A-Z][a-z]?", formula)} for formula in formulas]
-    balance = [charge_balance(formula) for formula in formulas]
-    return {
-        "noble_gas": _each(bool(numbers & NOBLE_GASES) for numbers in elements),
-        "radioactive": _each(bool(numbers & RADIOACTIVE) for numbers in elements),
-        "element": _each(kind == "element" for kind in balance),
-        "not_neutral": _each(kind == "not neutral" for kind in balance),
-    }
-
-
 def hull_flags(e_above_hull: np.ndarray, num_references: np.ndarray) -> dict[str, np.ndarray]:
     """far_below_hull, sparse_reference, (n,) bool, from what `ReferenceHull.e_above_hull` found (not `credible`).
 
@@ -80,7 +61,3 @@ def relaxation_flags(volume_change: np.ndarray, rmsd: np.ndarray, isolation: np.
     """
     ratio = 1 + volume_change
     return {"exploded": (ratio > MOST_VOLUME) | (ratio < 1 / MOST_VOLUME) | (rmsd > MOST_MOVED) | (isolation >= APART)}
-
-
-def _each(values: Iterable[bool]) -> np.ndarray:
-    return np.fromiter(values, dtype=bool)

@@ -2,23 +2,27 @@
 
 A third of what the embedded model draws has a formula that is known, a fifth is an element alone or has charges that do
 not balance. No network need learn to avoid that: a draw that meets one of these guards is thrown away and drawn anew,
-at 500 a second. What is left follows the model's distribution, conditioned; its log-probability stays the model's, lower by
-the same log P(not refused) for all crystals.
+at 500 a second. What is left follows the model's distribution, conditioned; its log-probability stays the model's,
+lower by the same log P(not refused) for all crystals.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.oxidation import charge_balance
 from cfrl.errors import UserError, nearest
-from cfrl.stability.flags import composition_flags
 
 KNOWN = "known"
+NOBLE_GASES = frozenset((2, 10, 18, 36, 54, 86, 118))
+RADIOACTIVE = frozenset((43, 61, *range(84, 119))) - {90, 92}  # thorium and uranium are handled as minerals
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")  # what a formula is enough to tell
 
 
@@ -74,3 +78,19 @@ def parse_refused(text: str) -> tuple[str, ...]:
         if name not in REFUSED:
             raise UserError(f"refuse {name}: no such guard{nearest(name, REFUSED)}; there are: {', '.join(REFUSED)}")
     return names
+
+
+def composition_flags(formulas: Sequence[str]) -> dict[str, np.ndarray]:
+    """noble_gas, radioactive, element, not_neutral of n formulas (see `FLAGS`); each (n,) bool."""
+    elements = [{ATOMIC_NUMBERS[symbol] for symbol in re.findall("[A-Z][a-z]?", formula)} for formula in formulas]
+    balance = [charge_balance(formula) for formula in formulas]
+    return {
+        "noble_gas": _each(bool(numbers & NOBLE_GASES) for numbers in elements),
+        "radioactive": _each(bool(numbers & RADIOACTIVE) for numbers in elements),
+        "element": _each(kind == "element" for kind in balance),
+        "not_neutral": _each(kind == "not neutral" for kind in balance),
+    }
+
+
+def _each(values: Iterable[bool]) -> np.ndarray:
+    return np.fromiter(values, dtype=bool)

@@ -85,8 +85,9 @@ def relax_steps_for(reward: Reward) -> int:
     """How far crystals should be relaxed before this reward is asked of them.
 
     As drawn, 30% of the embedded model's crystals lie within 0.1 eV/atom of the hull, relaxed 69%, and the rank
-    correlation of the two distances is 0.55; after 4 evaluations it is 0.78 (`bench_relax_steps.py`). Predictors of
-    properties hardly see the difference.
+    correlation of the two distances is 0.55; after 4 evaluations it is 0.78 (`bench_relax_steps.py`). Properties are
+    predicted for crystals as drawn, for speed, though they gain as well: the rank correlation of the band gap with that
+    of the relaxed crystal is 0.73 as drawn and 0.90 after 4 evaluations.
     """
     return RELAX_STEPS if "hull" in reward.needs else 0
 

@@ -180,3 +180,18 @@ def test_exploding_and_collapsing_crystals_are_taken_out(pressure, word):
     assert word in result.status[0]
     assert np.isnan(result.energy[0])
     assert result.structures[0] is not None
+
+
+def test_the_last_fall_says_what_is_left_to_fall(chgnet):
+    far = triclinic()
+    ends = [relax([far], chgnet, steps=k) for k in range(1, 5)]
+    energies = [end.energy[0] for end in ends]
+    assert sorted(energies, reverse=True) == energies
+    assert ends[0].fall.tolist() == [0.0]  # nothing to compare with
+    for k in (1, 2, 3):
+        if energies[k - 1] > energies[k]:
+            assert ends[k].fall[0] == pytest.approx(energies[k - 1] - energies[k], abs=1e-5)
+    assert ends[1].fall[0] > 0.01
+    whole = relax([far], chgnet)
+    assert whole.converged[0]
+    assert whole.fall.tolist() == [0.0]

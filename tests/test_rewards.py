@@ -773,3 +773,20 @@ def test_sun_is_the_probability_to_lie_within_reach_of_the_hull(hull):
     np.testing.assert_allclose(above, [0.02, 0.1, 0.5], atol=1e-6)
     doubt = hull.e_above_hull(batch, np.zeros(3)).doubt
     np.testing.assert_allclose(result.total, norm.cdf((0.1 - above - doubt) / 0.03), rtol=1e-6)
+
+
+def test_sun_looks_ahead_of_a_relaxation_that_is_cut_short(hull, chgnet):
+    from scipy.stats import norm
+
+    from cfrl.potentials.relax import relax
+    from cfrl.rewards.stability import ERRS, LEFT
+
+    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(6.6), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])  # of 5.6
+    batch = CrystalBatch.from_structures([salt])
+    context = RewardContext(chgnet, hull, known=CrystalBatch.from_structures([COPPER]), relax_steps=2)
+    result = build_reward("sun", context=context)(batch)
+    cut = relax(batch, chgnet, steps=2)
+    above = hull.e_above_hull(batch, cut.energy).credible()
+    assert cut.fall[0] > 0.01
+    end = above.e_above_hull + above.doubt - LEFT * cut.fall
+    np.testing.assert_allclose(result.total, norm.cdf((0.1 - end) / (0.03 + ERRS * cut.fall)), rtol=1e-6)

@@ -11,11 +11,13 @@ import torch
 
 from cfrl.commands.model import pack_model
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.refusal import Refusal
 from cfrl.crystals.symmetry import multiplicity
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_model, read_header, save_model
+from cfrl.model.files import load_model, load_refusal, read_header, save_model
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
@@ -306,8 +308,10 @@ def test_last_is_the_newest_run_with_weights(tmp_path, monkeypatch):
 def test_packed_models_are_half_as_large_and_name_no_folder(tmp_path):
     model = CrystalTransformer(PRESETS["small"])
     header = {"preset": "small", "base_model": "/home/anna/base", "dataset": "/home/anna/mp.h5", "reward": "contact"}
-    save_model(model, tmp_path / "whole.safetensors", header)
+    known = KnownFormulas.of(["BaTiO3"])
+    save_model(model, tmp_path / "whole.safetensors", header, refusal=Refusal(["known"], known))
     pack_model(tmp_path / "whole.safetensors", tmp_path / "packed.safetensors")
+    assert load_refusal(tmp_path / "packed.safetensors").reasons(["BaTiO3", "NaCl"]) == ["known", ""]
     packed = read_header(tmp_path / "packed.safetensors")
     assert not any("/home" in value for value in packed.values())
     assert (packed["preset"], packed["dataset"], packed["reward"]) == ("small", "mp.h5", "contact")

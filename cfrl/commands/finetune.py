@@ -144,7 +144,7 @@ def start(config: FinetuneConfig) -> Tuning:
 
 
 def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Reward:
-    """The reward of the settings, with all that it works with; nothing is loaded yet."""
+    """The reward of the settings, with all that it works with; no model is loaded yet."""
     context = RewardContext(
         potential=config.potential,
         hull=config.hull,

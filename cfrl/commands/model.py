@@ -11,7 +11,7 @@ from rich.console import Console
 from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_model, model_path, read_header, save_model
+from cfrl.model.files import load_model, load_refusal, model_path, read_header, save_model
 from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
 
@@ -45,7 +45,8 @@ def pack_model(model: str | Path, output: str | Path, dataset: str | None = None
     network, most = load_model(model), torch.finfo(torch.float16).max
     if any((parameter.abs() > most).any() for parameter in network.parameters()):
         raise UserError(f"{model}: holds weights above {most:,.0f}, the most that float16 can; share the file as it is")
-    save_model(network, output, info, dtype=torch.float16)
+    refusal = load_refusal(model)
+    save_model(network, output, info, dtype=torch.float16, refusal=refusal if refusal.names else None)
 
 
 def run_import(

@@ -168,7 +168,7 @@ class FinetuneInputs(Settings):
     relax_steps: CountOrZero | None = option(
         None,
         "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn; "
-        "negative: 4 where the reward asks for the hull, else 0.",
+        "negative: 4 where the reward asks for the hull, 8 where for a property, else 0.",
         unset=-1,
     )
     known: str | None = option(
@@ -263,8 +263,10 @@ class RetrieveConfig(Settings):
         None, "Only this split of the dataset: train, validation or test; empty: all.", unset=""
     )
     top: Count = option(100, "Crystals in the tables, best first.")
-    rank: Literal["crystal", "site", "joint"] = option(
-        "crystal", "By the likelihood ratio of the crystal (crystal), per site (site), or with its space group (joint)."
+    rank: Literal["reward", "crystal", "site", "joint"] = option(
+        "reward",
+        "By the reward that the tuned model implies (reward), or the likelihood ratio of the crystal (crystal), per "
+        "site (site), or with its space group (joint).",
     )
     samples: CountOrZero = option(
         1000, "Crystals drawn from each model to see which known materials they meet; 0: none."

@@ -271,7 +271,8 @@ def test_replay_keeps_the_best_of_each_fingerprint():
         rollout = Rollout(
             crystals[rows], reward[rows], torch.ones(14, dtype=torch.bool), [""] * 14, torch.zeros(14, dtype=torch.bool)
         )
-        memory.keep(rollout, torch.full((14,), -float(seed)).double(), fingerprints(rollout.crystals))
+        drawn = torch.full((14,), -float(seed)).double()
+        memory.keep(rollout, drawn, drawn[:, None].expand(-1, 5), fingerprints(rollout.crystals))
     every = torch.cat([torch.randn(12, generator=torch.Generator().manual_seed(s)) for s in range(3)]).double()
     every[[3, 15, 27]] = -math.inf
     assert memory.kept.reward.tolist() == every.sort(descending=True).values[:4].tolist()
@@ -280,6 +281,7 @@ def test_replay_keeps_the_best_of_each_fingerprint():
     assert fingerprints(chosen.crystals) == chosen.keys
     drawn_in = {float(reward): seed for seed in range(3) for reward in every[12 * seed : 12 * seed + 12]}
     assert [-drawn_in[reward] for reward in chosen.reward.tolist()] == chosen.log_prob.tolist()
+    assert torch.equal(chosen.base[:, 4], chosen.log_prob)
 
     other = Memory("5%", 0, 8, replay_size=4)
     other.load_state_dict(memory.state_dict())

@@ -256,4 +256,5 @@ class RunLog:
         if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
             header = {**self.header, "step": str(self.tuning.step)}
             refusal = getattr(self.reward, "withheld", None)
-            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header, refusal=refusal)
+            implied = self.tuning.implied_reward()
+            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header, None, refusal, implied)

@@ -11,7 +11,7 @@ from rich.console import Console
 from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_model, load_refusal, model_path, read_header, save_model
+from cfrl.model.files import load_implied, load_model, load_refusal, model_path, read_header, save_model
 from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
 
@@ -46,7 +46,14 @@ def pack_model(model: str | Path, output: str | Path, dataset: str | None = None
     if any((parameter.abs() > most).any() for parameter in network.parameters()):
         raise UserError(f"{model}: holds weights above {most:,.0f}, the most that float16 can; share the file as it is")
     refusal = load_refusal(model)
-    save_model(network, output, info, dtype=torch.float16, refusal=refusal if refusal.names else None)
+    save_model(
+        network,
+        output,
+        info,
+        dtype=torch.float16,
+        refusal=refusal if refusal.names else None,
+        implied=load_implied(model),
+    )
 
 
 def run_import(

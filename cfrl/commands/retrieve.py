@@ -22,7 +22,7 @@ from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_model, model_path, read_header
+from cfrl.model.files import load_implied, load_model, model_path, read_header
 from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.devices import choose_device
@@ -33,6 +33,7 @@ from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_c
 from cfrl.tables import Columns, as_text, read_csv, write_csv
 
 RESULT = "retrieval.json"
+RANKED = dict.fromkeys(RANKINGS, "likelihood ratio") | {"reward": "implied reward"}
 DOUBTFUL = ("The ranking is", "The ranking runs against", "The first of the ranking")  # how such verdicts begin
 COUNTS = ("space_group", "sites", "atoms")
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
@@ -74,8 +75,12 @@ def retrieve(
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
+    implied = load_implied(config.run)
+    if implied is None and config.rank == "reward":
+        console.print(f"Ranked by the likelihood ratio: {config.run} does not tell what it implies of the reward")
+        config = replace(config, rank="crystal")
     with progress_bar("likelihoods", dataset.size, console) as advance:
-        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank, options, shares)
+        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied)
     _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
     result: dict[str, Any] = {
         "tuned": config.run,
@@ -208,7 +213,8 @@ def _evaluate(
         return figures
     good, composition = is_good(label[rows]), fractions(dataset.pick(rows))[0]
     rankings = {
-        "likelihood ratio": ratio,
+        RANKED[config.rank]: ratio,
+        "likelihood ratio": ranking["log_ratio"][rows],
         "random": np.zeros(len(rows)),
         "base model's likelihood": ranking["log_prob_base"][rows],
     }
@@ -222,7 +228,7 @@ def _evaluate(
         part = "" if scored.all() else " (the same part)"
         verdicts.append(judge(f"reward model{part}", reward[scored], good[scored]))
         if part:
-            verdicts.append(judge(f"likelihood ratio{part}", ratio[scored], good[scored]))
+            verdicts.append(judge(f"{RANKED[config.rank]}{part}", ratio[scored], good[scored]))
     return figures | {"verdicts": [asdict(verdict) for verdict in verdicts]}
 
 
@@ -316,7 +322,7 @@ def show(run: RunFolder, console: Console) -> None:
     first = read_csv(run.path / "retrieved.csv")
     shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]
     shown += [name for name in [result["property"].lstrip("-")] if name]
-    title = f"first of {result['scored']:,} crystals of {result['dataset']}, by {result['ranked_by']} (nats)"
+    title = f"first of {result['scored']:,} crystals of {result['dataset']}, by {result['ranked_by']}"
     table = Table(*shown, title=title, title_justify="left")
     for row in zip(*(first[name][:10] for name in shown), strict=True):
         table.add_row(*map(as_text, row))

@@ -7,6 +7,7 @@ easier kind is no better crystal.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +40,19 @@ def kinds(crystals: CrystalBatch) -> dict[str, np.ndarray]:
         "anion": _anion(present),
         "sites": np.digitize(crystals.num_sites.cpu().numpy(), _MOST_SITES, right=True),
     }
+
+
+def cells(crystals: CrystalBatch, names: Sequence[str]) -> np.ndarray:
+    """The joint kind of each crystal in some of `CLASSES`, (n,) int64 below `num_cells(names)`."""
+    labels, cell = kinds(crystals), np.zeros(len(crystals), dtype=np.int64)
+    for name in names:
+        cell = cell * len(CLASSES[name]) + labels[name]
+    return cell
+
+
+def num_cells(names: Sequence[str]) -> int:
+    """How many joint kinds there are."""
+    return int(np.prod([len(CLASSES[name]) for name in names], dtype=int))
 
 
 def anion_of(formula: str) -> str:

@@ -16,6 +16,7 @@ from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import Refusal
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
+from cfrl.model.implied import GROUPS, KINDS, ImpliedReward
 from cfrl.model.options import ModelConfig
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
@@ -23,6 +24,7 @@ from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
+BESIDE = (KNOWN_FORMULAS, GROUPS, KINDS)
 
 
 def save_model(
@@ -31,12 +33,14 @@ def save_model(
     info: dict[str, str] | None = None,
     dtype: torch.dtype | None = None,
     refusal: Refusal | None = None,
+    implied: ImpliedReward | None = None,
 ) -> None:
     """Writes weights, configuration and space-group distribution as safetensors, atomically.
 
     Args:
         info: strings to keep in the header (provenance, dataset, figures).
-        refusal: what the model's crystals should not be; `load_refusal` gives it back.
+        refusal, implied: what the model's crystals should not be, and what it says that any crystal earns;
+            `load_refusal` and `load_implied` give them back.
         dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
     """
     from safetensors.torch import save_file
@@ -49,6 +53,9 @@ def save_model(
         header["refuses"] = ",".join(refusal.names)
         if refusal.known is not None:
             weights[KNOWN_FORMULAS] = torch.from_numpy(refusal.known.hashes.view(np.int64))
+    if implied is not None:
+        header |= implied.header()
+        weights |= {name: t.contiguous() for name, t in implied.tensors().items()}
     with atomic_file(path) as temporary:
         save_file(weights, temporary, metadata=header)
 
@@ -76,7 +83,8 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     header, weights = _read_model(path)
     with fitting(path):
         config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
-    weights.pop(KNOWN_FORMULAS, None)
+    for name in BESIDE:
+        weights.pop(name, None)
     return build_model(config, weights, path).to(device)
 
 
@@ -96,6 +104,20 @@ def load_refusal(model: str | Path | None = None) -> Refusal:
         raise UserError(f"{path}: its {KNOWN_FORMULAS} are no hashes")
     known = None if hashes is None else KnownFormulas(hashes.numpy().view(np.uint64))
     return Refusal(filter(None, header.get("refuses", "").split(",")), known)
+
+
+def load_implied(model: str | Path | None = None) -> ImpliedReward | None:
+    """What a tuned model says that any crystal earns; None where its file does not tell.
+
+    Args:
+        model: as for `load_model`.
+
+    Raises:
+        UserError: there is no such model, or its file is damaged.
+    """
+    path = model_path(model)
+    with fitting(path):
+        return ImpliedReward.of_file(*_read_model(path))
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.kinds import CLASSES, kinds
+from cfrl.crystals.kinds import CLASSES, cells, kinds, num_cells
 from cfrl.errors import UserError, nearest
 
 AUTO = "auto"
@@ -62,23 +62,27 @@ class Hold:
 
     def pull(self, crystals: CrystalBatch) -> Tensor:
         """What each crystal earns for its kind, in units of the reward: -strength sum_f log(share / target), (n,)."""
-        labels, total = kinds(crystals), np.zeros(len(crystals))
-        for name, target in self.target.items():
-            count = self.count[name] + DOUBT * target
-            total -= np.log(count / count.sum() / target)[labels[name]]
+        return self.pulls()[self.cells(crystals)]
+
+    def pulls(self) -> Tensor:
+        """`pull` of every joint kind, (num_cells,) float64."""
+        total = np.zeros(1)
+        for name in self.names:
+            each = np.zeros(len(CLASSES[name]))
+            if name in self.target:
+                count = self.count[name] + DOUBT * self.target[name]
+                each = -np.log(count / count.sum() / self.target[name])
+            total = (total[:, None] + each).ravel()
         return self.strength * torch.from_numpy(total)
 
     def cells(self, crystals: CrystalBatch) -> Tensor:
         """The joint kind of each crystal in what is held, (n,) int64 below `num_cells`."""
-        labels, cell = kinds(crystals), np.zeros(len(crystals), dtype=np.int64)
-        for name in self.names:
-            cell = cell * len(CLASSES[name]) + labels[name]
-        return torch.from_numpy(cell)
+        return torch.from_numpy(cells(crystals, self.names))
 
     @property
     def num_cells(self) -> int:
         """How many joint kinds there are."""
-        return int(np.prod([len(CLASSES[name]) for name in self.names], dtype=int))
+        return num_cells(self.names)
 
     def divergence(self) -> dict[str, float]:
         """KL(policy || target) in nats of each marginal that is held."""

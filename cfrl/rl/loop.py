@@ -27,10 +27,13 @@ from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
 from cfrl.rl.hold import what_to_hold
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.rollouts import Kept, Rollout, chemical_systems, random_seed
+from cfrl.rl.rollouts import RECENT, Kept, Rollout, chemical_systems, random_seed
 from cfrl.rl.sources import FreshCrystals, Scorer, Source
 from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
 
+UNSCORED_SEED = 1  # of the crystals of the starting model that are not scored, the same for all runs
+MANY = 256  # crystals whose log-probabilities are computed at once
+LESSON, FIRST_LESSONS = 1024, 8  # crystals that the critic goes over after each step, and how often before the first
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
@@ -77,11 +80,15 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     crystals = CrystalBatch.cat([rollout.crystals, replayed.crystals])
     nuclei = tuning.nuclei(crystals)
     old, entropies = tuning.log_probs_and_entropies(crystals, nuclei)
-    base = tuning.log_probs_base(crystals)
+    base = torch.cat([tuning.log_probs_base(rollout.crystals), replayed.base.to(old.device)])
     seconds["likelihood"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    earned = tuning.memory.earned(torch.cat([rollout.reward, replayed.reward]), alike + replayed.keys)
+    reward, explained = torch.cat([rollout.reward, replayed.reward]), math.nan
+    if tuning.critic:
+        reward = tuning.scale * tuning.critic(crystals)
+        explained = _explained(tuning.memory.with_penalty(rollout.reward), reward[:n])
+    earned = tuning.memory.earned(reward, alike + replayed.keys)
     learned = torch.cat([~rollout.abstained, torch.ones(len(replayed), dtype=torch.bool)])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)
     tuning.hold.update(rollout.crystals[rollout.valid])
@@ -102,6 +109,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         "effective_space_groups": tuning.prior.effective(),
         "penalty": tuning.memory.penalty,
         "beta": tuning.beta,
+        "critic/explained": explained,
         "scale": tuning.scale,
         "baseline": tuning.baseline.mean if tuning.baseline.mean is not None else math.nan,
         "abstained": float(rollout.abstained.double().mean()),
@@ -114,11 +122,24 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         log_prob=old[:n, CRYSTAL].sum(1).cpu(),
         log_prob_base=base[:n, CRYSTAL].sum(1).cpu(),
     )
-    tuning.memory.keep(rollout, old[:n].sum(1).cpu(), alike)
+    tuning.memory.keep(rollout, old[:n].sum(1).cpu(), base[:n].cpu(), alike)
+    if tuning.critic:
+        _teach(tuning, generator)
     if options.target_kl and source.fresh:
         tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], options.target_kl)
     tuning.step += 1
     return written, rollout.status, metrics
+
+
+def _teach(tuning: Tuning, generator: torch.Generator) -> None:
+    """One pass of the critic over some of the crystals that the memory keeps."""
+    crystals, reward = tuning.memory.lesson(LESSON, generator)
+    tuning.critic.learn(crystals, reward / tuning.scale, generator)
+
+
+def _explained(reward: Tensor, told: Tensor) -> float:
+    """Share of the variance of scores (n,) that the critic told before it knew them; may be negative."""
+    return float(1 - (reward - told).square().mean() / reward.var(correction=0).clamp(min=1e-12))
 
 
 def _prepare(
@@ -181,9 +202,11 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
         group["lr"] = group["peak"] * rate_fraction(options, tuning.step, tuning.seconds)
     sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
     seen = learned = 0
+    sites = batch.crystals.num_sites[batch.items].amax(1).cpu()
     for chosen in _minibatches(options, len(batch.items), generator):
         tuning.optimiser.zero_grad(set_to_none=True)
         kl = 0.0
+        chosen = chosen[sites[chosen].argsort()]  # crystals of a size together: no time is spent on padding
         for part in chosen.split(options.micro_batch):
             loss, watched = _loss(tuning, batch, batch.items[part.to(batch.items.device)])
             (loss.sum() / len(chosen)).backward()
@@ -347,8 +370,22 @@ def begin(tuning: Tuning, source: Source) -> None:
     if source.fresh:
         tuning.hold.aim(survey.crystals[survey.scored | survey.abstained])
     if source.fresh and regress:
-        unknown = torch.zeros(len(survey), dtype=torch.float64)  # a regression asks not who drew them
-        tuning.memory.keep(survey, unknown, tuning.keys(survey.crystals))
+        tuning.memory.recent = survey.reward[survey.scored].tolist()[-RECENT:]
+        _keep_of_base(tuning, survey, torch.ones(len(survey), dtype=torch.bool))
+    if tuning.critic and options.unscored:
+        more = source.unscored(options.unscored, UNSCORED_SEED)
+        _keep_of_base(tuning, more, torch.zeros(len(more), dtype=torch.bool))
+    if tuning.critic:
+        generator = torch.Generator().manual_seed(options.seed)
+        for _ in range(FIRST_LESSONS):
+            _teach(tuning, generator)
+
+
+def _keep_of_base(tuning: Tuning, rollout: Rollout, asked: Tensor) -> None:
+    """Keep crystals of the starting model for replay; a regression asks not who drew them."""
+    parts = torch.arange(len(rollout)).split(MANY)
+    base = torch.cat([tuning.log_probs_base(rollout.crystals[rows]) for rows in parts]).cpu()
+    tuning.memory.keep(rollout, base.sum(1), base, tuning.keys(rollout.crystals), asked)
 
 
 # ---- all of it, for a caller -------------------------------------------------------------------------------------

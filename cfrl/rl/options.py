@@ -106,6 +106,14 @@ class TuningOptions(Settings):
         "Guards to lift, e.g. `element,known`, or `all` (docs/rewards.md: what each closes); empty: none.",
         unset="",
     )
+    critic: bool = option(
+        True,
+        "Learn from what letters and elements earn on average, as a critic tells it that learns from all scored "
+        "crystals; off: from each crystal's own score (vargrad; where coords or lattice are tuned it is off).",
+    )
+    unscored: CountOrZero = option(
+        3072, "Crystals of the starting model that are replayed on the critic's word alone, without a score."
+    )
     replay: CountOrZero | None = option(
         None,
         "Earlier crystals that join each step's batch: vargrad takes any, ppo, grpo and rloo the best, weighted for "
@@ -140,6 +148,12 @@ class TuningOptions(Settings):
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are not scored.")
     validate_every: Count = option(5, "Steps between validation losses; needs dataset.")
     seed: Seed = option(0, "Seed of sampling and of the order of updates.")
+
+    @property
+    def criticised(self) -> bool:
+        """Whether a critic's word stands for the score: it sees no coordinates, so they must not be tuned."""
+        moved = {name.strip() for name in self.factors.split(",")}
+        return self.critic and self.algorithm == "vargrad" and not moved & {"coords", "lattice"}
 
     @property
     def replayed(self) -> tuple[int, int]:

@@ -128,8 +128,15 @@ class Baseline:
 
     def of(self, space_group: Tensor, cell: Tensor) -> Tensor:
         """(n,) int64 each -> (n,) float64."""
-        group = self.groups[0] / (self.groups[1] + 1)
-        return self._of_kind(cell.cpu()).to(cell.device) + group.to(space_group.device)[space_group]
+        return self.kinds().to(cell.device)[cell] + self.space_groups().to(space_group.device)[space_group]
+
+    def kinds(self) -> Tensor:
+        """The part of the kind, (cells,) float64."""
+        return (self.cells[0] + LEAN * (self.mean or 0.0)) / (self.cells[1] + LEAN)
+
+    def space_groups(self) -> Tensor:
+        """The part of the space group, (231,) float64."""
+        return self.groups[0] / (self.groups[1] + 1)
 
     def update(self, score: Tensor, space_group: Tensor, cell: Tensor) -> None:
         """Scores (n,) float64 of a step's crystals, their space groups and kinds (n,), on the CPU."""
@@ -139,11 +146,8 @@ class Baseline:
         self.mean = now if self.mean is None else self.decay * self.mean + (1 - self.decay) * now
         one = torch.ones_like(score)
         self.cells = (self.decay * self.cells).index_add(1, cell, torch.stack([score, one]))
-        rest = score - self._of_kind(cell)
+        rest = score - self.kinds()[cell]
         self.groups = (self.decay * self.groups).index_add(1, space_group, torch.stack([rest, one]))
-
-    def _of_kind(self, cell: Tensor) -> Tensor:
-        return ((self.cells[0] + LEAN * (self.mean or 0.0)) / (self.cells[1] + LEAN))[cell]
 
     def state_dict(self) -> dict[str, Tensor | float | None]:
         """Tensors and plain values."""

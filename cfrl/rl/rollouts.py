@@ -78,36 +78,45 @@ class Rollout:
         )
 
 
+KEPT_COLUMNS = ("reward", "log_prob", "base", "asked")
+
+
 @dataclass
 class Kept:
     """n crystals that are kept for replay.
 
-    reward: (n,) float64, a number each.
+    reward: (n,) float64, NaN without a score.
     log_prob: (n,) float64, log P(C, G) under the policy that drew them.
+    base: (n, 5) float64, log-probabilities under the starting model.
+    asked: (n,) bool, whether a score was asked for.
     keys: their fingerprints.
     """
 
     crystals: CrystalBatch
     reward: Tensor
     log_prob: Tensor
+    base: Tensor
+    asked: Tensor
     keys: list[str]
 
     @classmethod
     def none(cls) -> Kept:
         """No crystal."""
-        return cls(CrystalBatch.empty(), torch.empty(0).double(), torch.empty(0).double(), [])
+        nothing = torch.empty(0, 5, dtype=torch.float64)
+        return cls(CrystalBatch.empty(), nothing[:, 0], nothing[:, 0], nothing, nothing[:, 0].bool(), [])
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, rows: Tensor) -> Kept:
         keys = [self.keys[row] for row in rows]
-        return Kept(self.crystals[rows].trim(), self.reward[rows], self.log_prob[rows], keys)
+        columns = (getattr(self, name)[rows] for name in KEPT_COLUMNS)
+        return Kept(self.crystals[rows].trim(), *columns, keys)
 
     def __add__(self, other: Kept) -> Kept:
         crystals = CrystalBatch.cat([self.crystals, other.crystals])
-        scores = (torch.cat([a, b]) for a, b in ((self.reward, other.reward), (self.log_prob, other.log_prob)))
-        return Kept(crystals, *scores, self.keys + other.keys)
+        columns = (torch.cat([getattr(self, name), getattr(other, name)]) for name in KEPT_COLUMNS)
+        return Kept(crystals, *columns, self.keys + other.keys)
 
 
 def collect(
@@ -139,24 +148,24 @@ def collect(
     """
     seconds = Counter()
     with ThreadPoolExecutor(1) as worker:
-        lots = _draw(model, space_groups, n, options, seed, chunk, min_distance, wanted, seconds)
-        jobs = [worker.submit(_score, *lot, reward, seconds) for lot in lots]
+        lots = draw_lots(model, space_groups, n, options, seed=seed, chunk=chunk, wanted=wanted, seconds=seconds)
+        jobs = [worker.submit(_score, *lot, reward, min_distance, seconds) for lot in lots]
         parts = [job.result() for job in jobs]
     return Rollout.cat(parts, seconds)
 
 
-def _draw(
+def draw_lots(
     model: torch.nn.Module,
     space_groups: Callable[[int], Tensor],
     n: int,
     options: SamplerOptions,
+    *,
     seed: int,
     chunk: int,
-    min_distance: float,
-    wanted: Callable[[CrystalBatch], np.ndarray] | None,
-    seconds: Counter,
-) -> Iterator[tuple[CrystalBatch, Tensor, int]]:
-    """Lots of crystals, which of them (k,) are valid, and how many were refused on the way."""
+    wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
+    seconds: Counter | None = None,
+) -> Iterator[tuple[CrystalBatch, int]]:
+    """n crystals on the CPU, lot by lot, and how many were refused on the way. Arguments as those of `collect`."""
     found = drawn = lot = 0
     while found < n:
         start = time.perf_counter()
@@ -169,16 +178,17 @@ def _draw(
         found += len(crystals)
         if found * RAREST < drawn - RAREST:
             raise UserError(f"of {drawn:,} draws only {found} were not refused: lift a guard (--allow)")
-        valid = crystals.valid(min_distance)
-        seconds["sample"] += time.perf_counter() - start
+        if seconds is not None:
+            seconds["sample"] += time.perf_counter() - start
         if len(crystals):
-            yield crystals, valid, refused
+            yield crystals, refused
 
 
 def _score(
-    crystals: CrystalBatch, valid: Tensor, refused: int, reward: Callable[..., Any], seconds: Counter
+    crystals: CrystalBatch, refused: int, reward: Callable[..., Any], min_distance: float, seconds: Counter
 ) -> Rollout:
     start = time.perf_counter()
+    valid = crystals.valid(min_distance)
     result = reward(crystals[valid])
     status = np.full(len(crystals), INVALID, dtype=object)
     status[valid.numpy()] = result.status
@@ -263,11 +273,20 @@ class Memory:
         above = reward > self.penalty
         return torch.where(above, self.penalty + share * (reward - self.penalty), reward)
 
-    def keep(self, rollout: Rollout, log_prob: Tensor, keys: list[str]) -> None:
-        """Keep a step's crystals for replay; `log_prob` (n,) is that of the policy that drew them."""
+    def keep(
+        self, rollout: Rollout, log_prob: Tensor, base: Tensor, keys: list[str], asked: Tensor | None = None
+    ) -> None:
+        """Keep a step's crystals for replay, those aside that the reward abstains from.
+
+        Args:
+            log_prob: (n,) log P(C, G) under the policy that drew them.
+            base: (n, 5) log-probabilities under the starting model.
+            asked: (n,) bool, whether a score was asked for; None: of all.
+        """
         if not self.replay_size:
             return
-        new = Kept(rollout.crystals, rollout.reward, log_prob, keys)
+        asked = torch.ones(len(rollout), dtype=torch.bool) if asked is None else asked
+        new = Kept(rollout.crystals, rollout.reward, log_prob, base, asked, keys)
         every = self.kept + new[(~rollout.abstained).nonzero()[:, 0]]
         rows = self._best_rows(every) if self._best else torch.arange(len(every))[-self.replay_size :]
         self.kept = every[rows]
@@ -284,26 +303,27 @@ class Memory:
         """Up to `n` of those that were kept, at random."""
         return self.kept[torch.randperm(len(self.kept), generator=generator)[:n]]
 
+    def lesson(self, n: int, generator: torch.Generator) -> tuple[CrystalBatch, Tensor]:
+        """Up to `n` of those whose score was asked for, at random, and what they earned, (n,)."""
+        asked = self.kept.asked.nonzero()[:, 0]
+        some = self.kept[asked[torch.randperm(len(asked), generator=generator)[:n]]]
+        return some.crystals, self.with_penalty(some.reward)
+
     def forget_scores(self) -> None:
         """Keep what crystals there were, and no score: from now on another reward counts."""
         self.recent, self.kept = [], Kept.none()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        known = {"reward": self.kept.reward, "drawn": self.kept.log_prob}
-        best = vars(replace(self.kept.crystals, properties=known))
+        kept = {name: getattr(self.kept, name) for name in (*KEPT_COLUMNS, "keys")}
         seen = {"recent": self.recent, "seen": sorted(self.seen), "window": self._window_keys}
-        return {**seen, "best": best, "keys": self.kept.keys}
+        return {**seen, "kept": kept | {"crystals": vars(self.kept.crystals)}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.recent, self.seen, self._window_keys = state["recent"], set(state["seen"]), state["window"]
-        crystals = CrystalBatch(**state["best"])
-        if not len(crystals):
-            self.kept = Kept.none()
-            return
-        reward, log_prob = crystals.properties["reward"], crystals.properties["drawn"]
-        self.kept = Kept(replace(crystals, properties={}), reward, log_prob, state["keys"])
+        kept = dict(state.get("kept", {}))  # older versions kept less
+        self.kept = Kept(CrystalBatch(**kept.pop("crystals")), **kept) if kept else Kept.none()
 
 
 def _parse_penalty(text: str) -> tuple[float | None, float]:

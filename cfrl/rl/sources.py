@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.rl import policy
-from cfrl.rl.rollouts import Rollout, collect
+from cfrl.rl.rollouts import Rollout, collect, draw_lots
 from cfrl.rl.tuning import Tuning
 
 Scorer = Callable[[CrystalBatch], Any]
@@ -41,14 +41,26 @@ class FreshCrystals:
         groups = partial(self.tuning.prior.sample, generator=generator)
         return self._collect(self.tuning.model, groups, self.tuning.options.n, seed)
 
+    def unscored(self, n: int, seed: int) -> Rollout:
+        """n wanted crystals of the starting model, without a score."""
+        tuning, chunk = self.tuning, self.tuning.options.draw_size
+        groups = self._groups(tuning.prior.base, seed)
+        lots = draw_lots(tuning.base, groups, n, tuning.sampler, seed=seed, chunk=chunk, wanted=self.wanted)
+        crystals = CrystalBatch.cat([CrystalBatch.empty(), *(lot for lot, _ in lots)])
+        every, nothing = torch.ones(n, dtype=torch.bool), torch.full((n,), torch.nan, dtype=torch.float64)
+        return Rollout(crystals, nothing, every, [""] * n, ~every)
+
     def draw(self, n: int, seed: int, tuned: bool) -> Rollout:
         """n scored crystals of the policy, or of the starting model; the same for the same seed."""
         tuning = self.tuning
         model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
-        generator = torch.Generator().manual_seed(seed)
-        weights = shares.detach().exp().cpu()
-        groups = partial(torch.multinomial, weights, replacement=True, generator=generator)
-        return self._collect(model, groups, n, seed)
+        return self._collect(model, self._groups(shares, seed), n, seed)
+
+    @staticmethod
+    def _groups(log_shares: Tensor, seed: int) -> Callable[[int], Tensor]:
+        """Draws so many space groups."""
+        generator, shares = torch.Generator().manual_seed(seed), log_shares.detach().exp().cpu()
+        return partial(torch.multinomial, shares, replacement=True, generator=generator)
 
     def survey(self) -> Rollout:
         """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.

@@ -15,9 +15,11 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.kinds import without_lanthanide_swaps
 from cfrl.errors import UserError, nearest
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.implied import ImpliedReward
 from cfrl.model.sampler import parse_elements, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards.guards import LANTHANIDE_SWAP, heeded
+from cfrl.rl.critic import Critic
 from cfrl.rl.hold import Hold, parse_hold, parse_shares
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import Baseline, floored_log_prob
@@ -25,7 +27,7 @@ from cfrl.rl.rollouts import Memory
 
 # Columns of the log-probabilities of a step, (n, 5): the factors of log P(C | G), and log P(G).
 CRYSTAL, SPACE_GROUP = slice(0, len(FACTORS)), len(FACTORS)
-STATES = ("model", "prior", "optimiser", "memory", "baseline", "hold")  # of the state, what keeps its own
+STATES = ("model", "prior", "optimiser", "memory", "baseline", "hold", "critic")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
 # The settings that a score depends on.
 SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", "scale_crystals"}
@@ -119,6 +121,7 @@ class Tuning:
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
         self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
+        self.critic = Critic(options.seed) if options.criticised and not offline else None
         self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)
         self.scale: float | None = None
 
@@ -168,9 +171,23 @@ class Tuning:
             model.space_group_log_prob.copy_(self.prior.log_prob().detach())
         return model
 
+    def implied_reward(self) -> ImpliedReward | None:
+        """What the policy says that any crystal earns; None where it is not regressed to the optimum."""
+        if self.options.algorithm != "vargrad" or self.scale is None:
+            return None
+        baseline, pulls = self.baseline, self.hold.pulls()
+        groups, kinds = baseline.space_groups(), baseline.kinds()
+        if self.prior.learn:  # one baseline for all, and the space group is the policy's choice too
+            prior = (self.prior.log_prob() - self.prior.base).detach().cpu().nan_to_num(0.0)
+            groups, kinds = self.beta * prior, torch.full_like(kinds, baseline.mean or 0.0)
+        return ImpliedReward(
+            self.hold.names, groups / self.beta, (kinds - pulls) / self.beta, float(self.beta * self.scale)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        parts = {name: getattr(self, name).state_dict() for name in STATES}
+        kept = {name: getattr(self, name) for name in STATES}
+        parts = {name: part.state_dict() for name, part in kept.items() if part is not None}
         return parts | {name: getattr(self, name) for name in NUMBERS} | {"settings": self.settings}
 
     def changed(self, state: dict[str, Any]) -> set[str]:
@@ -190,8 +207,10 @@ class Tuning:
         if not same_groups or len(state["optimiser"]["param_groups"]) != len(peaks):
             parts -= {"prior", "optimiser"}
         if changed & SCORING:
-            parts -= {"baseline"}
-        parts &= set(state)  # one of an older version holds fewer
+            parts -= {"baseline", "critic"}
+        parts &= {
+            name for name in state if getattr(self, name, None) is not None
+        }  # one of an older version holds fewer
         try:
             for name in parts:
                 getattr(self, name).load_state_dict(state[name])

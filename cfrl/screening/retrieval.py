@@ -22,10 +22,16 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import find_duplicates, find_known, fingerprints
 from cfrl.errors import UserError
 from cfrl.model.distributions import IMPOSSIBLE, SamplerOptions
+from cfrl.model.implied import ImpliedReward
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.tables import Columns, join
 
-RANKINGS = {"crystal": "log_ratio", "site": "log_ratio_per_site", "joint": "log_ratio_joint"}
+RANKINGS = {
+    "reward": "implied_reward",
+    "crystal": "log_ratio",
+    "site": "log_ratio_per_site",
+    "joint": "log_ratio_joint",
+}
 
 
 # ---- by likelihood -----------------------------------------------------------------------------------------------
@@ -84,14 +90,17 @@ def rank(
     by: str = "crystal",
     options: SamplerOptions | None = None,
     shares: tuple[torch.Tensor, torch.Tensor] | None = None,
+    implied: ImpliedReward | None = None,
 ) -> tuple[Columns, CrystalBatch]:
     """Score a dataset that streams by. Of the crystals themselves only the best `top` so far are kept.
 
     Scored is a crystal's canonical description, so that its rank does not depend on the origin that a file has chosen.
 
     Args:
-        by: "crystal", "site" or "joint": see `RANKINGS` and `log_ratios`.
+        by: "crystal", "site" or "joint": see `RANKINGS` and `log_ratios`; "reward": by what `implied` makes of the
+            ratio.
         options, shares: see `log_ratios`.
+        implied: of the tuned model.
 
     Returns:
         columns in the order of the dataset (those of `log_ratios`, "id", "space_group", "sites", "atoms", the
@@ -106,6 +115,8 @@ def rank(
     for crystals in batches:
         named = replace(crystals, ids=crystals.ids or [str(seen + i) for i in range(len(crystals))])
         part = {**_describe(named), **log_ratios(tuned, base, named.canonical(), options, shares)}
+        if implied is not None:
+            part["implied_reward"] = implied(named, part["log_ratio"])
         scores = np.concatenate([best_scores, part[RANKINGS[by]]])
         keep = descending(scores)[:top]
         keep = keep[np.isfinite(scores[keep])]

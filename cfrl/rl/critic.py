@@ -1,0 +1,109 @@
+"""A critic: what crystals of given letters and elements earn on average, learnt from those that were scored.
+
+A policy whose letters and elements are tuned, its coordinates and cells held, has its optimum at
+
+    p*(letters, elements) ~ p_base(letters, elements) exp(E[r | letters, elements] / beta),
+
+so that of a reward only this mean counts. One scored crystal is a noisy draw of it. Small networks on statistics of the
+elements learn the mean from all crystals that a run has scored; a policy that regresses to their word learns from
+every crystal, scored or not, what would take many times as many scores to tell (Rao-Blackwell). They are asked only of
+what they go on learning from: each step's crystals are drawn from the policy, scored, and learnt.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
+from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.rewards.predictors import Ensemble
+
+MEMBERS, HIDDEN, DROPOUT = 4, 128, 0.3
+RATE, DECAY = 1e-3, 0.05  # of AdamW
+BATCH = 64  # crystals, for each member others
+AVERAGE = 0.98  # decay, per minibatch, of the mean of the weights that answers
+CLIP = 5.0  # standard deviations of an input
+
+
+class Critic:
+    """An ensemble that is trained on and on; the moving average of its weights answers.
+
+    Args:
+        seed: of weights and of dropout.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.elements, self.groups, self.sites = element_descriptors(), space_group_descriptors(), site_descriptors()
+        inputs = 4 * self.elements.shape[1] + NUM_ELEMENTS + self.sites.shape[2] + self.groups.shape[1] + 2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.ensemble = Ensemble(MEMBERS, inputs, HIDDEN, 1, DROPOUT)
+        self.answering = torch.optim.swa_utils.AveragedModel(
+            self.ensemble, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
+        )
+        self.optimiser = torch.optim.AdamW(self.ensemble.parameters(), RATE, weight_decay=DECAY)
+        self.centre: tuple[Tensor, Tensor] | None = None  # of the inputs, and their spread
+
+    def learn(self, crystals: CrystalBatch, reward: Tensor, generator: torch.Generator) -> None:
+        """One pass over n crystals and their rewards (n,), in units of their spread, each member in its own order."""
+        x = self.describe(crystals)
+        if self.centre is None:
+            self.centre = x.mean(0), x.std(0).clamp(min=0.05)
+        x, y = self._standardised(x), reward.float()
+        orders = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(MEMBERS)])
+        self.ensemble.train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            for rows in orders.split(BATCH, 1):
+                loss = F.mse_loss(self.ensemble(x[rows])[..., 0], y[rows], reduction="none").mean(1).sum()
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimiser.step()
+                self.answering.update_parameters(self.ensemble)
+
+    @torch.no_grad()
+    def __call__(self, crystals: CrystalBatch) -> Tensor:
+        """Mean reward (n,) float64 of crystals of these letters and elements, in the units that were learnt."""
+        x = self._standardised(self.describe(crystals))
+        return self.answering.module.eval().on_all(x)[..., 0].double().mean(0)
+
+    def describe(self, crystals: CrystalBatch) -> Tensor:
+        """(n, k) float32: mean, deviation, least and largest of the descriptors of the elements, atomic fractions, mean
+        of the first descriptors of the sites, those of the space group, and how many sites and atoms there are.
+        """
+        crystals = crystals.to("cpu")
+        occupied = crystals.species > 0  # (n, S)
+        amount = crystals.multiplicity * occupied
+        share = (amount / amount.sum(1, keepdim=True))[..., None].float()  # (n, S, 1)
+        element = self.elements[crystals.species]
+        mean = (share * element).sum(1)
+        deviation = (share * (element - mean[:, None]).square()).sum(1).sqrt()
+        present = occupied[..., None]
+        largest = torch.where(present, element, -math.inf).amax(1)
+        least = torch.where(present, element, math.inf).amin(1)
+        fractions = torch.zeros(len(crystals), NUM_ELEMENTS).scatter_add_(1, crystals.species, share[..., 0])
+        site = (share * self.sites[crystals.space_group[:, None], crystals.wyckoff]).sum(1)
+        size = torch.stack([occupied.sum(1), amount.sum(1)], 1).clamp(min=1).log()
+        parts = (mean, deviation, least, largest, fractions, site, self.groups[crystals.space_group], size)
+        return torch.cat(parts, 1)
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        centre, spread = self.centre
+        return ((x - centre) / spread).clamp(-CLIP, CLIP)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        parts = {name: getattr(self, name).state_dict() for name in ("ensemble", "answering", "optimiser")}
+        return parts | {"centre": self.centre}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in ("ensemble", "answering", "optimiser"):
+            getattr(self, name).load_state_dict(state[name])
+        self.centre = state["centre"]

@@ -263,10 +263,12 @@ class RetrieveConfig(Settings):
         None, "Only this split of the dataset: train, validation or test; empty: all.", unset=""
     )
     top: Count = option(100, "Crystals in the tables, best first.")
-    rank: Literal["reward", "crystal", "site", "joint"] = option(
-        "reward",
-        "By the reward that the tuned model implies (reward), or the likelihood ratio of the crystal (crystal), per "
-        "site (site), or with its space group (joint).",
+    rank: Literal["critic", "reward", "crystal", "site", "joint"] | None = option(
+        None,
+        "By the word of the critic that the model was tuned by (critic), the reward that the model implies (reward), "
+        "or the likelihood ratio of the crystal (crystal), per site (site), or with its space group (joint); empty: "
+        "the first of these that the model's file tells.",
+        unset="",
     )
     samples: CountOrZero = option(
         1000, "Crystals drawn from each model to see which known materials they meet; 0: none."

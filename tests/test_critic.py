@@ -2,16 +2,19 @@
 
 import copy
 
+import pytest
 import torch
 
 import cfrl
 from cfrl.crystals.compositions import fractions
+from cfrl.model.files import load_critic, save_model
 from cfrl.model.options import ModelConfig
 from cfrl.model.sampler import sample
 from cfrl.model.transformer import CrystalTransformer
-from cfrl.rl.critic import Critic
+from cfrl.rl.critic import Critic, word_of
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.tuning import Tuning
+from cfrl.rl.rollouts import Memory, Rollout
+from cfrl.rl.tuning import Tuning, settled
 
 MANY = sample(cfrl.load_model(), 1200, seed=0)
 TRUTH = torch.from_numpy(fractions(MANY)[0][:, [8, 9, 17]].sum(1))  # O, F, Cl: a mean that elements decide
@@ -64,10 +67,13 @@ def test_it_is_asked_only_where_no_coordinate_is_tuned():
     assert TuningOptions().criticised
     assert not TuningOptions(factors="species,coords").criticised
     assert not TuningOptions(algorithm="ppo").criticised
+    assert settled(TuningOptions(), {"features"}).criticised
+    assert not settled(TuningOptions(), {"energy", "hull"}).criticised
+    assert settled(TuningOptions(critic="on"), {"energy", "hull"}).criticised
     model = CrystalTransformer(
         ModelConfig(embed_size=8, h0_size=16, model_size=8, num_layers=1, num_heads=1, key_size=8, max_sites=6)
     )
-    assert Tuning(model, TuningOptions(critic=False)).critic is None
+    assert Tuning(model, TuningOptions(critic="off")).critic is None
 
 
 def test_a_policy_learns_more_from_noisy_scores_through_it():
@@ -77,15 +83,55 @@ def test_a_policy_learns_more_from_noisy_scores_through_it():
         truth = torch.from_numpy(fractions(crystals)[0][:, [8, 9, 17]].sum(1))
         seed = int(1e6 * float(crystals.frac_coords.double().sum())) % 2**31
         noise = torch.randn(len(crystals), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return cfrl.rewards.RewardResult((truth + 0.4 * noise).numpy(), {}, [""] * len(crystals))
+        return cfrl.rewards.RewardResult((truth + 0.8 * noise).numpy(), {}, [""] * len(crystals))
 
     gains = {}
-    for critic in (True, False):
+    for critic in ("on", "off"):
         tuned = cfrl.finetune(
-            cfrl.load_model(), noisy, steps=12, n=48, scale_crystals=512, critic=critic, unscored=96, replay=96, hold=""
+            cfrl.load_model(),
+            noisy,
+            steps=12,
+            n=48,
+            scale_crystals=512,
+            critic=critic,
+            unscored=512,
+            replay=192,
+            hold=None,
         )
         fresh = sample(tuned.model, 400, seed=7)
         gains[critic] = float(fractions(fresh)[0][:, [8, 9, 17]].sum(1).mean())
     base = float(fractions(MANY)[0][:, [8, 9, 17]].sum(1).mean())
     print(base, gains)
-    assert gains[True] > gains[False] > base
+    assert gains["on"] > gains["off"] > base
+
+
+def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
+    critic, model, path = taught(1), cfrl.load_model(), tmp_path / "m.safetensors"
+    assert word_of(load_critic(None)) is None
+    save_model(model, path, critic=critic.tensors(scale=3.0))
+    said = word_of(load_critic(path))(MANY[1000:])
+    torch.testing.assert_close(torch.from_numpy(said), 3 * critic(MANY[1000:]))
+    for name, weight in cfrl.load_model(str(path)).state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name])
+    tensors = load_critic(path)
+    for fault in ({"critic.centre": torch.zeros(3)}, {"critic.weights.0": torch.zeros(4, 3, 3)},
+                  {"critic.spread": tensors["critic.spread"] * torch.nan}):  # fmt: skip
+        with pytest.raises((ValueError, RuntimeError)):
+            word_of(tensors | fault)
+
+
+def test_half_of_a_lesson_are_crystals_of_the_starting_model_which_stay():
+    memory = Memory("5%", 0, 8, replay_size=40, best=False, balanced=True)
+    for k in range(6):
+        some = MANY[50 * k : 50 * k + 50]
+        reward, every = torch.full((50,), float(k), dtype=torch.float64), torch.ones(50, dtype=torch.bool)
+        rollout = Rollout(some, reward, every, [""] * 50, ~every)
+        first = every if k < 2 else None  # one of the two unscored
+        asked = every if k else ~every
+        memory.keep(rollout, reward, reward[:, None].expand(-1, 5), [str(k)] * 50, asked, first)
+    assert memory.kept.first.sum() == 100
+    assert len(memory.kept) == 140
+    replayed = memory.replay(30, torch.Generator().manual_seed(0))
+    assert replayed.first.sum() == 15
+    _, told = memory.lesson(40, torch.Generator().manual_seed(0))
+    assert sorted(told.tolist()) == [1.0] * 20 + [5.0] * 20  # none that was not asked about

@@ -283,13 +283,16 @@ def test_defaults_take_the_newest_run_its_base_and_the_bases_dataset(run, tmp_pa
     assert result["correlation"]["crystals"] == 40
     assert result["sampling"]["draws"] == 20
     with h5py.File(made.path / "ranking.h5") as file:
-        ratio, place, ids = file["log_ratio"][:], file["rank"][:], file["id"].asstr()[:]
+        by = result["ranked_by"]
+        told, place, ids = file[by][:], file["rank"][:], file["id"].asstr()[:]
+        assert {"critic", "implied_reward", "log_ratio"} <= set(file)
     with open(made.path / "retrieved.csv") as file:
         rows = list(csv.DictReader(file))
+    assert by == "critic"
     assert len(rows) == 100
-    assert all(float(a["log_ratio"]) >= float(b["log_ratio"]) for a, b in pairwise(rows))
+    assert all(float(a[by]) >= float(b[by]) for a, b in pairwise(rows))
     assert rows[0]["id"] == ids[place == 1][0]
-    assert float(rows[0]["log_ratio"]) == pytest.approx(np.nanmax(ratio), rel=1e-5)
+    assert float(rows[0][by]) == pytest.approx(np.nanmax(told), rel=1e-5)
     best = read_crystals(made.path / "retrieved.h5")
     assert best.ids == [row["id"] for row in rows]
     assert best.formulas() == [row["formula"] for row in rows]
@@ -415,7 +418,7 @@ def test_any_structure_file_is_a_dataset(run, tmp_path, prototypes):
     ("settings", "message"),
     [
         ({"property": "band_gapp"}, "did you mean 'band_gap'"),
-        ({"rank": "best"}, "none of crystal, site, joint"),
+        ({"rank": "best"}, "none of critic, reward, crystal, site, joint"),
         ({"run": "nowhere"}, "no such model"),
         ({"dataset": "nothing.h5"}, "no such file"),
         ({"top": 0}, "at least 1"),

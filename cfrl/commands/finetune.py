@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +20,11 @@ from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
-from cfrl.rl.hold import what_to_hold
 from cfrl.rl.loop import begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
 from cfrl.rl.sources import FreshCrystals, RecordedCrystals, Scorer
-from cfrl.rl.tuning import Tuning
+from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import Abandoned, stop_on_signal
@@ -71,7 +69,7 @@ def finetune(
     scorer = reward
     if scorer is None and not config.rollouts:
         scorer = configured_reward(config, choose_device(config.device))
-        config = replace(config, hold=what_to_hold(config.hold, scorer.needs))
+        config = settled(config, scorer.needs)
     tuning = start(config)
     if isinstance(scorer, Reward):
         scorer.load()
@@ -162,7 +160,7 @@ def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Rew
 def _recorded(config: FinetuneConfig) -> RecordedCrystals:
     reward = torch.from_numpy(read_columns(config.rollouts, ["reward"])["reward"])
     try:
-        return RecordedCrystals(read_crystals(config.rollouts), reward, config.n)
+        return RecordedCrystals(read_crystals(config.rollouts), reward, config.per_step)
     except UserError as error:
         raise UserError(f"{config.rollouts}: {error}") from error
 
@@ -257,4 +255,7 @@ class RunLog:
             header = {**self.header, "step": str(self.tuning.step)}
             refusal = getattr(self.reward, "withheld", None)
             implied = self.tuning.implied_reward()
-            save_model(self.tuning.policy(), self.run.path / "model.safetensors", header, None, refusal, implied)
+            critic = self.tuning.critic_tensors()
+            save_model(
+                self.tuning.policy(), self.run.path / "model.safetensors", header, None, refusal, implied, critic
+            )

@@ -11,7 +11,7 @@ from rich.console import Console
 from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_implied, load_model, load_refusal, model_path, read_header, save_model
+from cfrl.model.files import load_critic, load_implied, load_model, load_refusal, model_path, read_header, save_model
 from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
 
@@ -53,6 +53,7 @@ def pack_model(model: str | Path, output: str | Path, dataset: str | None = None
         dtype=torch.float16,
         refusal=refusal if refusal.names else None,
         implied=load_implied(model),
+        critic=load_critic(model),
     )
 
 

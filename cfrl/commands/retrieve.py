@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,27 @@ from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_implied, load_model, model_path, read_header
+from cfrl.model.files import load_critic, load_implied, load_model, model_path, read_header
 from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
+from cfrl.rl.critic import word_of
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.runs.progress import progress_bar
 from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
 from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, rank
 from cfrl.tables import Columns, as_text, read_csv, write_csv
+from cfrl.untrusted import fitting
 
 RESULT = "retrieval.json"
-RANKED = dict.fromkeys(RANKINGS, "likelihood ratio") | {"reward": "implied reward"}
+RANKED = {
+    "critic": "critic of the tuning",
+    "reward": "implied reward",
+    "crystal": "likelihood ratio",
+    "site": "likelihood ratio per site",
+    "joint": "likelihood ratio with its space group",
+}
+OWN = ("critic", "reward", "crystal")  # the rankings that are always told beside the one that was asked for
 DOUBTFUL = ("The ranking is", "The ranking runs against", "The first of the ranking")  # how such verdicts begin
 COUNTS = ("space_group", "sites", "atoms")
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
@@ -75,12 +85,12 @@ def retrieve(
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
-    implied = load_implied(config.run)
-    if implied is None and config.rank == "reward":
-        console.print(f"Ranked by the likelihood ratio: {config.run} does not tell what it implies of the reward")
-        config = replace(config, rank="crystal")
+    implied, critic = load_implied(config.run), _critic(config.run)
+    config = replace(config, rank=_ranking(config, implied is not None, critic is not None))
     with progress_bar("likelihoods", dataset.size, console) as advance:
-        ranking, best = rank(tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied)
+        ranking, best = rank(
+            tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied, critic
+        )
     _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
     result: dict[str, Any] = {
         "tuned": config.run,
@@ -108,6 +118,25 @@ def retrieve(
     run.finish()
     show(run, console)
     return run
+
+
+def _critic(run: str) -> Callable[[CrystalBatch], np.ndarray] | None:
+    with fitting(model_path(run)):
+        return word_of(load_critic(run))
+
+
+def _ranking(config: RetrieveConfig, implied: bool, critic: bool) -> str:
+    """By what to rank: what was asked for, or the best that the model's file tells.
+
+    Raises:
+        UserError: it does not tell.
+    """
+    told = {"critic": critic, "reward": implied}
+    if config.rank is None:
+        return next((name for name, there in told.items() if there), "crystal")
+    if not told.get(config.rank, True):
+        raise UserError(f"rank {config.rank}: {config.run} holds none; tune again, or --rank crystal")
+    return config.rank
 
 
 def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:
@@ -214,7 +243,7 @@ def _evaluate(
     good, composition = is_good(label[rows]), fractions(dataset.pick(rows))[0]
     rankings = {
         RANKED[config.rank]: ratio,
-        "likelihood ratio": ranking["log_ratio"][rows],
+        **{name: ranking[RANKINGS[by]][rows] for by, name in RANKED.items() if RANKINGS[by] in ranking and by in OWN},
         "random": np.zeros(len(rows)),
         "base model's likelihood": ranking["log_prob_base"][rows],
     }

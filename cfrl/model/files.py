@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
+CRITIC = "critic."  # how the names of a critic's tensors begin
 BESIDE = (KNOWN_FORMULAS, GROUPS, KINDS)
 
 
@@ -34,6 +36,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     refusal: Refusal | None = None,
     implied: ImpliedReward | None = None,
+    critic: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes weights, configuration and space-group distribution as safetensors, atomically.
 
@@ -41,6 +44,7 @@ def save_model(
         info: strings to keep in the header (provenance, dataset, figures).
         refusal, implied: what the model's crystals should not be, and what it says that any crystal earns;
             `load_refusal` and `load_implied` give them back.
+        critic: tensors of the critic that it was tuned by (`rl/critic.py`); `load_critic` gives them back.
         dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
     """
     from safetensors.torch import save_file
@@ -56,6 +60,7 @@ def save_model(
     if implied is not None:
         header |= implied.header()
         weights |= {name: t.contiguous() for name, t in implied.tensors().items()}
+    weights |= {name: t.contiguous() for name, t in (critic or {}).items()}
     with atomic_file(path) as temporary:
         save_file(weights, temporary, metadata=header)
 
@@ -83,9 +88,8 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     header, weights = _read_model(path)
     with fitting(path):
         config = settings.build(ModelConfig, json.loads(header["config"]), source=f"{path}: ")
-    for name in BESIDE:
-        weights.pop(name, None)
-    return build_model(config, weights, path).to(device)
+    own = {name: t for name, t in weights.items() if name not in BESIDE and not name.startswith(CRITIC)}
+    return build_model(config, own, path).to(device)
 
 
 def load_refusal(model: str | Path | None = None) -> Refusal:
@@ -118,6 +122,18 @@ def load_implied(model: str | Path | None = None) -> ImpliedReward | None:
     path = model_path(model)
     with fitting(path):
         return ImpliedReward.of_file(*_read_model(path))
+
+
+def load_critic(model: str | Path | None = None) -> dict[str, Tensor]:
+    """The tensors of the critic that a model was tuned by; none where its file keeps none.
+
+    Args:
+        model: as for `load_model`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return {name: t for name, t in _read_model(model_path(model))[1].items() if name.startswith(CRITIC)}
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:

@@ -26,6 +26,7 @@ LABELS = {
     "density": "density (g/cm³)",
     "force": "largest force (eV/Å)",
     "energy": "energy (eV/atom)",
+    "critic": "critic's word",
     "implied_reward": "implied reward (up to a constant)",
     "log_ratio": "log-likelihood ratio (nats)",
     "log_ratio_per_site": "log-likelihood ratio per site (nats)",

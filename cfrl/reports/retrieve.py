@@ -21,6 +21,11 @@ from cfrl.untrusted import open_hdf5
 
 SHOWN_CRYSTALS = 12
 SHOWN_ROWS = 1000
+BY = {
+    "critic": "what the critic of the tuning expects of crystals of these Wyckoff letters and elements",
+    "implied_reward": "the reward that the tuned model implies: the likelihood ratio, and log Z",
+    "log_ratio": "how much likelier tuning has made them: log P<sub>tuned</sub>(C|G) − log P<sub>base</sub>(C|G)",
+}
 SHOWN_POINTS = 4000
 _UNLABELLED = ("base model's likelihood", "composition near best rollouts")  # what else ranks without labels
 
@@ -42,9 +47,8 @@ def retrieve_page(run: RunFolder) -> Page:
     page.heading(
         "The first of the ranking",
         Markup(
-            f"{result['scored']:,} known crystals, ranked by how much likelier tuning has made them, "
-            "log P<sub>tuned</sub>(C|G) − log P<sub>base</sub>(C|G), or by the reward that this "
-            "implies. Labels of the dataset played no part."
+            f"{result['scored']:,} known crystals, ranked by {BY.get(key, BY['log_ratio'])}. Labels of the dataset "
+            "played no part."
         ),
     )
     shown = [name for name in (key, wanted) if name]

@@ -13,8 +13,10 @@ what they go on learning from: each step's crystals are drawn from the policy, s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,12 +24,13 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.model.files import CRITIC
 from cfrl.rewards.predictors import Ensemble
 
-MEMBERS, HIDDEN, DROPOUT = 4, 128, 0.3
+MEMBERS, HIDDEN, DROPOUT = 4, 128, 0.5
 RATE, DECAY = 1e-3, 0.05  # of AdamW
 BATCH = 64  # crystals, for each member others
-AVERAGE = 0.98  # decay, per minibatch, of the mean of the weights that answers
+AVERAGE = 0.95  # decay, per minibatch, of the mean of the weights that answers
 CLIP = 5.0  # standard deviations of an input
 
 
@@ -52,9 +55,11 @@ class Critic:
 
     def learn(self, crystals: CrystalBatch, reward: Tensor, generator: torch.Generator) -> None:
         """One pass over n crystals and their rewards (n,), in units of their spread, each member in its own order."""
+        if not len(crystals):
+            return
         x = self.describe(crystals)
         if self.centre is None:
-            self.centre = x.mean(0), x.std(0).clamp(min=0.05)
+            self.centre = x.mean(0), x.std(0, correction=0).clamp(min=0.05)
         x, y = self._standardised(x), reward.float()
         orders = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(MEMBERS)])
         self.ensemble.train()
@@ -66,6 +71,11 @@ class Critic:
                 loss.backward()
                 self.optimiser.step()
                 self.answering.update_parameters(self.ensemble)
+
+    @property
+    def taught(self) -> bool:
+        """Whether it has learnt anything."""
+        return self.centre is not None
 
     @torch.no_grad()
     def __call__(self, crystals: CrystalBatch) -> Tensor:
@@ -97,6 +107,14 @@ class Critic:
         centre, spread = self.centre
         return ((x - centre) / spread).clamp(-CLIP, CLIP)
 
+    def tensors(self, scale: float) -> dict[str, Tensor]:
+        """What `word_of` asks of it, to stand beside a model's weights; rewards were learnt in units of `scale`."""
+        centre, spread = self.centre
+        numbers = {"centre": centre, "spread": spread, "scale": torch.tensor(scale)}
+        return {
+            f"{CRITIC}{name}": t.detach().clone() for name, t in (self.answering.module.state_dict() | numbers).items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         parts = {name: getattr(self, name).state_dict() for name in ("ensemble", "answering", "optimiser")}
@@ -107,3 +125,20 @@ class Critic:
         for name in ("ensemble", "answering", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.centre = state["centre"]
+
+
+def word_of(tensors: dict[str, Tensor]) -> Callable[[CrystalBatch], np.ndarray] | None:
+    """What a critic whose tensors a model's file keeps says of crystals: mean rewards (n,). None where there is none.
+
+    Raises KeyError, RuntimeError, ValueError where the file is damaged.
+    """
+    if not tensors:
+        return None
+    named = {name.removeprefix(CRITIC): t.float() for name, t in tensors.items()}
+    critic, scale = Critic(0), float(named.pop("scale"))
+    critic.centre = named.pop("centre"), named.pop("spread")
+    critic.answering.module.load_state_dict(named)
+    sizes = {len(critic.ensemble.weights[0][0])}
+    if {t.numel() for t in critic.centre} != sizes or not all(torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError("a critic of other sizes, or not finite")
+    return lambda crystals: scale * critic(crystals).numpy()

@@ -9,7 +9,7 @@ sites: a crystal's part of it is log(share / target) of its classes, so that wha
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -100,16 +100,6 @@ class Hold:
         """Go on from there, as far as the same marginals are held."""
         for part in ("target", "count"):
             setattr(self, part, {k: v.numpy() for k, v in state[part].items() if k in self.names})
-
-
-def what_to_hold(text: str | None, needs: Collection[str]) -> str | None:
-    """The setting `hold` for a reward with these needs.
-
-    How near to the hull a crystal lies is no matter of its kind; a property such as a band gap is one of its chemistry.
-    """
-    if text != AUTO:
-        return text
-    return ",".join(CLASSES) if "hull" in needs else "elements,sites"
 
 
 def parse_hold(text: str | None) -> tuple[str, ...]:

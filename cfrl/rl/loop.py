@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,15 +25,14 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
-from cfrl.rl.hold import what_to_hold
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import RECENT, Kept, Rollout, chemical_systems, random_seed
 from cfrl.rl.sources import FreshCrystals, Scorer, Source
-from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning
+from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning, settled
 
 UNSCORED_SEED = 1  # of the crystals of the starting model that are not scored, the same for all runs
 MANY = 256  # crystals whose log-probabilities are computed at once
-LESSON, FIRST_LESSONS = 1024, 8  # crystals that the critic goes over after each step, and how often before the first
+PASSES, FIRST_PASSES = 8, 16  # of the critic, over as many crystals as a step scores, and over all before the first
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
@@ -85,11 +84,12 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
 
     start = time.perf_counter()
     reward, explained = torch.cat([rollout.reward, replayed.reward]), math.nan
-    if tuning.critic:
+    told = tuning.critic is not None and tuning.critic.taught
+    if told:
         reward = tuning.scale * tuning.critic(crystals)
         explained = _explained(tuning.memory.with_penalty(rollout.reward), reward[:n])
     earned = tuning.memory.earned(reward, alike + replayed.keys)
-    learned = torch.cat([~rollout.abstained, torch.ones(len(replayed), dtype=torch.bool)])
+    learned = torch.cat([~rollout.abstained, replayed.asked | told])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)
     tuning.hold.update(rollout.crystals[rollout.valid])
     update = _update(tuning, batch, generator)
@@ -124,16 +124,16 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     )
     tuning.memory.keep(rollout, old[:n].sum(1).cpu(), base[:n].cpu(), alike)
     if tuning.critic:
-        _teach(tuning, generator)
+        _teach(tuning, PASSES * n, generator)
     if options.target_kl and source.fresh:
         tuning.beta = policy.adapt_beta(tuning.beta, metrics["kl"], options.target_kl)
     tuning.step += 1
     return written, rollout.status, metrics
 
 
-def _teach(tuning: Tuning, generator: torch.Generator) -> None:
-    """One pass of the critic over some of the crystals that the memory keeps."""
-    crystals, reward = tuning.memory.lesson(LESSON, generator)
+def _teach(tuning: Tuning, n: int, generator: torch.Generator) -> None:
+    """One pass of the critic over n of the crystals that the memory keeps."""
+    crystals, reward = tuning.memory.lesson(n, generator)
     tuning.critic.learn(crystals, reward / tuning.scale, generator)
 
 
@@ -377,15 +377,15 @@ def begin(tuning: Tuning, source: Source) -> None:
         _keep_of_base(tuning, more, torch.zeros(len(more), dtype=torch.bool))
     if tuning.critic:
         generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(FIRST_LESSONS):
-            _teach(tuning, generator)
+        for _ in range(FIRST_PASSES):
+            _teach(tuning, options.scale_crystals, generator)
 
 
 def _keep_of_base(tuning: Tuning, rollout: Rollout, asked: Tensor) -> None:
     """Keep crystals of the starting model for replay; a regression asks not who drew them."""
     parts = torch.arange(len(rollout)).split(MANY)
     base = torch.cat([tuning.log_probs_base(rollout.crystals[rows]) for rows in parts]).cpu()
-    tuning.memory.keep(rollout, base.sum(1), base, tuning.keys(rollout.crystals), asked)
+    tuning.memory.keep(rollout, base.sum(1), base, tuning.keys(rollout.crystals), asked, ~torch.zeros_like(asked))
 
 
 # ---- all of it, for a caller -------------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def finetune(
     settings = TuningOptions(**options)
     if isinstance(reward, str):
         reward = build_reward(reward, context=context, guards=heeded(settings.allow))
-        settings = replace(settings, hold=what_to_hold(settings.hold, reward.needs))
+        settings = settled(settings, reward.needs)
         if context is None:
             reward.context.relax_steps = relax_steps_for(reward)
     tuning = Tuning(copy.deepcopy(model), settings)

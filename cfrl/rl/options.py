@@ -38,7 +38,12 @@ class TuningOptions(Settings):
         "Minutes of work (earlier sessions of a resumed run count) after which the run ends; 0: no limit.",
         unset=0.0,
     )
-    n: Count = option(128, "Crystals drawn and scored per step.", flags=("-n",))
+    n: Count | None = option(
+        None,
+        "Crystals drawn and scored per step; 0: 128, or 32 where a critic makes more of them.",
+        unset=0,
+        flags=("-n",),
+    )
     draw_size: Count = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: Count = option(1, "Passes over each step's crystals.")
     batch_size: Count = option(128, "Crystals (dpo, rebel: pairs) per optimiser step.")
@@ -106,10 +111,11 @@ class TuningOptions(Settings):
         "Guards to lift, e.g. `element,known`, or `all` (docs/rewards.md: what each closes); empty: none.",
         unset="",
     )
-    critic: bool = option(
-        True,
+    critic: Literal["auto", "on", "off"] = option(
+        "auto",
         "Learn from what letters and elements earn on average, as a critic tells it that learns from all scored "
-        "crystals; off: from each crystal's own score (vargrad; where coords or lattice are tuned it is off).",
+        "crystals (on), or from each crystal's own score (off); auto: on, but not where the reward asks for the hull. "
+        "For vargrad; off where coords or lattice are tuned.",
     )
     unscored: CountOrZero = option(
         3072, "Crystals of the starting model that are replayed on the critic's word alone, without a score."
@@ -150,10 +156,15 @@ class TuningOptions(Settings):
     seed: Seed = option(0, "Seed of sampling and of the order of updates.")
 
     @property
+    def per_step(self) -> int:
+        """How many crystals are drawn and scored per step."""
+        return self.n or (32 if self.critic == "on" else 128)
+
+    @property
     def criticised(self) -> bool:
         """Whether a critic's word stands for the score: it sees no coordinates, so they must not be tuned."""
         moved = {name.strip() for name in self.factors.split(",")}
-        return self.critic and self.algorithm == "vargrad" and not moved & {"coords", "lattice"}
+        return self.critic != "off" and self.algorithm == "vargrad" and not moved & {"coords", "lattice"}
 
     @property
     def replayed(self) -> tuple[int, int]:

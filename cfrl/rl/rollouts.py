@@ -78,7 +78,7 @@ class Rollout:
         )
 
 
-KEPT_COLUMNS = ("reward", "log_prob", "base", "asked")
+KEPT_COLUMNS = ("reward", "log_prob", "base", "asked", "first")
 
 
 @dataclass
@@ -89,6 +89,7 @@ class Kept:
     log_prob: (n,) float64, log P(C, G) under the policy that drew them.
     base: (n, 5) float64, log-probabilities under the starting model.
     asked: (n,) bool, whether a score was asked for.
+    first: (n,) bool, whether they were there before the first step: crystals of the starting model.
     keys: their fingerprints.
     """
 
@@ -97,13 +98,15 @@ class Kept:
     log_prob: Tensor
     base: Tensor
     asked: Tensor
+    first: Tensor
     keys: list[str]
 
     @classmethod
     def none(cls) -> Kept:
         """No crystal."""
         nothing = torch.empty(0, 5, dtype=torch.float64)
-        return cls(CrystalBatch.empty(), nothing[:, 0], nothing[:, 0], nothing, nothing[:, 0].bool(), [])
+        number, mark = nothing[:, 0], nothing[:, 0].bool()
+        return cls(CrystalBatch.empty(), number, number, nothing, mark, mark, [])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -228,14 +231,18 @@ class Memory:
             often, and what counts is whether the policy repeats itself now.
         replay_size: how many crystals are kept for replay.
         best: keep the best of each fingerprint; else the latest, whatever they earned.
+        balanced: half of what is replayed are crystals of the starting model, which stay: what is learnt of the whole
+            is not forgotten over what the policy draws now.
 
     Raises:
         UserError: `penalty` is neither.
     """
 
-    def __init__(self, penalty: str, diversity: int, window: int, replay_size: int, best: bool = True) -> None:
+    def __init__(
+        self, penalty: str, diversity: int, window: int, replay_size: int, best: bool = True, balanced: bool = False
+    ) -> None:
         self._percentile, self._fixed = _parse_penalty(penalty)
-        self._best = best
+        self._best, self._balanced = best, balanced
         self.diversity, self.window, self.replay_size = diversity, window, replay_size
         self.recent: list[float] = []
         self.seen: set[str] = set()
@@ -274,7 +281,13 @@ class Memory:
         return torch.where(above, self.penalty + share * (reward - self.penalty), reward)
 
     def keep(
-        self, rollout: Rollout, log_prob: Tensor, base: Tensor, keys: list[str], asked: Tensor | None = None
+        self,
+        rollout: Rollout,
+        log_prob: Tensor,
+        base: Tensor,
+        keys: list[str],
+        asked: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> None:
         """Keep a step's crystals for replay, those aside that the reward abstains from.
 
@@ -282,13 +295,17 @@ class Memory:
             log_prob: (n,) log P(C, G) under the policy that drew them.
             base: (n, 5) log-probabilities under the starting model.
             asked: (n,) bool, whether a score was asked for; None: of all.
+            first: (n,) bool, whether these are the crystals of the starting model; None: they are not.
         """
         if not self.replay_size:
             return
-        asked = torch.ones(len(rollout), dtype=torch.bool) if asked is None else asked
-        new = Kept(rollout.crystals, rollout.reward, log_prob, base, asked, keys)
+        every = torch.ones(len(rollout), dtype=torch.bool)
+        asked, first = every if asked is None else asked, ~every if first is None else first
+        new = Kept(rollout.crystals, rollout.reward, log_prob, base, asked, first, keys)
         every = self.kept + new[(~rollout.abstained).nonzero()[:, 0]]
-        rows = self._best_rows(every) if self._best else torch.arange(len(every))[-self.replay_size :]
+        old = every.first.nonzero()[:, 0] if self._balanced else torch.arange(0)
+        later = (~every.first).nonzero()[:, 0] if self._balanced else torch.arange(len(every))
+        rows = self._best_rows(every) if self._best else torch.cat([old, later[-self.replay_size :]])
         self.kept = every[rows]
 
     def _best_rows(self, every: Kept) -> Tensor:
@@ -301,13 +318,24 @@ class Memory:
 
     def replay(self, n: int, generator: torch.Generator) -> Kept:
         """Up to `n` of those that were kept, at random."""
-        return self.kept[torch.randperm(len(self.kept), generator=generator)[:n]]
+        return self.kept[self._some(torch.ones(len(self.kept), dtype=torch.bool), n, generator)]
 
     def lesson(self, n: int, generator: torch.Generator) -> tuple[CrystalBatch, Tensor]:
         """Up to `n` of those whose score was asked for, at random, and what they earned, (n,)."""
-        asked = self.kept.asked.nonzero()[:, 0]
-        some = self.kept[asked[torch.randperm(len(asked), generator=generator)[:n]]]
+        some = self.kept[self._some(self.kept.asked, n, generator)]
         return some.crystals, self.with_penalty(some.reward)
+
+    def _some(self, among: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Up to `n` rows of those marked (kept,)."""
+
+        def shuffled(marks: Tensor, most: int) -> Tensor:
+            rows = marks.nonzero()[:, 0]
+            return rows[torch.randperm(len(rows), generator=generator)[:most]]
+
+        if not self._balanced:
+            return shuffled(among, n)
+        later = shuffled(among & ~self.kept.first, n // 2)
+        return torch.cat([later, shuffled(among & self.kept.first, n - len(later))])
 
     def forget_scores(self) -> None:
         """Keep what crystals there were, and no score: from now on another reward counts."""

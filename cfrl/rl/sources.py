@@ -39,7 +39,7 @@ class FreshCrystals:
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
         """The crystals of one step."""
         groups = partial(self.tuning.prior.sample, generator=generator)
-        return self._collect(self.tuning.model, groups, self.tuning.options.n, seed)
+        return self._collect(self.tuning.model, groups, self.tuning.options.per_step, seed)
 
     def unscored(self, n: int, seed: int) -> Rollout:
         """n wanted crystals of the starting model, without a score."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
-from cfrl.crystals.kinds import without_lanthanide_swaps
+from cfrl.crystals.kinds import CLASSES, without_lanthanide_swaps
 from cfrl.errors import UserError, nearest
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.implied import ImpliedReward
@@ -20,7 +20,7 @@ from cfrl.model.sampler import parse_elements, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards.guards import LANTHANIDE_SWAP, heeded
 from cfrl.rl.critic import Critic
-from cfrl.rl.hold import Hold, parse_hold, parse_shares
+from cfrl.rl.hold import AUTO, Hold, parse_hold, parse_shares
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import Baseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
@@ -29,6 +29,7 @@ from cfrl.rl.rollouts import Memory
 CRYSTAL, SPACE_GROUP = slice(0, len(FACTORS)), len(FACTORS)
 STATES = ("model", "prior", "optimiser", "memory", "baseline", "hold", "critic")  # of the state, what keeps its own
 NUMBERS = ("beta", "scale", "step", "seconds")
+Settled = TypeVar("Settled", bound=TuningOptions)
 # The settings that a score depends on.
 SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", "scale_crystals"}
 
@@ -42,6 +43,19 @@ def parse_factors(text: str) -> tuple[str, ...]:
     if not names:
         raise UserError(f"factors: name some of {', '.join(FACTORS)}")
     return names
+
+
+def settled(options: Settled, needs: Collection[str]) -> Settled:
+    """Options with what is left to `auto` settled for a reward with these needs.
+
+    How near to the hull a crystal lies is no matter of its kind, so all kinds are held; a property such as a band gap
+    is one of its chemistry. For the same reason a critic, which sees letters and elements, knows half to two thirds of
+    the variance of a band gap; of the distance to the hull within a kind it knows too little to learn from.
+    """
+    hull = "hull" in needs
+    hold = (",".join(CLASSES) if hull else "elements,sites") if options.hold == AUTO else options.hold
+    critic = ("off" if hull else "on") if options.critic == AUTO else options.critic
+    return replace(options, hold=hold, critic=critic)
 
 
 class SpaceGroupPrior(nn.Module):
@@ -116,7 +130,8 @@ class Tuning:
         self.optimiser = torch.optim.Adam(groups)
         diversity = None if offline else options.diversity
         best = options.algorithm != "vargrad"
-        self.memory = Memory(options.penalty, diversity, options.diversity_window, options.replayed[1], best)
+        kept, balanced = options.replayed[1], options.criticised and not offline
+        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best, balanced)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
@@ -183,6 +198,10 @@ class Tuning:
         return ImpliedReward(
             self.hold.names, groups / self.beta, (kinds - pulls) / self.beta, float(self.beta * self.scale)
         )
+
+    def critic_tensors(self) -> dict[str, Tensor]:
+        """What the model's file keeps of the critic."""
+        return self.critic.tensors(self.scale) if self.critic is not None and self.critic.taught else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

@@ -11,7 +11,7 @@ Datasets stream by in batches, so they may be larger than the memory. Figures ar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.tables import Columns, join
 
 RANKINGS = {
+    "critic": "critic",
     "reward": "implied_reward",
     "crystal": "log_ratio",
     "site": "log_ratio_per_site",
@@ -91,6 +92,7 @@ def rank(
     options: SamplerOptions | None = None,
     shares: tuple[torch.Tensor, torch.Tensor] | None = None,
     implied: ImpliedReward | None = None,
+    critic: Callable[[CrystalBatch], np.ndarray] | None = None,
 ) -> tuple[Columns, CrystalBatch]:
     """Score a dataset that streams by. Of the crystals themselves only the best `top` so far are kept.
 
@@ -101,6 +103,7 @@ def rank(
             ratio.
         options, shares: see `log_ratios`.
         implied: of the tuned model.
+        critic: what it was tuned by; "critic" ranks by its word.
 
     Returns:
         columns in the order of the dataset (those of `log_ratios`, "id", "space_group", "sites", "atoms", the
@@ -117,6 +120,8 @@ def rank(
         part = {**_describe(named), **log_ratios(tuned, base, named.canonical(), options, shares)}
         if implied is not None:
             part["implied_reward"] = implied(named, part["log_ratio"])
+        if critic is not None:
+            part["critic"] = np.where(np.isnan(part["log_ratio"]), np.nan, critic(named))
         scores = np.concatenate([best_scores, part[RANKINGS[by]]])
         keep = descending(scores)[:top]
         keep = keep[np.isfinite(scores[keep])]

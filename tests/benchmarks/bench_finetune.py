@@ -39,20 +39,20 @@ LOW = 0.1  # eV/atom above the hull
 
 def stages(settings: config.FinetuneConfig) -> None:
     """Mean seconds per step over the second to the last of a few steps, drawn in one lot and in four."""
-    print(f"{settings.n} crystals per step, {settings.epochs} epochs, {torch.get_num_threads()} threads")
+    print(f"{settings.per_step} crystals per step, {settings.epochs} epochs, {torch.get_num_threads()} threads")
     print(
         f"{'reward':20} {'lots':>4} {'sample':>8} {'score':>8} {'likelihood':>10} {'update':>8} {'step':>8}  crystals/s"
     )
     for reward in ("density", "ehull", "dielectric_bandgap"):
         for lots in (1, 4):
-            chunk = settings.n // lots
+            chunk = settings.per_step // lots
             changed = replace(settings, reward=reward, draw_size=chunk, steps=5, evaluate=0, time_limit=0.0)
             start, run = time.perf_counter(), finetune(changed, quiet=True)
             m = {name: np.mean(values[1:]) for name, values in run.metrics().items()}
             parts = [m[f"seconds/{stage}"] for stage in ("sample", "score", "likelihood", "update")]
             took = (time.perf_counter() - start) / 5
             numbers = "".join(f"{x:{w}.2f} " for x, w in zip([*parts, took], (8, 8, 10, 8, 8), strict=True))
-            print(f"{reward:20} {lots:4} {numbers} {settings.n / took:.1f}", flush=True)
+            print(f"{reward:20} {lots:4} {numbers} {settings.per_step / took:.1f}", flush=True)
 
 
 @register_reward("rare")
@@ -72,7 +72,7 @@ def scale(settings: config.FinetuneConfig) -> None:
     the ten seeds, other pools max/min 1.86 and at most 30% from their median of 3.49, first steps 7.7 and 81%; band_gap
     (91%) 0.2264, 1.72 and 38% of 0.359, 5.3 and 74%; ehull 0.4115, 1.03 and 2% of 0.411, 1.07 and 5%.
     """
-    print(f"pools of {settings.scale_crystals} crystals, steps of {settings.n}; each: median, max/min, farthest")
+    print(f"pools of {settings.scale_crystals} crystals, steps of {settings.per_step}; each: median, max/min, farthest")
     for name in ("dielectric_bandgap", "band_gap", "ehull", "rare"):
         reward = configured_reward(replace(settings, reward=name), "cpu")
         units = []
@@ -84,7 +84,7 @@ def scale(settings: config.FinetuneConfig) -> None:
         pools = [source.draw(settings.scale_crystals, seed, tuned=False).reward for seed in range(1, 11)]
         print(f"{name} ({np.mean([float((pool == 0).double().mean()) for pool in pools]):.0%} earn 0)")
         print(f"  ten seeds   {' '.join(f'{x:.4g}' for x in units)}")
-        steps = [pool[: settings.n] for pool in pools]
+        steps = [pool[: settings.per_step] for pool in pools]
         for label, values in (("ten pools", map(robust_std, pools)), ("first steps", map(robust_std, steps))):
             found = np.array(list(values))
             far = np.abs(found / np.median(found) - 1).max()

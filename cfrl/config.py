@@ -195,7 +195,7 @@ class FinetuneConfig(TuningOptions, FinetuneInputs):
         "How the reward counts": (
             *("standardize", "scale_crystals", "penalty", "diversity", "diversity_window"),
             *("hold_strength", "known"),
-            *("replay", "replay_size", "replay_clip", "rollouts"),
+            *("critic", "unscored", "replay", "replay_size", "replay_clip", "rollouts"),
         ),
         "How the policy moves": (
             *("batch_size", "micro_batch", "epochs", "lr_final", "warmup", "clip_gradient", "clip_ratio"),

@@ -686,7 +686,7 @@ def test_adaptive_beta_moves_towards_the_target(tiny_model, tmp_path):
         ({"algorithm": "pp0"}, "did you mean 'ppo'"),
         ({"kl": "nowhere"}, "reward, loss"),
         ({"rollouts": "x.h5"}, "only --algorithm dpo and rebel"),
-        ({"n": 0}, "n"),
+        ({"n": -4}, "n"),
         ({"algorithm": "vargrad", "beta": 0.0}, "more than 0"),
         ({"hold": "size"}, "no such kind"),
         ({"share": "oxide"}, "between 0 and 1"),

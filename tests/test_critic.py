@@ -1,6 +1,7 @@
 """The critic: it learns means, sees no coordinates, and is the same after a checkpoint."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -16,27 +17,36 @@ from cfrl.rl.options import TuningOptions
 from cfrl.rl.rollouts import Memory, Rollout
 from cfrl.rl.tuning import Tuning, settled
 
-MANY = sample(cfrl.load_model(), 1200, seed=0)
-TRUTH = torch.from_numpy(fractions(MANY)[0][:, [8, 9, 17]].sum(1))  # O, F, Cl: a mean that elements decide
-TRUTH = TRUTH / TRUTH.std()
+
+@cache
+def many() -> cfrl.CrystalBatch:
+    """Drawn when first asked for: a run of other tests collects this file too."""
+    return sample(cfrl.load_model(), 1200, seed=0)
+
+
+@cache
+def means() -> torch.Tensor:
+    """Oxygen, fluorine, chlorine: a mean that elements decide, in units of its spread."""
+    share = torch.from_numpy(fractions(many())[0][:, [8, 9, 17]].sum(1))
+    return share / share.std()
 
 
 def taught(passes: int, rows: slice = slice(1000)) -> Critic:
     rng = torch.Generator().manual_seed(1)
-    noisy = TRUTH + 2 * torch.randn(len(TRUTH), generator=rng, dtype=torch.float64)
+    noisy = means() + 2 * torch.randn(len(means()), generator=rng, dtype=torch.float64)
     critic = Critic(0)
     for _ in range(passes):
-        critic.learn(MANY[rows], noisy[rows], rng)
+        critic.learn(many()[rows], noisy[rows], rng)
     return critic
 
 
 def test_it_finds_the_mean_under_four_times_as_much_noise():
-    told, truth = taught(6)(MANY[1000:]), TRUTH[1000:]
+    told, truth = taught(6)(many()[1000:]), means()[1000:]
     assert 1 - (told - truth).square().mean() / truth.var() > 0.6
 
 
 def test_it_sees_letters_and_elements_alone_in_whatever_order():
-    critic, some = taught(1), MANY[1000:1050]
+    critic, some = taught(1), many()[1000:1050]
     told = critic(some)
     assert told.std() > 0.01
     moved = some[torch.arange(50)]
@@ -59,8 +69,8 @@ def test_it_goes_on_after_a_checkpoint_as_if_there_had_been_none():
     two = Critic(5)
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for critic in (one, two):
-        critic.learn(MANY[:256], TRUTH[:256], torch.Generator().manual_seed(3))
-    assert torch.equal(one(MANY[1000:]), two(MANY[1000:]))
+        critic.learn(many()[:256], means()[:256], torch.Generator().manual_seed(3))
+    assert torch.equal(one(many()[1000:]), two(many()[1000:]))
 
 
 def test_it_is_asked_only_where_no_coordinate_is_tuned():
@@ -100,7 +110,7 @@ def test_a_policy_learns_more_from_noisy_scores_through_it():
         )
         fresh = sample(tuned.model, 400, seed=7)
         gains[critic] = float(fractions(fresh)[0][:, [8, 9, 17]].sum(1).mean())
-    base = float(fractions(MANY)[0][:, [8, 9, 17]].sum(1).mean())
+    base = float(fractions(many())[0][:, [8, 9, 17]].sum(1).mean())
     print(base, gains)
     assert gains["on"] > gains["off"] > base
 
@@ -109,8 +119,8 @@ def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
     critic, model, path = taught(1), cfrl.load_model(), tmp_path / "m.safetensors"
     assert word_of(load_critic(None)) is None
     save_model(model, path, critic=critic.tensors(scale=3.0))
-    said = word_of(load_critic(path))(MANY[1000:])
-    torch.testing.assert_close(torch.from_numpy(said), 3 * critic(MANY[1000:]))
+    said = word_of(load_critic(path))(many()[1000:])
+    torch.testing.assert_close(torch.from_numpy(said), 3 * critic(many()[1000:]))
     for name, weight in cfrl.load_model(str(path)).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
     tensors = load_critic(path)
@@ -123,7 +133,7 @@ def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
 def test_half_of_a_lesson_are_crystals_of_the_starting_model_which_stay():
     memory = Memory("5%", 0, 8, replay_size=40, best=False, balanced=True)
     for k in range(6):
-        some = MANY[50 * k : 50 * k + 50]
+        some = many()[50 * k : 50 * k + 50]
         reward, every = torch.full((50,), float(k), dtype=torch.float64), torch.ones(50, dtype=torch.bool)
         rollout = Rollout(some, reward, every, [""] * 50, ~every)
         first = every if k < 2 else None  # one of the two unscored

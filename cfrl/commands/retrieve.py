@@ -84,9 +84,10 @@ def retrieve(
     groups = _space_groups(tuning)
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
-    run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
     implied, critic = load_implied(config.run), _critic(config.run)
     config = replace(config, rank=_ranking(config, implied is not None, critic is not None))
+
+    run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
     with progress_bar("likelihoods", dataset.size, console) as advance:
         ranking, best = rank(
             tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied, critic

@@ -12,7 +12,6 @@ what they go on learning from: each step's crystals are drawn from the policy, s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfrl.crystals.compositions import fractions
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
-from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.descriptors import site_descriptors, space_group_descriptors
 from cfrl.model.files import CRITIC
-from cfrl.rewards.predictors import Ensemble
+from cfrl.rewards.predictors import Ensemble, composition
 
 MEMBERS, HIDDEN, DROPOUT = 4, 128, 0.5
 RATE, DECAY = 1e-3, 0.05  # of AdamW
@@ -42,8 +41,8 @@ class Critic:
     """
 
     def __init__(self, seed: int) -> None:
-        self.elements, self.groups, self.sites = element_descriptors(), space_group_descriptors(), site_descriptors()
-        inputs = 4 * self.elements.shape[1] + NUM_ELEMENTS + self.sites.shape[2] + self.groups.shape[1] + 2
+        self.groups, self.sites = space_group_descriptors(), site_descriptors()
+        inputs = self.describe(CrystalBatch.empty()).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.ensemble = Ensemble(MEMBERS, inputs, HIDDEN, 1, DROPOUT)
@@ -88,19 +87,12 @@ class Critic:
         of the first descriptors of the sites, those of the space group, and how many sites and atoms there are.
         """
         crystals = crystals.to("cpu")
-        occupied = crystals.species > 0  # (n, S)
-        amount = crystals.multiplicity * occupied
-        share = (amount / amount.sum(1, keepdim=True))[..., None].float()  # (n, S, 1)
-        element = self.elements[crystals.species]
-        mean = (share * element).sum(1)
-        deviation = (share * (element - mean[:, None]).square()).sum(1).sqrt()
-        present = occupied[..., None]
-        largest = torch.where(present, element, -math.inf).amax(1)
-        least = torch.where(present, element, math.inf).amin(1)
-        fractions = torch.zeros(len(crystals), NUM_ELEMENTS).scatter_add_(1, crystals.species, share[..., 0])
+        amount = crystals.multiplicity * (crystals.species > 0)  # (n, S)
+        share = (amount / amount.sum(1, keepdim=True))[..., None].float()
         site = (share * self.sites[crystals.space_group[:, None], crystals.wyckoff]).sum(1)
-        size = torch.stack([occupied.sum(1), amount.sum(1)], 1).clamp(min=1).log()
-        parts = (mean, deviation, least, largest, fractions, site, self.groups[crystals.space_group], size)
+        size = torch.stack([crystals.num_sites, amount.sum(1)], 1).clamp(min=1).log()
+        elements = np.concatenate([composition(crystals)[:, :-1], fractions(crystals)[0]], 1)  # not how many they are
+        parts = (torch.from_numpy(elements).float(), site, self.groups[crystals.space_group], size)
         return torch.cat(parts, 1)
 
     def _standardised(self, x: Tensor) -> Tensor:

@@ -385,7 +385,7 @@ def _keep_of_base(tuning: Tuning, rollout: Rollout, asked: Tensor) -> None:
     """Keep crystals of the starting model for replay; a regression asks not who drew them."""
     parts = torch.arange(len(rollout)).split(MANY)
     base = torch.cat([tuning.log_probs_base(rollout.crystals[rows]) for rows in parts]).cpu()
-    tuning.memory.keep(rollout, base.sum(1), base, tuning.keys(rollout.crystals), asked, ~torch.zeros_like(asked))
+    tuning.memory.keep(rollout, base.sum(1), base, tuning.keys(rollout.crystals), asked, torch.ones_like(asked))
 
 
 # ---- all of it, for a caller -------------------------------------------------------------------------------------

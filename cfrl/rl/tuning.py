@@ -49,8 +49,9 @@ def settled(options: Settled, needs: Collection[str]) -> Settled:
     """Options with what is left to `auto` settled for a reward with these needs.
 
     How near to the hull a crystal lies is no matter of its kind, so all kinds are held; a property such as a band gap
-    is one of its chemistry. For the same reason a critic, which sees letters and elements, knows half to two thirds of
-    the variance of a band gap; of the distance to the hull within a kind it knows too little to learn from.
+    is one of its chemistry. For the same reason a critic, which sees letters and elements, knows 40 to 70% of the
+    variance of a band gap, the more the more were scored; of the distance to the hull within a kind it knows too little
+    to learn from.
     """
     hull = "hull" in needs
     hold = (",".join(CLASSES) if hull else "elements,sites") if options.hold == AUTO else options.hold
@@ -130,13 +131,13 @@ class Tuning:
         self.optimiser = torch.optim.Adam(groups)
         diversity = None if offline else options.diversity
         best = options.algorithm != "vargrad"
-        kept, balanced = options.replayed[1], options.criticised and not offline
+        self.critic = Critic(options.seed) if options.criticised and not offline else None
+        kept, balanced = options.replayed[1], self.critic is not None
         self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best, balanced)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
         self.beta, self.step, self.seconds = options.beta, 0, 0.0
         self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
-        self.critic = Critic(options.seed) if options.criticised and not offline else None
         self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)
         self.scale: float | None = None
 
@@ -227,9 +228,8 @@ class Tuning:
             parts -= {"prior", "optimiser"}
         if changed & SCORING:
             parts -= {"baseline", "critic"}
-        parts &= {
-            name for name in state if getattr(self, name, None) is not None
-        }  # one of an older version holds fewer
+        # one of an older version holds fewer, and this run may have no critic
+        parts &= {name for name in state if getattr(self, name, None) is not None}
         try:
             for name in parts:
                 getattr(self, name).load_state_dict(state[name])

@@ -17,6 +17,7 @@ import torch
 
 import cfrl
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.refusal import REFUSED, Refusal
 from cfrl.io.datasets import load_dataset
 from cfrl.rewards import RewardContext, build_reward
 from cfrl.rewards.guards import heeded
@@ -53,8 +54,6 @@ def main() -> None:
 
 def wanted_crystals(n: int) -> CrystalBatch:
     """n valid crystals that a tuning would score."""
-    from cfrl.crystals.refusal import REFUSED, Refusal
-
     return cfrl.sample(cfrl.load_model(), n=n, seed=0, wanted=Refusal([name for name in REFUSED if name != "known"]))
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
-from cfrl.model.options import TrainingOptions
+from cfrl.model.options import TrainingOptions, Wishes
 from cfrl.rl.options import TuningOptions
 from cfrl.screening.options import ScreeningOptions
 from cfrl.settings import (
@@ -97,8 +97,8 @@ class PretrainConfig(TrainingOptions, PretrainInputs):
 
 
 @dataclass(frozen=True)
-class SampleConfig(Settings):
-    """Generate crystals."""
+class SampleInputs(Settings):
+    """How many crystals, and of which model."""
 
     n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
     model: str | None = option(
@@ -107,14 +107,14 @@ class SampleConfig(Settings):
         choices=("last", RUNS),
         unset="",
     )
-    space_group: str | None = option(
-        None,
-        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
-        choices=("uniform",),
-        unset="",
-    )
-    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
-    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
+
+
+@dataclass(frozen=True)
+class SampleConfig(Wishes, SampleInputs):
+    """Generate crystals."""
+
+    THEMES: ClassVar = {"What they should be": tuple(f.name for f in fields(Wishes))}
+
     temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
     top_p: PositiveFraction = option(
         1.0, "Nucleus sampling: keep the likeliest choices up to this total probability; 1: all."
@@ -189,7 +189,8 @@ class FinetuneConfig(TuningOptions, FinetuneInputs):
     THEMES: ClassVar = {
         "What the reward works with": ("potential", "hull", "dataset", "caution", "reward_timeout"),
         "Which crystals are drawn": (
-            *("max_atoms", "temperature", "top_p", "min_distance", "draw_size"),
+            *(f.name for f in fields(Wishes)),
+            *("temperature", "top_p", "min_distance", "draw_size"),
             *("learn_space_groups", "space_group_lr", "space_group_floor"),
         ),
         "How the reward counts": (

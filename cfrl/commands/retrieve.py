@@ -24,8 +24,9 @@ from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_critic, load_implied, load_model, model_path, read_header
-from cfrl.model.sampler import parse_elements, sample, space_group_prior
+from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
+from cfrl.model.wishes import parse_elements
 from cfrl.rl.critic import word_of
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run

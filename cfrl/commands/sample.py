@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,9 @@ from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import KNOWN, Refusal, parse_refused
 from cfrl.io.export import check_output, export_crystals
 from cfrl.model.files import load_model, load_refusal, model_path
-from cfrl.model.sampler import parse_elements, sample, space_group_prior
+from cfrl.model.options import Wishes
+from cfrl.model.sampler import sample, space_group_prior
+from cfrl.model.wishes import sampler_options
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
@@ -33,18 +36,15 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
     if output:
         check_output(output, config.n)
     model = load_model(config.model, choose_device(config.device))
-    limit = config.max_atoms
-    elements = parse_elements(config.elements)
     refusal = _refusal(config)
-    space_group_prior(model, config.space_group, limit)  # what leaves nothing to draw leaves no run folder either
+    # What leaves nothing to draw leaves no run folder either.
+    options = sampler_options(config, model.config.max_sites - 1)
+    space_group_prior(model, config.space_group, config.max_atoms, options.constraint)
     path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,
             config.n,
-            space_group=config.space_group,
-            elements=elements,
-            max_atoms=limit,
             temperature=config.temperature,
             top_p=config.top_p,
             seed=config.seed,
@@ -53,6 +53,7 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
             draw_size=config.draw_size,
             wanted=refusal if refusal.names else None,
             progress=advance,
+            **{f.name: getattr(config, f.name) for f in fields(Wishes)},
         )
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
     console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
@@ -66,7 +67,8 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
 def _refusal(config: SampleConfig) -> Refusal:
     """What is drawn anew: as asked, or as the model was tuned to leave out. Raises UserError."""
     tuned = load_refusal(config.model)
-    names = tuned.names if config.refuse == "auto" else parse_refused(config.refuse)
+    auto = () if config.formula or config.like else tuned.names  # what is asked for by name is wanted, known or not
+    names = auto if config.refuse == "auto" else parse_refused(config.refuse)
     if config.known is None or KNOWN not in names:
         return Refusal(names, tuned.known)
     from cfrl.io.datasets import load_dataset

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cfrl.errors import NotFinite
+from cfrl.model.constraints import Constraint
 
 IMPOSSIBLE = -1e10  # log-probability of what a mask forbids; finite, so that 0 * log 0 stays 0 in entropies
 NEARLY_NORMAL = 1e6  # concentration beyond which a von Mises density is normal to one part in a million
@@ -31,12 +32,16 @@ class SamplerOptions:
     top_p: discrete choices, mixture components included, keep the likeliest values up to this total.
     elements: atomic numbers that may occur; None: all.
     max_atoms: largest number of atoms in the conventional cell; None: no limit.
+    favour: atomic numbers, and what is added to the logit of each.
+    constraint: what letters and elements must come to; None: nothing.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     elements: tuple[int, ...] | None = None
     max_atoms: int | None = None
+    favour: tuple[tuple[int, float], ...] = ()
+    constraint: Constraint | None = None
 
 
 class Categorical:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.elements import NUM_ELEMENTS
 from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, tables
-from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
+from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.model.layers import Block, DescribedEmbedding, KeyValueCache, rotary_table
 from cfrl.model.options import ModelConfig
 
@@ -156,6 +156,7 @@ class CrystalNetwork(nn.Module):
         atoms: Tensor,
         options: SamplerOptions,
         nucleus: Tensor | None = None,
+        wished: Tensor | None = None,
     ) -> Categorical:
         """Of the next letter. space_group broadcasts to (...), logits (..., 28).
 
@@ -165,6 +166,7 @@ class CrystalNetwork(nn.Module):
             previous: (...) the letter before, or None for the first site (which may not be a stop).
             atoms: (...) atoms in the cell so far.
             nucleus: as in `Categorical`; so in the other distributions.
+            wished: (..., 28) log-weights by the constraint of the options; None: none.
         """
         t = tables(self.device)
         letter = torch.arange(NUM_LETTERS, device=self.device)
@@ -174,22 +176,35 @@ class CrystalNetwork(nn.Module):
         if previous is not None:
             lowest = previous + (t.dof[space_group, previous] == 0)
             mask = (mask & (letter >= lowest.unsqueeze(-1))) | (letter == 0)
-        return Categorical(_at_least_float32(logits), mask, options, nucleus)
+        logits = _at_least_float32(logits)
+        if wished is not None:
+            logits, mask = _weighted(logits, wished, options), mask & ~wished.isneginf()
+        return Categorical(logits, mask, options, nucleus)
 
     def species_distribution(
-        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None, wished: Tensor | None = None
     ) -> Categorical:
-        """Of the element, from features (..., d) at W tokens."""
+        """Of the element, from features (..., d) at W tokens; `wished` (..., 119) as for letters."""
         logits = _at_least_float32(self._linear_head(features, NUM_ELEMENTS))  # (..., 119)
         if self.config.descriptors:
             match = self.species_query(features) @ self.species_embedding.table().T
             logits = logits + match / math.sqrt(self.config.embed_size)
-        allowed = torch.ones(NUM_ELEMENTS, dtype=torch.bool, device=self.device)
+        if options.favour:
+            numbers, wishes = zip(*options.favour, strict=True)
+            logits = logits.index_add(
+                -1,
+                torch.tensor(numbers, device=self.device),
+                logits.new_tensor(wishes).expand(*logits.shape[:-1], len(wishes)),
+            )
+        mask = torch.ones(NUM_ELEMENTS, dtype=torch.bool, device=self.device)
         if options.elements is not None:
-            allowed = torch.zeros_like(allowed)
-            allowed[list(options.elements)] = True
-        allowed[0] = False
-        return Categorical(logits, allowed.expand_as(logits), options, nucleus)
+            mask = torch.zeros_like(mask)
+            mask[list(options.elements)] = True
+        mask[0] = False
+        mask = mask.expand_as(logits)
+        if wished is not None:
+            logits, mask = _weighted(logits, wished, options), mask & ~wished.isneginf()
+        return Categorical(logits, mask, options, nucleus)
 
     def coordinate_distribution(
         self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
@@ -232,6 +247,11 @@ def space_group_shares(space_group: Tensor) -> Tensor:
     """(231,) log of the share of each space group among crystals, by number."""
     counts = torch.bincount(space_group, minlength=NUM_SPACE_GROUPS + 1).float()
     return (counts / counts.sum()).log()
+
+
+def _weighted(logits: Tensor, log_weights: Tensor, options: SamplerOptions) -> Tensor:
+    """Logits of probabilities times weights; the temperature is for the former alone."""
+    return logits + options.temperature * log_weights.clamp(min=IMPOSSIBLE)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

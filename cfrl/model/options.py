@@ -70,6 +70,53 @@ class ModelConfig(Settings):
         return max(NUM_ELEMENTS + 13 * self.lattice_components, 3 * self.coord_components)
 
 
+@dataclass(frozen=True)
+class Wishes(Settings):
+    """What the crystals that are drawn should be; all of it together holds for every one (`wishes.py`)."""
+
+    space_group: str | None = option(
+        None,
+        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained, or as a formula or system asks.",
+        choices=("uniform",),
+        unset="",
+    )
+    formula: str | None = option(
+        None,
+        "Of this formula, e.g. `LiMn2O4`; `A2BO4` with any elements for A and B; `Li1-2MnO3` for a range; empty: any.",
+        unset="",
+    )
+    z: str | None = option(
+        None, "Formula units in the conventional cell, e.g. `4` or `1-8`; empty: any number.", unset=""
+    )
+    system: str | None = option(
+        None, "Of this chemical system: every one of its elements and no other, e.g. `Li-Mn-O`; empty: any.", unset=""
+    )
+    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
+    require: str | None = option(None, "These elements must be there, e.g. `Li`; empty: none must.", unset="")
+    exclude: str | None = option(
+        None,
+        "Not these elements, e.g. `Hg,Tl`; also `radioactive`, `noble_gas`; empty: none.",
+        choices=("radioactive", "noble_gas"),
+        unset="",
+    )
+    favour: str | None = option(
+        None, "Favour elements by so much in their logit, e.g. `O=2,Pb=-3`; empty: as the model has them.", unset=""
+    )
+    num_atoms: str | None = option(
+        None, "Atoms in the conventional cell, e.g. `8` or `4-20`; empty: any number.", unset=""
+    )
+    num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
+    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
+    like: str | None = option(
+        None, "Like the crystal in this file (CIF, ...): its Wyckoff letters; see --vary; empty: like none.", unset=""
+    )
+    vary: Literal["elements", "coordinates", "space_group"] = option(
+        "elements",
+        "What may differ from --like: elements (the same prototype), coordinates (and cell alone), or space_group (and "
+        "all but the formula).",
+    )
+
+
 PRESETS = {
     "default": ModelConfig(
         embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.elements import atomic_number
 from cfrl.crystals.symmetry import constrain_lattice
 from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
+from cfrl.model.constraints import Constraint
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
+from cfrl.model.options import Wishes
 from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.model.wishes import UNIFORM, SpaceGroups, sampler_options, space_group_numbers
 
-UNIFORM = "uniform"
-SpaceGroups = int | str | Iterable[int] | None  # see `space_group_prior`
+DRAW_SIZE = 256  # crystals drawn at once
+PILOTS = 8  # draws of each space group that tell how likely it meets what is asked
+PILOT_SEED = 0
 LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
@@ -64,6 +69,8 @@ def draw(
     atoms = torch.zeros_like(rows)
     cache = KeyValueCache(model.config.num_layers)
     features = letter = None
+    constraint = options.constraint
+    state = constraint.start(n, device) if constraint else torch.zeros(n, 0, dtype=torch.long, device=device)
 
     def advance(token: Tensor) -> Tensor:
         return model.transform(token, cache)[:, 0]  # (B, d)
@@ -76,7 +83,8 @@ def draw(
                 logits = model.first_wyckoff_logits(group)  # (B, 28)
             else:
                 logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
-            distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
+            wished = constraint.letters(state, group) if constraint else None
+            distribution = model.wyckoff_distribution(logits, group, letter, atoms, options, wished=wished)
             letter = distribution.sample(generator)
             log_prob["wyckoff"][rows] += distribution.log_prob(letter)
         features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
@@ -89,15 +97,20 @@ def draw(
             log_prob["lattice"][done] = distribution.log_prob(scaled).double()
             lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
             running = ~stopped
-            rows, group, letter, atoms, features = (x[running] for x in (rows, group, letter, atoms, features))
+            rows, group, letter, atoms, features, state = (
+                x[running] for x in (rows, group, letter, atoms, features, state)
+            )
             if not len(rows):
                 break
             cache.select(running)
 
         atoms = atoms + t.multiplicity[group, letter]
-        distribution = model.species_distribution(features, options)
+        wished = constraint.species(state, group, letter) if constraint else None
+        distribution = model.species_distribution(features, options, wished=wished)
         element = distribution.sample(generator)
         log_prob["species"][rows] += distribution.log_prob(element)
+        if constraint:
+            state = constraint.after(state, group, letter, element)
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
 
@@ -127,16 +140,16 @@ def sample(
     n: int,
     *,
     space_group: SpaceGroups = None,
-    elements: Iterable[str | int] | None = None,
-    max_atoms: int | None = None,
+    elements: str | Iterable[str | int] | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
     keep_invalid: bool = False,
     min_distance: float = 0.5,
-    draw_size: int = 256,
+    draw_size: int = DRAW_SIZE,
     wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
     progress: Callable[[int], None] | None = None,
+    **wishes: Any,
 ) -> CrystalBatch:
     """Generates n crystals.
 
@@ -144,7 +157,6 @@ def sample(
         model: from `load_model`.
         space_group: which ones; see `space_group_prior`.
         elements: symbols or atomic numbers that may occur; None: all.
-        max_atoms: largest conventional cell.
         temperature, top_p: see `SamplerOptions`.
         seed: same seed and device, same crystals; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
@@ -153,6 +165,7 @@ def sample(
         wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
             space group and all.
         progress: called with the number of crystals finished so far.
+        wishes: other fields of `Wishes`, such as formula="LiMn2O4", system="Li-Mn-O", num_atoms="4-20".
 
     Returns:
         CrystalBatch on the CPU with properties "log_prob" (log P(C | G) of the sampler that drew it, in nats, before
@@ -161,10 +174,12 @@ def sample(
     Raises:
         UserError: a space group, element, limit or wish that leaves nothing to draw, or a damaged model.
     """
-    options = SamplerOptions(temperature, top_p, parse_elements(elements), max_atoms)
-    prior = space_group_prior(model, space_group, max_atoms)
+    group = space_group if space_group is None or isinstance(space_group, str) else _words(space_group)
+    asked = Wishes(space_group=group, elements=None if elements is None else _words(elements), **wishes)
+    options = sampler_options(asked, model.config.max_sites - 1, temperature, top_p)
     model_was_training = model.training
     model.eval()
+    prior = space_group_shares(model, asked, options)
     generator = seeded(model.device, seed)
     shares = prior.exp().to(model.device)  # (231,)
     batches, found, drawn = [], 0, 0
@@ -184,6 +199,11 @@ def sample(
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
     return crystals
+
+
+def _words(items: str | int | Iterable[str | int]) -> str:
+    """["Ba", 22] -> "Ba,Ti", as the settings have it; atomic numbers or space groups."""
+    return items if isinstance(items, str) else ",".join(map(str, [items] if isinstance(items, int) else items))
 
 
 def _draw_valid(
@@ -209,8 +229,46 @@ def _draw_valid(
     return CrystalBatch.cat(batches)[torch.cat(order).argsort()]
 
 
+def space_group_shares(model: CrystalTransformer, wishes: Wishes, options: SamplerOptions) -> Tensor:
+    """(231,) normalised log-probabilities of the space groups, given what is asked.
+
+    Under a constraint P(G | asked) ~ P(G) P(asked | G).
+
+    Args:
+        options: of `sampler_options(wishes, ...)`.
+
+    Raises:
+        UserError: no such group, or none in which crystals can be as asked.
+    """
+    prior = space_group_prior(model, wishes.space_group, wishes.max_atoms, options.constraint)
+    groups = prior.isfinite().nonzero()[:, 0]
+    if options.constraint is None or wishes.space_group == UNIFORM or len(groups) == 1:
+        return prior
+    return prior.index_add(0, groups, evidence(model, groups, options).to(prior.dtype)).log_softmax(0)
+
+
+def evidence(model: CrystalTransformer, groups: Tensor, options: SamplerOptions) -> Tensor:
+    """(n,) log of the probability that what the model draws in each of these space groups (n,) meets the constraint.
+
+    The mean over few draws under the masks of what these letters and elements are worth without them, relative to what
+    they are worth with them: importance sampling, exact in the limit.
+    """
+    free = replace(options, elements=None, max_atoms=None, favour=(), constraint=None)
+    generator, values = seeded(model.device, PILOT_SEED), []
+    for part in groups.repeat_interleave(PILOTS).split(DRAW_SIZE):
+        crystals = draw(model, part, options, generator)
+        with torch.no_grad():
+            scores = model.log_prob(crystals, free)
+        drawn = crystals.properties
+        values.append(sum(scores[name].double() - drawn[f"log_prob/{name}"] for name in ("wyckoff", "species")).cpu())
+    return torch.logsumexp(torch.cat(values).view(-1, PILOTS), 1) - math.log(PILOTS)
+
+
 def space_group_prior(
-    model: CrystalTransformer, space_group: SpaceGroups = None, max_atoms: int | None = None
+    model: CrystalTransformer,
+    space_group: SpaceGroups = None,
+    max_atoms: int | None = None,
+    constraint: Constraint | None = None,
 ) -> Tensor:
     """(231,) normalised log-probabilities by number: the model's own, over the groups that are wanted and possible.
 
@@ -221,51 +279,30 @@ def space_group_prior(
             model was trained. "uniform": the groups it was trained on, all alike. Numbers, such as 225, [221, 225] or
             "221,225": only these, in proportion to their shares in training.
         max_atoms: largest conventional cell; None: no limit.
+        constraint: what crystals must meet; None: nothing.
 
     Raises:
-        UserError: no such group, or no position of the groups fits into `max_atoms`.
+        UserError: no such group, or nothing fits into any of them.
     """
     wanted = torch.zeros(NUM_SPACE_GROUPS + 1, dtype=torch.bool)
-    for number in _space_group_numbers(space_group):
-        if not 1 <= number <= NUM_SPACE_GROUPS:
-            raise UserError(f"space group {number}: the numbers go from 1 to 230")
-        wanted[number] = True
+    wanted[space_group_numbers(space_group)] = True
     if max_atoms is not None:
         multiplicity = tables().multiplicity
         smallest = multiplicity.masked_fill(multiplicity == 0, 1000).amin(1)
         wanted &= smallest <= max_atoms
     if not wanted.any():
         raise UserError(f"no Wyckoff position of these space groups fits into {max_atoms} atoms; raise --max-atoms")
+    if constraint is not None:
+        possible = wanted & constraint.feasible()
+        if not possible.any():
+            raise UserError(constraint.why_not(wanted.nonzero()[:, 0].tolist()))
+        wanted = possible
     prior = model.space_group_log_prob.detach().cpu().masked_fill(~wanted, -torch.inf)
     if prior.isinf().all():
         prior = torch.zeros(NUM_SPACE_GROUPS + 1).masked_fill(~wanted, -torch.inf)
     if isinstance(space_group, str) and space_group == UNIFORM:
         prior = prior.masked_fill(prior.isfinite(), 0.0)
     return prior.log_softmax(0)
-
-
-def _space_group_numbers(wanted: SpaceGroups) -> Iterable[int]:
-    if wanted is None or (isinstance(wanted, str) and wanted in ("", UNIFORM)):
-        return range(1, NUM_SPACE_GROUPS + 1)
-    if not isinstance(wanted, str):
-        return [wanted] if isinstance(wanted, int) else wanted
-    try:
-        return [int(word) for word in wanted.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"space group '{wanted}': give numbers from 1 to 230, such as 225 or 221,225, or {UNIFORM}"
-        ) from error
-
-
-def parse_elements(elements: str | Iterable[str | int] | None) -> tuple[int, ...] | None:
-    """Atomic numbers of "Ba,Ti,O", or of symbols or numbers. Raises UserError for what is no element."""
-    if elements is None:
-        return None
-    elements = elements.split(",") if isinstance(elements, str) else elements
-    numbers = sorted({e if isinstance(e, int) else atomic_number(e.strip()) for e in elements})
-    if not numbers or not all(1 <= number <= 118 for number in numbers):
-        raise UserError("elements: give symbols such as Ba,Ti,O")
-    return tuple(numbers)
 
 
 def seeded(device: torch.device, seed: int | None) -> torch.Generator:

@@ -55,13 +55,16 @@ class CrystalTransformer(CrystalNetwork):
         stop = crystals.num_sites  # (B,) index of the first empty site
         at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]  # (B, d)
         none, atoms = torch.zeros_like(group), crystals.multiplicity.cumsum(1)  # (B,), (B, S)
+        wished = options.constraint.along(crystals) if options.constraint else {}
         first, later = self.first_wyckoff_logits(group), self.wyckoff_logits(at[4], group)
         return {
-            "first": self.wyckoff_distribution(first, group, None, none, options, nuclei.get("first")),
-            "wyckoff": self.wyckoff_distribution(
-                later, group.unsqueeze(1), wyckoff, atoms, options, nuclei.get("wyckoff")
+            "first": self.wyckoff_distribution(
+                first, group, None, none, options, nuclei.get("first"), wished.get("first")
             ),
-            "species": self.species_distribution(at[0], options, nuclei.get("species")),
+            "wyckoff": self.wyckoff_distribution(
+                later, group.unsqueeze(1), wyckoff, atoms, options, nuclei.get("wyckoff"), wished.get("wyckoff")
+            ),
+            "species": self.species_distribution(at[0], options, nuclei.get("species"), wished.get("species")),
             **{name: self.coordinate_distribution(at[k + 1], options, nuclei.get(name)) for k, name in enumerate(AXES)},
             "lattice": self.lattice_distribution(at_stop, group, options, nuclei.get("lattice")),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cfrl.model.options import Wishes
 from cfrl.settings import (
     Count,
     CountOrZero,
@@ -15,7 +16,6 @@ from cfrl.settings import (
     PositiveFraction,
     PositiveWeight,
     Seed,
-    Settings,
     SignedWeight,
     Temperature,
     Weight,
@@ -24,7 +24,7 @@ from cfrl.settings import (
 
 
 @dataclass(frozen=True)
-class TuningOptions(Settings):
+class TuningOptions(Wishes):
     """Draw, score, update: sizes, objective, limits."""
 
     algorithm: Literal["vargrad", "ppo", "grpo", "rloo", "dpo", "rebel"] = option(
@@ -132,19 +132,11 @@ class TuningOptions(Settings):
         unset=0,
     )
     replay_clip: PositiveWeight = option(2.0, "Largest weight of a replayed crystal (1: as a fresh one).")
-    space_group: str | None = option(
-        None,
-        "Only these, e.g. `221,225`, or `uniform`; empty: as the model was trained.",
-        choices=("uniform",),
-        unset="",
-    )
     learn_space_groups: bool = option(False, "Tune the shares of the space groups too.")
     space_group_lr: PositiveFraction = option(0.03, "Learning rate of the space groups' logits.")
     space_group_floor: FractionBelowOne = option(
         0.1, "Each space group keeps this part of its share; needs learn_space_groups."
     )
-    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
-    max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
     temperature: Temperature = option(
         1.0, "Of the sampler. Below 1: likelier crystals; above 1: more varied; 1: as trained."
     )

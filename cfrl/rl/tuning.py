@@ -14,10 +14,10 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.kinds import CLASSES, without_lanthanide_swaps
 from cfrl.errors import UserError, nearest
-from cfrl.model.distributions import SamplerOptions
 from cfrl.model.implied import ImpliedReward
-from cfrl.model.sampler import parse_elements, space_group_prior
+from cfrl.model.sampler import space_group_shares
 from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.model.wishes import sampler_options
 from cfrl.rewards.guards import LANTHANIDE_SWAP, heeded
 from cfrl.rl.critic import Critic
 from cfrl.rl.hold import AUTO, Hold, parse_hold, parse_shares
@@ -120,9 +120,8 @@ class Tuning:
         self.options, self.settings = options, dict(settings or options.plain())
         self.base = copy.deepcopy(model).requires_grad_(False)
         self.model, device = model.requires_grad_(True), model.device
-        elements = parse_elements(options.elements)
-        self.sampler = SamplerOptions(options.temperature, options.top_p, elements, options.max_atoms)
-        shares = space_group_prior(self.model, options.space_group, options.max_atoms)
+        self.sampler = sampler_options(options, model.config.max_sites - 1, options.temperature, options.top_p)
+        shares = space_group_shares(self.model, options, self.sampler)
         self.prior = SpaceGroupPrior(shares, options.learn_space_groups, options.space_group_floor).to(device)
         groups = [{"params": list(self.model.parameters()), "lr": options.lr, "peak": options.lr}]
         if options.learn_space_groups:

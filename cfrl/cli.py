@@ -293,6 +293,24 @@ def retrieve(config: config.RetrieveConfig, trust: Trust = False) -> None:
 
 
 @app.command(rich_help_panel=OTHERS)
+@configured(config.PredictConfig)
+def predict(
+    config: config.PredictConfig,
+    formula: Annotated[str, typer.Argument(help="Such as LiMn2O4.")] = "",
+    resume: Resume = None,
+) -> None:
+    """Predict the structure of a formula: draw candidates, relax them, rank them by energy.
+
+    Writes the distinct structures, lowest first, to a new folder under runs/.
+
+    Example: cfrl predict LiMn2O4 -n 100 --known mp_20.h5
+    """
+    from cfrl.commands.predict import predict as run
+
+    run(formula, config, Path(resume) if resume else None, _console())
+
+
+@app.command(rich_help_panel=OTHERS)
 def report(
     run: Annotated[
         str | None,

@@ -344,6 +344,39 @@ class ScreenConfig(ScreeningOptions, ScreenInputs):
 
 
 @dataclass(frozen=True)
+class PredictConfig(Settings):
+    """Predict the structure of a formula."""
+
+    n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
+    model: str | None = option(
+        None,
+        "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
+        choices=("last", RUNS),
+        unset="",
+    )
+    space_group: str | None = option(None, "Only these, e.g. `221,225`; empty: all that can hold it.", unset="")
+    z: str | None = option(
+        None, "Formula units in the conventional cell, e.g. `4` or `1-8`; empty: any number.", unset=""
+    )
+    num_atoms: str | None = option(
+        None, "Atoms in the conventional cell, e.g. `8` or `4-20`; empty: any number.", unset=""
+    )
+    num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
+    known: list[str] = option(
+        [], "Known crystals, to say which of the candidates are known; may be given several times.", choices=DATASETS
+    )
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
+    fmax: Annotated[float, Range(0, 10, open_below=True)] = option(
+        0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
+    )
+    steps: Count = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
+    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
+    seed: Seed = option(0, "Same seed and device: same candidates.")
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
+
+
+@dataclass(frozen=True)
 class PredictorConfig(Settings):
     """Train a property predictor."""
 
@@ -381,6 +414,7 @@ SECTIONS: dict[str, type] = {
     "finetune": FinetuneConfig,
     "retrieve": RetrieveConfig,
     "screen": ScreenConfig,
+    "predict": PredictConfig,
     "predictor": PredictorConfig,
 }
 

@@ -6,10 +6,12 @@ from math import gcd
 
 import pytest
 import torch
+from pymatgen.core import Structure
 
 import cfrl
 from cfrl.commands.finetune import start
-from cfrl.config import FinetuneConfig
+from cfrl.commands.predict import predict
+from cfrl.config import FinetuneConfig, PredictConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.crystals.wyckoff import arrays
@@ -17,8 +19,10 @@ from cfrl.errors import UserError
 from cfrl.model.constraints import MOST_ATOMS, Composition, Demand, Template
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
+from cfrl.model.prediction import _first
 from cfrl.model.sampler import draw, evidence, space_group_shares
 from cfrl.model.wishes import parse_formula, sampler_options
+from cfrl.tables import read_csv
 from tests.test_model import tiny_model
 
 LI, OX, MN = 3, 8, 25
@@ -376,3 +380,43 @@ def test_the_settings_of_a_run_hold_what_was_asked_for(tmp_path):
     tuning = start(FinetuneConfig(formula="SrTiO3", space_group="221"))
     crystals = draw(tuning.model, torch.full((20,), 221), tuning.sampler, torch.Generator().manual_seed(0))
     assert set(crystals.formulas()) == {"SrTiO3"}
+
+
+# ---- structure prediction ------------------------------------------------------------------------------------------
+
+
+def test_likely_crystals_are_picked_as_often_as_they_are_likely():
+    """Of crystals that are all of a formula, picked one at a time: as often as by the exact probabilities."""
+    weights = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
+    first = Counter(int(_first(weights, 1, seed)[0]) for seed in range(4000))
+    for row, weight in enumerate(weights.exp().tolist()):
+        assert abs(first[row] / 4000 - weight) < 4 * (weight * (1 - weight) / 4000) ** 0.5
+    assert sorted(_first(weights, 4, 0).tolist()) == [0, 1, 2, 3]
+
+
+def test_rock_salt_is_predicted(tmp_path, monkeypatch, rock_salt):
+    monkeypatch.chdir(tmp_path)
+    config = PredictConfig(n=16, space_group="1,62,225", known=[rock_salt], workers=1, device="cpu")
+    path = predict("NaCl", config)
+    table = read_csv(path / "prediction.csv")
+    assert table["space_group"][0] == 225
+    assert table["known_as"][0] != ""
+    assert table["e_above_hull"][0] == pytest.approx(0, abs=0.02)
+    assert table["above_lowest"] == sorted(table["above_lowest"])
+    assert sum(table["times"]) <= 16
+    lowest = Structure.from_file(next((path / "cifs").glob("1*-NaCl.cif")))
+    assert lowest.get_space_group_info()[1] == 225
+    assert (path / "energy_volume.png").stat().st_size > 0
+    times = (path / "screen" / "stages").stat().st_mtime_ns
+    assert predict("", config, resume=path) == path  # nothing is drawn or relaxed again
+    assert (path / "screen" / "stages").stat().st_mtime_ns == times
+    assert read_csv(path / "prediction.csv") == table
+
+
+def test_what_cannot_be_predicted_leaves_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="smallest that can has 2 atoms"):
+        predict("NaCl", PredictConfig(n=2, num_atoms="1"))
+    with pytest.raises(UserError, match="name a formula"):
+        predict("", PredictConfig())
+    assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, arrays
 from cfrl.errors import UserError
 
 MOST_ATOMS = 40  # of a formula of which nothing is said: in units of what the positions of a group hold at least
+MOST_VECTORS = 10_000  # of a group's table: beyond, larger cells are left out, unless formula units or atoms are given
 MOST_ENTRIES = 50_000_000  # of the tables
 NAMED, ANONYMOUS = math.exp(-2), math.exp(-1)  # how likely the element of a site is the one that it must be, about
 Bounds = tuple[int, int]  # least and most
@@ -157,7 +158,7 @@ class Composition(Constraint):
         n, fixed = NUM_SPACE_GROUPS + 1, arrays()
         base, volume = np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)
         cap, stride = np.full((n, self.size), -1), np.zeros((n, self.size), dtype=np.int64)
-        unit, reach, value, total = np.ones(n, dtype=np.int64), [np.zeros(1, np.int32)], [np.zeros(1)], 1
+        unit, reach, value, total = np.ones(n, dtype=np.int64), [np.zeros(1, np.int32)], [np.zeros(1, np.float32)], 1
         for group in groups:
             multiplicity = fixed["multiplicity"][group, 1 : fixed["num_letters"][group] + 1]
             unit[group] = math.gcd(*multiplicity.tolist())
@@ -172,17 +173,16 @@ class Composition(Constraint):
             cap[group] = np.array(goals.shape) - 1
             stride[group] = [math.prod(goals.shape[k + 1 :]) for k in range(self.size)]
             reach.append(sites.ravel())
-            value.append(chances.ravel())
+            with np.errstate(divide="ignore"):
+                value.append(np.log(chances.ravel()).astype(np.float32))
             total += sites.size
             if total > MOST_ENTRIES:
-                raise UserError("too many ways to meet the formula: bound the formula units (--z) or the atoms")
+                raise UserError("too many ways to meet what is asked: narrow --z, --num-atoms or the space groups")
         following = np.arange(NUM_LETTERS) + (fixed["dof"] == 0)
         last, per_unit = fixed["num_letters"], fixed["multiplicity"] // unit[:, None]
-        with np.errstate(divide="ignore"):
-            log_value = np.log(np.concatenate(value)).astype(np.float32)
         return {
             "reach": np.concatenate(reach),
-            "log_value": log_value,
+            "log_value": np.concatenate(value),
             "base": base,
             "volume": volume,
             "cap": cap,
@@ -208,16 +208,22 @@ class Composition(Constraint):
             return goals
         low, high = demand.atoms or (1, MOST_ATOMS * unit)
         least, most = demand.units or (1, high)
-        points = set()
+        points: set[tuple[int, ...]] = set()
         for amounts in demand.amounts:
             atoms = sum(amounts)
             fixed, free = amounts[: len(demand.named)], amounts[len(demand.named) :]
             for z in range(max(least, -(-low // atoms)), min(most, high // atoms) + 1):
                 if all(z * amount % unit == 0 for amount in amounts):
                     points |= {tuple(z * a // unit for a in fixed + p) for p in set(itertools.permutations(free))}
-        goals = np.zeros([max(column) + 1 for column in zip(*points, strict=True)] or [1] * self.size, dtype=bool)
-        for point in points:
-            goals[point] = True
+        bounded = demand.units is not None or demand.atoms is not None
+        shape, kept = (1,) * self.size, []
+        for point in sorted(points, key=sum):
+            wider = tuple(max(size, number + 1) for size, number in zip(shape, point, strict=True))
+            if kept and math.prod(wider) > MOST_VECTORS and not bounded:
+                break
+            shape, kept = wider, [*kept, point]
+        goals = np.zeros(shape, dtype=bool)
+        goals[tuple(np.array(kept, dtype=np.int64).reshape(-1, self.size).T)] = True
         return goals
 
     def _table(self, goals: np.ndarray, amount: np.ndarray, dof: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -248,20 +248,30 @@ def space_group_shares(model: CrystalTransformer, wishes: Wishes, options: Sampl
 
 
 def evidence(model: CrystalTransformer, groups: Tensor, options: SamplerOptions) -> Tensor:
-    """(n,) log of the probability that what the model draws in each of these space groups (n,) meets the constraint.
+    """(n,) log of the probability that what the model draws in each of these space groups (n,) meets the constraint."""
+    _, weights = weighted_draws(model, groups.repeat_interleave(PILOTS), options, seeded(model.device, PILOT_SEED))
+    return torch.logsumexp(weights.view(-1, PILOTS), 1) - math.log(PILOTS)
 
-    The mean over few draws under the masks of what these letters and elements are worth without them, relative to what
-    they are worth with them: importance sampling, exact in the limit.
+
+def weighted_draws(
+    model: CrystalTransformer, groups: Tensor, options: SamplerOptions, generator: torch.Generator
+) -> tuple[CrystalBatch, Tensor]:
+    """A crystal of each space group (n,) under the constraint, and the logs of their importance weights, (n,).
+
+    A weight is what the letters and elements are worth to the model without the constraint, over what they are worth
+    with it: weighted so, the crystals are draws of the model's that happen to meet the constraint, and the mean of the
+    weights is the probability that a draw does.
     """
     free = replace(options, elements=None, max_atoms=None, favour=(), constraint=None)
-    generator, values = seeded(model.device, PILOT_SEED), []
-    for part in groups.repeat_interleave(PILOTS).split(DRAW_SIZE):
+    parts, weights = [], []
+    for part in groups.split(DRAW_SIZE):
         crystals = draw(model, part, options, generator)
         with torch.no_grad():
             scores = model.log_prob(crystals, free)
         drawn = crystals.properties
-        values.append(sum(scores[name].double() - drawn[f"log_prob/{name}"] for name in ("wyckoff", "species")).cpu())
-    return torch.logsumexp(torch.cat(values).view(-1, PILOTS), 1) - math.log(PILOTS)
+        weights.append(sum(scores[name].double() - drawn[f"log_prob/{name}"] for name in ("wyckoff", "species")).cpu())
+        parts.append(crystals.to("cpu"))
+    return CrystalBatch.cat(parts), torch.cat(weights)
 
 
 def space_group_prior(

@@ -20,12 +20,15 @@ from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
+from cfrl.rewards.stability import chance
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
 
-LANTHANIDE_SWAP = "lanthanide_swap"
+LANTHANIDE_SWAP, UNSTABLE = "lanthanide_swap", "unstable"
 GUARDS = {
     **FLAGS,
     "overlap": "two atoms nearer than 0.7 sums of covalent radii: potentials and predictors never saw such crystals",
+    UNSTABLE: "likely to end more than 0.1 eV/atom above the hull: what falls apart has no properties (where crystals "
+    "are relaxed before they are scored, by a reward that does not ask for the hull itself)",
     "known": "a formula that is known already: repeating the training data is no discovery",
     LANTHANIDE_SWAP: "a crystal that came before with a neighbouring lanthanide counts as a repeat",
 }
@@ -33,7 +36,7 @@ GUARDS = {
 ABSTAIN = frozenset({"sparse_reference"})
 MET = Term("guard")
 OF_STRUCTURE = ("exploded", "overlap")
-OF_HULL = ("far_below_hull", "sparse_reference")
+OF_HULL = ("far_below_hull", "sparse_reference", UNSTABLE)
 
 
 def heeded(allow: str | None) -> tuple[str, ...]:
@@ -73,7 +76,8 @@ class Guarded(Reward):
         self.refuses = Refusal(set(self.guards) - ({KNOWN} - needs), self.withheld.known)
         self._seen = [name for name in OF_STRUCTURE if name in self.guards]
         if needs & PASSES and context.fits_hull:  # where an energy is at hand anyway
-            self._seen += [name for name in OF_HULL if name in self.guards]
+            minded = {UNSTABLE} if "hull" in needs else set()
+            self._seen += [name for name in OF_HULL if name in self.guards and name not in minded]
         infos = {**infos, MET: self._info()} if self._seen else infos
         super().__init__(expression, infos, context)
         self.needs = needs
@@ -122,6 +126,8 @@ class Guarded(Reward):
         if set(self._seen) & set(OF_HULL):
             result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy)
             found |= hull_flags(result.e_above_hull, result.num_references)
+            hopeless = chance(result.e_above_hull, relaxed.fall) < 0.5
+            found[UNSTABLE] = hopeless & (inputs.context.relax_steps > 0)
         return found
 
 

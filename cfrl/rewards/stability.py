@@ -53,16 +53,26 @@ def sun(crystals: Any, structures: list[Any], inputs: Inputs, *, within: float =
 
     "stable" is the probability alone, "novel" 1 or 0, "e_above_hull" in eV/atom.
     """
-    from scipy.special import ndtr
-
     result = inputs.context.hull.e_above_hull(crystals, inputs.evaluation.energy).credible()
     status = [a or b for a, b in zip(inputs.evaluation.status, result.status, strict=True)]
-    fall = np.nan_to_num(inputs.relaxed.fall)
-    end = result.e_above_hull + result.doubt - LEFT * fall
-    stable = ndtr((within - end) / (sure + ERRS * fall))
+    stable = chance(result.e_above_hull + result.doubt, inputs.relaxed.fall, within, sure)
     novel = ~inputs.context.known.holds(crystals.formulas())
     parts = {"stable": stable, "novel": novel.astype(float), "e_above_hull": result.e_above_hull}
     return Scored(stable * novel, status, parts=parts)
+
+
+def chance(e_above_hull: np.ndarray, fall: np.ndarray, within: float = 0.1, sure: float = 0.03) -> np.ndarray:
+    """Probability (n,) that crystals end within `within` of the hull, relaxed to the end; NaN where it is unknown.
+
+    Args:
+        e_above_hull: (n,) eV/atom, where the relaxation was cut short.
+        fall: (n,) eV/atom by which the energy fell last.
+        sure: standard deviation of the judge's error, eV/atom.
+    """
+    from scipy.special import ndtr
+
+    fall = np.nan_to_num(fall)
+    return ndtr((within - (e_above_hull - LEFT * fall)) / (sure + ERRS * fall))
 
 
 @register_reward("force", unit="eV/A", goal="min", needs=("forces", "stress"), parts=("atoms", "cell"))

@@ -86,8 +86,11 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     reward, explained = torch.cat([rollout.reward, replayed.reward]), math.nan
     told = tuning.critic is not None and tuning.critic.taught
     if told:
-        reward = tuning.scale * tuning.critic(crystals)
-        explained = _explained(tuning.memory.with_penalty(rollout.reward), reward[:n])
+        own, word = tuning.memory.with_penalty(reward), tuning.scale * tuning.critic(crystals)
+        explained = _explained(own[:n], word[:n])
+        # What the policy drew counts by its own score: where the critic errs is where a policy that believes it goes.
+        drawn = torch.cat([torch.ones(n, dtype=torch.bool), replayed.asked & ~replayed.first])
+        reward = torch.where(drawn, own, word)
     earned = tuning.memory.earned(reward, alike + replayed.keys)
     learned = torch.cat([~rollout.abstained, replayed.asked | told])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)

@@ -67,7 +67,12 @@ class TuningOptions(Wishes):
     scale_crystals: Count = option(
         1024, "Crystals of the starting model that are scored before the first step, for their standard deviation."
     )
-    beta: Weight = option(0.2, "Weight of the KL to the starting model, in units of the reward (see standardize).")
+    beta: Weight | None = option(
+        None,
+        "Weight of the KL to the starting model, in units of the reward (see standardize); negative: 0.05 where a "
+        "critic takes part, else 0.2.",
+        unset=-1.0,
+    )
     kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
     target_kl: PositiveWeight | None = option(
         None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0
@@ -151,6 +156,11 @@ class TuningOptions(Wishes):
     def per_step(self) -> int:
         """How many crystals are drawn and scored per step."""
         return self.n or (32 if self.critic == "on" else 128)
+
+    @property
+    def kl_weight(self) -> float:
+        """beta. A property is tuned further than a distance to the hull: its tail is longer than a normal one's."""
+        return self.beta if self.beta is not None else 0.05 if self.critic == "on" else 0.2
 
     @property
     def criticised(self) -> bool:

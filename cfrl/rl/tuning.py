@@ -115,7 +115,7 @@ class Tuning:
         offline: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        if options.algorithm == "vargrad" and not options.beta:
+        if options.algorithm == "vargrad" and not options.kl_weight:
             raise UserError("beta: vargrad regresses to pi_base exp(r / beta); give more than 0, or --algorithm ppo")
         self.options, self.settings = options, dict(settings or options.plain())
         self.base = copy.deepcopy(model).requires_grad_(False)
@@ -135,7 +135,7 @@ class Tuning:
         self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best, balanced)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
-        self.beta, self.step, self.seconds = options.beta, 0, 0.0
+        self.beta, self.step, self.seconds = options.kl_weight, 0, 0.0
         self.hold = Hold(parse_hold(options.hold), options.hold_strength, parse_shares(options.share))
         self.baseline = Baseline(options.baseline_decay, self.hold.num_cells)
         self.scale: float | None = None

@@ -13,7 +13,7 @@ from cfrl.config import FinetuneConfig, read_run_config, reward_definitions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
-from cfrl.model.files import load_model, model_path, save_model
+from cfrl.model.files import Extras, load_model, model_path, save_model
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
@@ -253,9 +253,7 @@ class RunLog:
         self.saved = self.tuning.step
         if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
             header = {**self.header, "step": str(self.tuning.step)}
-            refusal = getattr(self.reward, "withheld", None)
-            implied = self.tuning.implied_reward()
-            critic = self.tuning.critic_tensors()
-            save_model(
-                self.tuning.policy(), self.run.path / "model.safetensors", header, None, refusal, implied, critic
-            )
+            extras = Extras(header, implied=self.tuning.implied_reward(), critic=self.tuning.critic_tensors())
+            if self.reward is not None and self.reward.withheld is not None:
+                extras.refusal = self.reward.withheld
+            save_model(self.tuning.policy(), self.run.path / "model.safetensors", extras)

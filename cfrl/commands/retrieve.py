@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_critic, load_implied, load_model, model_path, read_header
+from cfrl.model.files import Extras, load_extras, load_model, model_path
 from cfrl.model.sampler import parse_elements, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.rl.critic import word_of
@@ -72,7 +72,7 @@ def retrieve(
     from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
-    config, tuning = _complete(config, root, console)
+    config, tuning, extras = _complete(config, root, console)
     if config.reward_crystals and tuning.reward:
         confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
@@ -84,13 +84,14 @@ def retrieve(
     groups = _space_groups(tuning)
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
-    implied, critic = load_implied(config.run), _critic(config.run)
-    config = replace(config, rank=_ranking(config, implied is not None, critic is not None))
+    with fitting(model_path(config.run)):
+        critic = word_of(extras.critic)
+    config = replace(config, rank=_ranking(config, extras.implied is not None, critic is not None))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
     with progress_bar("likelihoods", dataset.size, console) as advance:
         ranking, best = rank(
-            tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied, critic
+            tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, extras.implied, critic
         )
     _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
     result: dict[str, Any] = {
@@ -121,11 +122,6 @@ def retrieve(
     return run
 
 
-def _critic(run: str) -> Callable[[CrystalBatch], np.ndarray] | None:
-    with fitting(model_path(run)):
-        return word_of(load_critic(run))
-
-
 def _ranking(config: RetrieveConfig, implied: bool, critic: bool) -> str:
     """By what to rank: what was asked for, or the best that the model's file tells.
 
@@ -140,8 +136,10 @@ def _ranking(config: RetrieveConfig, implied: bool, critic: bool) -> str:
     return config.rank
 
 
-def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:
-    """The settings with every default filled in, and those of the fine-tuning run."""
+def _complete(
+    config: RetrieveConfig, root: str | Path, console: Console
+) -> tuple[RetrieveConfig, FinetuneConfig, Extras]:
+    """The settings with every default filled in, those of the fine-tuning run, and what its model's file tells."""
     run = config.run
     if not run:
         newest = newest_run("finetune", root, holding="model.safetensors")
@@ -149,20 +147,20 @@ def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tup
             raise UserError(f"there is no fine-tuning run in {root}; tune a model (cfrl finetune) or give --run")
         run = str(newest.path)
         console.print(f"Tuned model: {run} (the newest fine-tuning run)", highlight=False)
-    header = read_header(model_path(run))
-    tuning = _tuning_settings(model_path(run), header)
-    base = config.base or header.get("base_model", tuning.model)
+    extras = load_extras(run)
+    tuning = _tuning_settings(model_path(run), extras.header)
+    base = config.base or extras.header.get("base_model", tuning.model)
     dataset = config.dataset
     if not dataset:
-        dataset = read_header(model_path(base)).get("dataset", "")
+        dataset = load_extras(base).header.get("dataset", "")
         if not dataset or not at_hand(dataset):
             missing = f"{dataset}, which the base model was trained on, is not here" if dataset else "none was named"
             console.print(f"Dataset: {PROTOTYPES} ({missing})", highlight=False)
             dataset = PROTOTYPES
-    return replace(config, run=run, base=base, dataset=dataset), tuning
+    return replace(config, run=run, base=base, dataset=dataset), tuning, extras
 
 
-def _tuning_settings(model: Path, header: dict[str, str]) -> FinetuneConfig:
+def _tuning_settings(model: Path, header: Mapping[str, str]) -> FinetuneConfig:
     """Those of the run folder that a tuned model lies in; of a model alone, what its header says of the sampler."""
     settings = model.parent / "config.toml"
     if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):

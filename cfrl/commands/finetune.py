@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from cfrl.rl import policy
 from cfrl.rl.loop import begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
-from cfrl.rl.sources import FreshCrystals, RecordedCrystals, Scorer
+from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer
 from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
@@ -73,7 +72,7 @@ def finetune(
     tuning = start(config)
     if isinstance(scorer, Reward):
         scorer.load()
-    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer, getattr(scorer, "refuses", None))
+    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
     validation = _validation_crystals(config)
     run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
     log = RunLog(run, tuning, _header(config), scorer if isinstance(scorer, Reward) else None)
@@ -186,14 +185,12 @@ def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
 def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> None:
     """Draw and score fresh crystals of the starting model and of the policy, a file each; and what they are made of.
 
-    The seeds are the same. makeup.csv: columns as `makeup.table` has them.
+    Those of the starting model are the first of its survey (`FreshCrystals.survey`) that are not withheld, the same
+    whatever the run's seed: a `Reward` has scored them before the first step, and remembers. Those of the policy have
+    a seed of their own. makeup.csv: columns as `makeup.compared` has them.
     """
-    if isinstance(source.scorer, Reward):
-        withheld = getattr(source.scorer, "withheld", None)
-        source = FreshCrystals(source.tuning, partial(source.scorer, update=False), withheld)
-    seed = random_seed(config.seed, 0)
-    made = []
-    for name, tuned in (("before.h5", False), ("after.h5", True)):
+    source, made = source.judging(), []
+    for name, seed, tuned in (("before.h5", SCALE_SEED, False), ("after.h5", random_seed(config.seed, 0), True)):
         rollout = source.draw(config.evaluate, seed, tuned)
         write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
         made.append(makeup(rollout.crystals, rollout.status))

@@ -58,10 +58,6 @@ class Guarded(Reward):
 
     Args:
         guards: names of `GUARDS`.
-
-    Attributes:
-        refuses: what this reward needs not be asked about.
-        withheld: what a model tuned by it should not hand out.
     """
 
     def __init__(

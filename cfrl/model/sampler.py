@@ -178,12 +178,18 @@ def sample(
             found += len(batch)
             if progress is not None:
                 progress(found)
-        if found * RAREST < drawn - RAREST and found < n:
-            raise UserError(f"of {drawn:,} draws only {found} were not refused: ask for less ({wanted})")
+        if found < n:
+            require_common(found, drawn, f"ask for less ({wanted})")
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
     return crystals
+
+
+def require_common(found: int, drawn: int, remedy: str) -> None:
+    """Raises UserError where so few of the draws are wanted that there may be none."""
+    if found * RAREST < drawn - RAREST:
+        raise UserError(f"of {drawn:,} draws only {found} were not refused: {remedy}")
 
 
 def _draw_valid(

@@ -21,6 +21,7 @@ from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
+from cfrl.tables import spread_out
 
 LANTHANIDE_SWAP = "lanthanide_swap"
 GUARDS = {
@@ -87,8 +88,8 @@ class Guarded(Reward):
                 result.status[place] = result.status[place] or name
         for row, reason in zip(go, result.status, strict=True):
             status[row] = reason
-        terms = {name: _among(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
-        total = np.where([not reason for reason in status], _among(result.total, go, len(status)), np.nan)
+        terms = {name: spread_out(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
+        total = np.where([not reason for reason in status], spread_out(result.total, go, len(status)), np.nan)
         abstained = np.array([reason in ABSTAIN for reason in status], dtype=bool)
         return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
 
@@ -123,10 +124,3 @@ class Guarded(Reward):
 
 def _own(name: str) -> bool:
     return name == MET.name or name.startswith(f"{MET}/")
-
-
-def _among(values: np.ndarray, rows: list[int], n: int) -> np.ndarray:
-    """Values of some rows among n, NaN elsewhere."""
-    out = np.full(n, np.nan)
-    out[rows] = values
-    return out

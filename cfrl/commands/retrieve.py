@@ -31,7 +31,7 @@ from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.runs.progress import progress_bar
 from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
-from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, rank
+from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, property_column, rank
 from cfrl.tables import Columns, as_text, read_csv, write_csv
 from cfrl.untrusted import fitting
 
@@ -78,6 +78,7 @@ def retrieve(
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = Dataset(config.dataset, config.split)
+    label_name = property_column(label_name)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
     elements = parse_elements(tuning.elements)
     options = SamplerOptions(tuning.temperature, tuning.top_p, elements, tuning.max_atoms)
@@ -290,7 +291,7 @@ def _write_ranking(folder: Path, ranking: Columns, best: CrystalBatch, by: str) 
             file.create_dataset(name.replace("/", "."), data=values, compression="gzip", shuffle=not text, **text)
     first = np.argsort(np.where(ranking["rank"] > 0, ranking["rank"], len(ranking["rank"]) + 1))[: len(best)]
     columns = {name: ranking[name][first] for name in ranking if name not in ("id", *COUNTS)}
-    write_crystals(folder / "retrieved.h5", best, columns=columns)
+    write_crystals(folder / "retrieved.h5", replace(best, properties={}), columns=columns)
     table = {
         "rank": columns.pop("rank"),
         "id": ranking["id"][first],

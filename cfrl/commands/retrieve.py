@@ -44,7 +44,6 @@ RANKED = {
     "joint": "likelihood ratio with its space group",
 }
 OWN = ("critic", "reward", "crystal")  # the rankings that are always told beside the one that was asked for
-DOUBTFUL = ("The ranking is", "The ranking runs against", "The first of the ranking")  # how such verdicts begin
 COUNTS = ("space_group", "sites", "atoms")
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
 MAX_JUDGED = 50_000  # labelled crystals; a larger dataset is judged on a random part of it
@@ -78,8 +77,8 @@ def retrieve(
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = Dataset(config.dataset, config.split)
-    label_name = property_column(label_name)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
+    label_name = property_column(label_name)
     elements = parse_elements(tuning.elements)
     options = SamplerOptions(tuning.temperature, tuning.top_p, elements, tuning.max_atoms)
     groups = _space_groups(tuning)
@@ -344,9 +343,9 @@ def show(run: RunFolder, console: Console) -> None:
     from cfrl.reports.retrieve import verdict
 
     result = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
-    told = verdict(result)
+    told, right = verdict(result)
     console.print(told, style="bold", highlight=False)
-    if told.startswith(DOUBTFUL):
+    if right is False:
         console.print(f"Remedy: more steps with the same reward (cfrl finetune --resume {result['tuned']} --steps N).")
     first = read_csv(run.path / "retrieved.csv")
     shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]

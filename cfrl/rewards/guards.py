@@ -15,11 +15,11 @@ import numpy as np
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import contacts
 from cfrl.crystals.refusal import KNOWN, Refusal
-from cfrl.errors import UserError, nearest
 from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
+from cfrl.settings import parse_names
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
 from cfrl.tables import spread_out
 
@@ -43,10 +43,7 @@ def heeded(allow: str | None) -> tuple[str, ...]:
     Raises:
         UserError: a name that is none.
     """
-    lifted = {name.strip() for name in (allow or "").split(",") if name.strip()}
-    for name in lifted - {"all"}:
-        if name not in GUARDS:
-            raise UserError(f"allow {name}: no such guard{nearest(name, GUARDS)}; there are: {', '.join(GUARDS)}, all")
+    lifted = parse_names(allow, (*GUARDS, "all"), "allow", "guard")
     return () if "all" in lifted else tuple(name for name in GUARDS if name not in lifted)
 
 

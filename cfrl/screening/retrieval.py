@@ -25,7 +25,7 @@ from cfrl.errors import UserError
 from cfrl.model.distributions import IMPOSSIBLE, SamplerOptions
 from cfrl.model.implied import ImpliedReward
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.tables import Columns, join
+from cfrl.tables import Columns, join, spread_out
 
 RANKINGS = {
     "critic": "critic",
@@ -85,8 +85,7 @@ def log_ratios(
         "log_prob_base": old.sum(1),
         **{f"log_ratio/{name}": (new - old)[:, k] for k, name in enumerate(FACTORS)},
     }
-    blank = torch.full((len(crystals),), torch.nan, dtype=torch.float64)
-    return {name: blank.masked_scatter(fits, values).numpy() for name, values in scored.items()}
+    return {name: spread_out(values.numpy(), fits.numpy(), len(crystals)) for name, values in scored.items()}
 
 
 def _by_factor(model: CrystalTransformer, crystals: CrystalBatch, options: SamplerOptions) -> torch.Tensor:

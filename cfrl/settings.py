@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import reprlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType
@@ -193,3 +193,20 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     return repr(value)
+
+
+def parse_names(text: str | None, known: Collection[str], setting: str, kind: str) -> tuple[str, ...]:
+    """Names of a list such as "element,known", in their order.
+
+    Args:
+        known: the names that there are.
+        setting, kind: of what this is the value, and what the names stand for: "hold size: no such kind".
+
+    Raises:
+        UserError: a name that is none of them.
+    """
+    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise UserError(f"{setting} {name}: no such {kind}{nearest(name, known)}; there are: {', '.join(known)}")
+    return names

@@ -47,6 +47,13 @@ def join(parts: Sequence[Columns]) -> Columns:
     return {k: np.concatenate([p.get(k, nan) for p, nan in zip(parts, blanks, strict=True)]) for k in names}
 
 
+def spread_out(values: np.ndarray, rows: np.ndarray | Sequence[int], n: int) -> np.ndarray:
+    """(n,) float64: the values at these rows, numbers or (n,) bool; NaN elsewhere."""
+    column = np.full(n, np.nan)
+    column[rows] = values
+    return column
+
+
 def distinct(names: Iterable[str], mark: str = "#") -> list[str]:
     """Names told apart: a, b, a -> a, b, a#2."""
     used, again = dict[str, None](), Counter[str]()

@@ -8,7 +8,7 @@ import torch
 
 import cfrl
 from cfrl.crystals.compositions import fractions
-from cfrl.model.files import load_critic, save_model
+from cfrl.model.files import Extras, load_extras, save_model
 from cfrl.model.options import ModelConfig
 from cfrl.model.sampler import sample
 from cfrl.model.transformer import CrystalTransformer
@@ -117,13 +117,13 @@ def test_a_policy_learns_more_from_noisy_scores_through_it():
 
 def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
     critic, model, path = taught(1), cfrl.load_model(), tmp_path / "m.safetensors"
-    assert word_of(load_critic(None)) is None
-    save_model(model, path, critic=critic.tensors(scale=3.0))
-    said = word_of(load_critic(path))(many()[1000:])
+    assert word_of(load_extras(None).critic) is None
+    save_model(model, path, Extras(critic=critic.tensors(scale=3.0)))
+    said = word_of(load_extras(path).critic)(many()[1000:])
     torch.testing.assert_close(torch.from_numpy(said), 3 * critic(many()[1000:]))
     for name, weight in cfrl.load_model(str(path)).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
-    tensors = load_critic(path)
+    tensors = load_extras(path).critic
     for fault in ({"critic.centre": torch.zeros(3)}, {"critic.weights.0": torch.zeros(4, 3, 3)},
                   {"critic.spread": tensors["critic.spread"] * torch.nan}):  # fmt: skip
         with pytest.raises((ValueError, RuntimeError)):

@@ -29,12 +29,15 @@ from cfrl.model.files import load_model
 from cfrl.model.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.reports import monitor
+from cfrl.rewards import RewardContext, build_reward, register_reward, registry
+from cfrl.rewards.scoring import crystal_keys
 from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
 from cfrl.rl import rollouts
-from cfrl.rl.loop import robust_std
+from cfrl.rl.loop import begin, robust_std
 from cfrl.rl.policy import Baseline
 from cfrl.rl.rollouts import INVALID, Kept, Memory, Rollout, collect
+from cfrl.rl.sources import FreshCrystals
 from cfrl.rl.tuning import SpaceGroupPrior, Tuning
 from cfrl.runs.folder import RunFolder
 from tests.tiny import SIZES, trained_model, unchecked
@@ -755,6 +758,39 @@ def test_validation_loss_evaluation_and_plots(tiny_model, tmp_path, capsys):
     assert "20 fresh crystals" in shown
     assert "Best crystals" in shown
     assert "model.safetensors" in shown
+
+
+def test_no_crystal_of_before_is_scored_anew_after_a_survey(tiny_model, tmp_path, monkeypatch):
+    """The tuning learns from known crystals too, which a tuned model withholds: both see the same draws."""
+    asked = []
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
+    @register_reward("counted")
+    def counted(crystals, structures):
+        asked.extend(crystal_keys(crystals))
+        return crystals.densities().double().numpy()
+
+    settings = QUICK | dict(scale_crystals=96, draw_size=16, evaluate=24, seed=3)
+    config = FinetuneConfig(model=tiny_model, reward="counted", **settings)
+    tuning = start(config)
+    known = FreshCrystals(tuning, first_is_oxygen).survey().crystals[::3]
+    reward = build_reward("counted", context=RewardContext(known=known), guards=("element", "known"))
+    source = FreshCrystals(tuning, reward)
+    begin(tuning, source)
+    surveyed = set(asked)
+    assert "known" in reward.withheld.reasons(source.survey().crystals.formulas())
+    assert len(asked) == len(surveyed), "each crystal once"
+    command.evaluate(source, config, tmp_path)
+    before, after = (read_crystals(tmp_path / name) for name in ("before.h5", "after.h5"))
+    assert len(before) == len(after) == 24
+    assert not set(before.formulas()) & set(known.formulas())
+    keys, new = (
+        {key for key, valid in zip(crystal_keys(crystals), crystals.properties["valid"].tolist(), strict=True) if valid}
+        for crystals in (before, after)
+    )
+    assert len(keys) > 10
+    assert keys <= surveyed
+    assert set(asked[len(surveyed) :]) == new - surveyed != set(), "those of the policy, and no others"
 
 
 def test_time_by_stage_is_shown(tiny_model, tmp_path, capsys):

@@ -12,7 +12,7 @@ import cfrl
 from cfrl.crystals.compositions import fractions
 from cfrl.crystals.kinds import cells, kinds, num_cells
 from cfrl.errors import UserError
-from cfrl.model.files import load_implied, load_model, read_header, save_model
+from cfrl.model.files import Extras, load_extras, load_model, save_model
 from cfrl.model.implied import ImpliedReward
 from cfrl.model.sampler import sample
 from cfrl.rl.loop import begin, step
@@ -40,15 +40,15 @@ def test_it_is_the_ratio_and_the_log_z_of_the_group_and_the_kind():
 
 def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
     path, implied, model = tmp_path / "m.safetensors", some_implied(), load_model()
-    save_model(model, path, implied=implied)
-    again = load_implied(path)
+    save_model(model, path, Extras(implied=implied))
+    again = load_extras(path).implied
     assert (again.names, again.unit) == (implied.names, implied.unit)
     torch.testing.assert_close(again.space_group, implied.space_group, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(again.kind, implied.kind, rtol=1e-6, atol=1e-6)
     for name, weight in load_model(path).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
-    assert load_implied(None) is None
-    tensors, header = load_file(path), read_header(path)
+    assert load_extras(None).implied is None
+    tensors, header = load_file(path), load_extras(path).header
     faults = (
         ({}, {"log_z_kind": tensors["log_z_kind"][:5]}),
         ({}, {"log_z_kind": tensors["log_z_kind"] * torch.nan}),
@@ -58,7 +58,7 @@ def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
     for more_header, more_tensors in faults:
         save_file(tensors | more_tensors, tmp_path / "bad.safetensors", metadata=header | more_header)
         with pytest.raises(UserError, match=r"bad\.safetensors"):
-            load_implied(tmp_path / "bad.safetensors")
+            load_extras(tmp_path / "bad.safetensors")
 
 
 def test_tuning_makes_it_the_reward_also_where_a_kind_is_held():

@@ -17,7 +17,7 @@ from cfrl.crystals.symmetry import multiplicity
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_model, load_refusal, read_header, save_model
+from cfrl.model.files import Extras, load_extras, load_model, save_model
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
@@ -286,7 +286,7 @@ def test_too_many_sites_are_refused(crystals):
 def test_save_and_load(tmp_path, crystals, descriptors):
     model = tiny_model(descriptors=descriptors).float()
     model.space_group_log_prob[225] = -0.5
-    save_model(model, tmp_path / "model.safetensors", {"dataset": "prototypes"})
+    save_model(model, tmp_path / "model.safetensors", Extras({"dataset": "prototypes"}))
     for name in (tmp_path, tmp_path / "model.safetensors"):
         back = load_model(name)
         assert back.config == model.config
@@ -309,10 +309,11 @@ def test_packed_models_are_half_as_large_and_name_no_folder(tmp_path):
     model = CrystalTransformer(PRESETS["small"])
     header = {"preset": "small", "base_model": "/home/anna/base", "dataset": "/home/anna/mp.h5", "reward": "contact"}
     known = KnownFormulas.of(["BaTiO3"])
-    save_model(model, tmp_path / "whole.safetensors", header, refusal=Refusal(["known"], known))
+    save_model(model, tmp_path / "whole.safetensors", Extras(header, Refusal(["known"], known)))
     pack_model(tmp_path / "whole.safetensors", tmp_path / "packed.safetensors")
-    assert load_refusal(tmp_path / "packed.safetensors").reasons(["BaTiO3", "NaCl"]) == ["known", ""]
-    packed = read_header(tmp_path / "packed.safetensors")
+    extras = load_extras(tmp_path / "packed.safetensors")
+    assert extras.refusal.reasons(["BaTiO3", "NaCl"]) == ["known", ""]
+    packed = extras.header
     assert not any("/home" in value for value in packed.values())
     assert (packed["preset"], packed["dataset"], packed["reward"]) == ("small", "mp.h5", "contact")
     assert (tmp_path / "packed.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size

@@ -469,27 +469,34 @@ def test_a_ranking_is_told_from_chance():
     rng = np.random.default_rng(0)
     good = rng.permutation(np.arange(1000) < 50)
 
-    def said(scores: np.ndarray) -> str:
+    def told(scores: np.ndarray) -> tuple[str, bool]:
         verdicts = [asdict(judge("likelihood ratio", scores, good))]
         result = {"verdicts": verdicts, "property": "-e_above_hull", "correlation": {"crystals": 0}}
         return retrieve_report.verdict(json.loads(json.dumps(result)))
 
-    noise = [said(rng.normal(size=1000)) for _ in range(200)]
-    assert sum(text.startswith("The ranking is no better than chance") for text in noise) >= 180
-    found = said(good + 0.1 * rng.normal(size=1000))
+    noise = [told(rng.normal(size=1000)) for _ in range(200)]
+    assert sum(text.startswith("The ranking is no better than chance") for text, _ in noise) >= 180
+    assert sum(right for _, right in noise) <= 20
+    found, right = told(good + 0.1 * rng.normal(size=1000))
+    assert right
     assert found.startswith(
         "The ranking finds what was asked for: 50 of its first 100 are among the 50 (5%) with the lowest"
     )
     assert "where chance gives 5 (p < 0.001), 10 times chance" in found
-    assert said(rng.normal(size=1000) - 2 * good).startswith("The ranking is worse than chance")
+    worse, right = told(rng.normal(size=1000) - 2 * good)
+    assert worse.startswith("The ranking is worse than chance")
+    assert right is False
 
 
 def test_a_ranking_without_labels_is_held_against_the_reward():
     for rho, said in ((0.3, "follows"), (-0.3, "runs against"), (0.05, "is no better than chance")):
-        text = retrieve_report.verdict({"correlation": {"all": rho, "crystals": 200}, "property": ""})
+        text, right = retrieve_report.verdict({"correlation": {"all": rho, "crystals": 200}, "property": ""})
         assert said in text
+        assert right is (rho == 0.3)
     nothing = {"correlation": {"all": None, "within": None, "crystals": 0}, "property": ""}
-    assert "cannot be said" in retrieve_report.verdict(nothing)
+    text, right = retrieve_report.verdict(nothing)
+    assert "cannot be said" in text
+    assert right is None
 
 
 def test_a_screening_says_how_many_of_how_many():

@@ -396,6 +396,32 @@ def test_labels_change_the_verdict_and_nothing_else(run, tmp_path, prototypes):
     assert names | {"composition neighbours' labels", "reward model (the same part)"} <= set(verdicts[0])
 
 
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_property_is_not_mistaken_for_a_ranking_of_its_name(run, tmp_path, prototypes, critical):
+    """What an earlier retrieval has written is such a dataset; a model without a critic is not judged by its column."""
+    folder = tuned_with(run, tmp_path)
+    if not critical:
+        save_model(load_model(folder), folder / "model.safetensors")
+    values = np.random.default_rng(0).normal(size=len(prototypes))
+    write_crystals(
+        tmp_path / "d.h5", prototypes, columns={"critic": values, "dataset_critic": -values, "sites": values}
+    )
+    config = RetrieveConfig(run=str(folder), dataset=str(tmp_path / "d.h5"), samples=0, reward_crystals=0, device="cpu")
+    made = retrieve(replace(config, property="critic"), root=tmp_path / "runs")
+    with h5py.File(made.path / "ranking.h5") as file:
+        assert file["dataset_critic"][:] == pytest.approx(values)
+        assert file["dataset_dataset_critic"][:] == pytest.approx(-values)
+        assert file["dataset_sites"][:] == pytest.approx(values)
+        assert (file["sites"][:] == prototypes.num_sites.numpy()).all()
+        assert ("critic" in file) == critical
+    result = json.loads((made.path / "retrieval.json").read_text())
+    names = {verdict["name"] for verdict in result["verdicts"]}
+    assert names >= {"likelihood ratio", "random"}
+    assert ("critic of the tuning" in names) == critical
+    assert result["property"] == "dataset_critic"
+    assert ("critic" in read_crystals(made.path / "retrieved.h5").properties) == critical
+
+
 def test_a_true_label_is_found_by_the_reward_itself(run, tmp_path, prototypes):
     """The label is the density, and so is the reward: ranking by it must be perfect, and low is good with a minus."""
     write_crystals(tmp_path / "true.h5", prototypes, columns={"rho": prototypes.densities().double().numpy()})

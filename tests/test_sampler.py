@@ -24,7 +24,7 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
-from cfrl.model.files import load_model, load_refusal, save_model
+from cfrl.model.files import Extras, load_extras, load_model, save_model
 from cfrl.model.sampler import draw, sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import FACTORS, TINY, tiny_model
@@ -417,20 +417,20 @@ def test_a_refusal_names_what_a_formula_meets_and_counts():
 
 def test_a_model_file_tells_what_its_crystals_should_not_be(tmp_path):
     model, path = tiny_model(), tmp_path / "tuned.safetensors"
-    save_model(model, path, refusal=Refusal(["element", "known"], KnownFormulas.of(["BaTiO3", "NaCl"])))
-    refusal = load_refusal(path)
+    save_model(model, path, Extras(refusal=Refusal(["element", "known"], KnownFormulas.of(["BaTiO3", "NaCl"]))))
+    refusal = load_extras(path).refusal
     assert refusal.names == ("known", "element")
     assert refusal.reasons(["BaTiO3", "Cu", "CaTiO3", "KrF"]) == ["known", "element", "", ""]
     for name, weight in load_model(path).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
-    assert load_refusal().names == ()  # the embedded model draws whatever it learned
+    assert load_extras().refusal.names == ()  # the embedded model draws whatever it learned
 
 
 def test_sample_refuses_what_the_tuning_did_unless_told_otherwise(tmp_path):
     from rich.console import Console
 
     path = tmp_path / "tuned.safetensors"
-    save_model(load_model(), path, refusal=Refusal(["element", "known"]))
+    save_model(load_model(), path, Extras(refusal=Refusal(["element", "known"])))
     known = KnownFormulas.embedded()
 
     def shares(**settings: str) -> tuple[float, float]:

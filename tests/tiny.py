@@ -9,7 +9,7 @@ import torch
 from cfrl.commands.finetune import finetune
 from cfrl.config import FinetuneConfig, Settings
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import save_model
+from cfrl.model.files import Extras, save_model
 from cfrl.model.options import ModelConfig
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
@@ -39,7 +39,7 @@ def unchecked(config: Config, **values: float) -> Config:
 def base_model(path: Path) -> Path:
     """Untrained weights, the same each time, that say they were trained on the prototypes."""
     torch.manual_seed(0)
-    save_model(CrystalTransformer(SIZES), path, {"dataset": "prototypes"})
+    save_model(CrystalTransformer(SIZES), path, Extras({"dataset": "prototypes"}))
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from cfrl.config import FinetuneConfig, read_run_config, reward_definitions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
-from cfrl.model.files import load_model, model_path, save_model
+from cfrl.model.files import Extras, load_model, model_path, save_model
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
@@ -23,7 +22,7 @@ from cfrl.rl import policy
 from cfrl.rl.loop import begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.rollouts import random_seed
-from cfrl.rl.sources import FreshCrystals, RecordedCrystals, Scorer
+from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer
 from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
@@ -73,7 +72,7 @@ def finetune(
     tuning = start(config)
     if isinstance(scorer, Reward):
         scorer.load()
-    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer, getattr(scorer, "refuses", None))
+    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
     validation = _validation_crystals(config)
     run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
     log = RunLog(run, tuning, _header(config), scorer if isinstance(scorer, Reward) else None)
@@ -186,14 +185,12 @@ def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
 def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> None:
     """Draw and score fresh crystals of the starting model and of the policy, a file each; and what they are made of.
 
-    The seeds are the same. makeup.csv: columns as `makeup.table` has them.
+    Those of the starting model are the first of its survey (`FreshCrystals.survey`) that are not withheld, the same
+    whatever the run's seed: a `Reward` has scored them before the first step, and remembers. Those of the policy have
+    a seed of their own. makeup.csv: columns as `makeup.compared` has them.
     """
-    if isinstance(source.scorer, Reward):
-        withheld = getattr(source.scorer, "withheld", None)
-        source = FreshCrystals(source.tuning, partial(source.scorer, update=False), withheld)
-    seed = random_seed(config.seed, 0)
-    made = []
-    for name, tuned in (("before.h5", False), ("after.h5", True)):
+    source, made = source.judging(), []
+    for name, seed, tuned in (("before.h5", SCALE_SEED, False), ("after.h5", random_seed(config.seed, 0), True)):
         rollout = source.draw(config.evaluate, seed, tuned)
         write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
         made.append(makeup(rollout.crystals, rollout.status))
@@ -253,9 +250,7 @@ class RunLog:
         self.saved = self.tuning.step
         if self.tuning.step:  # a run that failed at once leaves no model that later commands would take for tuned
             header = {**self.header, "step": str(self.tuning.step)}
-            refusal = getattr(self.reward, "withheld", None)
-            implied = self.tuning.implied_reward()
-            critic = self.tuning.critic_tensors()
-            save_model(
-                self.tuning.policy(), self.run.path / "model.safetensors", header, None, refusal, implied, critic
-            )
+            extras = Extras(header, implied=self.tuning.implied_reward(), critic=self.tuning.critic_tensors())
+            if self.reward is not None and self.reward.withheld is not None:
+                extras.refusal = self.reward.withheld
+            save_model(self.tuning.policy(), self.run.path / "model.safetensors", extras)

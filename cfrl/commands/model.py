@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from rich.console import Console
 from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_critic, load_implied, load_model, load_refusal, model_path, read_header, save_model
+from cfrl.model.files import Extras, load_extras, load_model, model_path, save_model
 from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
 
@@ -19,8 +19,7 @@ from cfrl.model.published import import_published, read_checkpoint
 def describe_model(model: str | Path | None) -> str:
     """Sizes, training data and figures of a model file, for people. Raises UserError where there is none."""
     path = model_path(model)
-    header = read_header(path)
-    network = load_model(path)
+    header, network = load_extras(path).header, load_model(path)
     lines = [f"{path}: {sum(p.numel() for p in network.parameters()):,} parameters"]
     lines += [f"  {name} = {value}" for name, value in asdict(network.config).items()]
     shares = network.space_group_log_prob.exp()
@@ -38,23 +37,15 @@ def pack_model(model: str | Path, output: str | Path, dataset: str | None = None
         dataset: what it was trained on, for the header; None: keep the name of the file.
     """
     check_writable(output, (".safetensors",))
-    header = read_header(model_path(model))
+    extras = load_extras(model)
+    header = extras.header
     told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
     info = {name: header[name] for name in told if name in header}
     info["dataset"] = dataset or Path(header.get("dataset", "")).name
     network, most = load_model(model), torch.finfo(torch.float16).max
     if any((parameter.abs() > most).any() for parameter in network.parameters()):
         raise UserError(f"{model}: holds weights above {most:,.0f}, the most that float16 can; share the file as it is")
-    refusal = load_refusal(model)
-    save_model(
-        network,
-        output,
-        info,
-        dtype=torch.float16,
-        refusal=refusal if refusal.names else None,
-        implied=load_implied(model),
-        critic=load_critic(model),
-    )
+    save_model(network, output, replace(extras, header=info), dtype=torch.float16)
 
 
 def run_import(
@@ -78,7 +69,7 @@ def run_import(
         raise UserError(f"{checkpoint}: {error}") from error
     if dataset:
         model.space_group_log_prob.copy_(space_group_shares(load_dataset(dataset).space_group))
-    save_model(model, output, {"source": Path(checkpoint).name, "dataset": dataset or ""})
+    save_model(model, output, Extras({"source": Path(checkpoint).name, "dataset": dataset or ""}))
     config = model.config
     console.print(
         f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.num_layers} layers of "

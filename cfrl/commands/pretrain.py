@@ -14,7 +14,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import load_model, save_model
+from cfrl.model.files import Extras, load_model, save_model
 from cfrl.model.options import PRESETS
 from cfrl.model.training import Trainer, Watcher
 from cfrl.model.transformer import FACTORS
@@ -122,7 +122,7 @@ class Recorder(Watcher):
             "metrics": json.dumps({name: round(value, 5) for name, value in metrics.items()}),
             "provenance": json.dumps(provenance()),
         }
-        save_model(trainer.averaged_model(), self.run.path / "model.safetensors", info)
+        save_model(trainer.averaged_model(), self.run.path / "model.safetensors", Extras(info))
 
 
 def _epoch_line(metrics: dict[str, float], best: bool) -> str:

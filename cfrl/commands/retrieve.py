@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import load_critic, load_implied, load_model, model_path, read_header
+from cfrl.model.files import Extras, load_extras, load_model, model_path
 from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.model.wishes import parse_elements
@@ -32,7 +32,7 @@ from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.runs.progress import progress_bar
 from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
-from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, rank
+from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, property_column, rank
 from cfrl.tables import Columns, as_text, read_csv, write_csv
 from cfrl.untrusted import fitting
 
@@ -45,7 +45,6 @@ RANKED = {
     "joint": "likelihood ratio with its space group",
 }
 OWN = ("critic", "reward", "crystal")  # the rankings that are always told beside the one that was asked for
-DOUBTFUL = ("The ranking is", "The ranking runs against", "The first of the ranking")  # how such verdicts begin
 COUNTS = ("space_group", "sites", "atoms")
 MIN_JUDGED = 40  # labelled crystals; with fewer, the best share is less than two
 MAX_JUDGED = 50_000  # labelled crystals; a larger dataset is judged on a random part of it
@@ -73,25 +72,27 @@ def retrieve(
     from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
-    config, tuning = _complete(config, root, console)
+    config, tuning, extras = _complete(config, root, console)
     if config.reward_crystals and tuning.reward:
         confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
     dataset = Dataset(config.dataset, config.split)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
+    label_name = property_column(label_name)
     elements = parse_elements(tuning.elements)
     options = SamplerOptions(tuning.temperature, tuning.top_p, elements, tuning.max_atoms)
     groups = _space_groups(tuning)
     shares = tuple(space_group_prior(m, g, options.max_atoms) for m, g in zip((tuned, base), groups, strict=True))
 
-    implied, critic = load_implied(config.run), _critic(config.run)
-    config = replace(config, rank=_ranking(config, implied is not None, critic is not None))
+    with fitting(model_path(config.run)):
+        critic = word_of(extras.critic)
+    config = replace(config, rank=_ranking(config, extras.implied is not None, critic is not None))
 
     run = RunFolder.create("retrieve", Path(config.dataset).stem, config, root)
     with progress_bar("likelihoods", dataset.size, console) as advance:
         ranking, best = rank(
-            tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, implied, critic
+            tuned, base, dataset.batches(advance), config.top, config.rank, options, shares, extras.implied, critic
         )
     _write_ranking(run.path, ranking, best, RANKINGS[config.rank])
     result: dict[str, Any] = {
@@ -122,11 +123,6 @@ def retrieve(
     return run
 
 
-def _critic(run: str) -> Callable[[CrystalBatch], np.ndarray] | None:
-    with fitting(model_path(run)):
-        return word_of(load_critic(run))
-
-
 def _ranking(config: RetrieveConfig, implied: bool, critic: bool) -> str:
     """By what to rank: what was asked for, or the best that the model's file tells.
 
@@ -141,8 +137,10 @@ def _ranking(config: RetrieveConfig, implied: bool, critic: bool) -> str:
     return config.rank
 
 
-def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tuple[RetrieveConfig, FinetuneConfig]:
-    """The settings with every default filled in, and those of the fine-tuning run."""
+def _complete(
+    config: RetrieveConfig, root: str | Path, console: Console
+) -> tuple[RetrieveConfig, FinetuneConfig, Extras]:
+    """The settings with every default filled in, those of the fine-tuning run, and what its model's file tells."""
     run = config.run
     if not run:
         newest = newest_run("finetune", root, holding="model.safetensors")
@@ -150,20 +148,20 @@ def _complete(config: RetrieveConfig, root: str | Path, console: Console) -> tup
             raise UserError(f"there is no fine-tuning run in {root}; tune a model (cfrl finetune) or give --run")
         run = str(newest.path)
         console.print(f"Tuned model: {run} (the newest fine-tuning run)", highlight=False)
-    header = read_header(model_path(run))
-    tuning = _tuning_settings(model_path(run), header)
-    base = config.base or header.get("base_model", tuning.model)
+    extras = load_extras(run)
+    tuning = _tuning_settings(model_path(run), extras.header)
+    base = config.base or extras.header.get("base_model", tuning.model)
     dataset = config.dataset
     if not dataset:
-        dataset = read_header(model_path(base)).get("dataset", "")
+        dataset = load_extras(base).header.get("dataset", "")
         if not dataset or not at_hand(dataset):
             missing = f"{dataset}, which the base model was trained on, is not here" if dataset else "none was named"
             console.print(f"Dataset: {PROTOTYPES} ({missing})", highlight=False)
             dataset = PROTOTYPES
-    return replace(config, run=run, base=base, dataset=dataset), tuning
+    return replace(config, run=run, base=base, dataset=dataset), tuning, extras
 
 
-def _tuning_settings(model: Path, header: dict[str, str]) -> FinetuneConfig:
+def _tuning_settings(model: Path, header: Mapping[str, str]) -> FinetuneConfig:
     """Those of the run folder that a tuned model lies in; of a model alone, what its header says of the sampler."""
     settings = model.parent / "config.toml"
     if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
@@ -293,7 +291,7 @@ def _write_ranking(folder: Path, ranking: Columns, best: CrystalBatch, by: str) 
             file.create_dataset(name.replace("/", "."), data=values, compression="gzip", shuffle=not text, **text)
     first = np.argsort(np.where(ranking["rank"] > 0, ranking["rank"], len(ranking["rank"]) + 1))[: len(best)]
     columns = {name: ranking[name][first] for name in ranking if name not in ("id", *COUNTS)}
-    write_crystals(folder / "retrieved.h5", best, columns=columns)
+    write_crystals(folder / "retrieved.h5", replace(best, properties={}), columns=columns)
     table = {
         "rank": columns.pop("rank"),
         "id": ranking["id"][first],
@@ -346,9 +344,9 @@ def show(run: RunFolder, console: Console) -> None:
     from cfrl.reports.retrieve import verdict
 
     result = json.loads((run.path / RESULT).read_text(encoding="utf-8"))
-    told = verdict(result)
+    told, right = verdict(result)
     console.print(told, style="bold", highlight=False)
-    if told.startswith(DOUBTFUL):
+    if right is False:
         console.print(f"Remedy: more steps with the same reward (cfrl finetune --resume {result['tuned']} --steps N).")
     first = read_csv(run.path / "retrieved.csv")
     shown = ["rank", "id", "formula", *COUNTS, result["ranked_by"]]

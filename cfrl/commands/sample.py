@@ -13,7 +13,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import KNOWN, Refusal, parse_refused
 from cfrl.io.export import check_output, export_crystals
-from cfrl.model.files import load_model, load_refusal, model_path
+from cfrl.model.files import load_extras, load_model, model_path
 from cfrl.model.options import Wishes
 from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.wishes import sampler_options
@@ -66,7 +66,7 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
 
 def _refusal(config: SampleConfig) -> Refusal:
     """What is drawn anew: as asked, or as the model was tuned to leave out. Raises UserError."""
-    tuned = load_refusal(config.model)
+    tuned = load_extras(config.model).refusal
     auto = () if config.formula or config.like else tuned.names  # what is asked for by name is wanted, known or not
     names = auto if config.refuse == "auto" else parse_refused(config.refuse)
     if config.known is None or KNOWN not in names:

@@ -18,7 +18,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.oxidation import charge_balance
-from cfrl.errors import UserError, nearest
+from cfrl.settings import parse_names
 
 KNOWN = "known"
 NOBLE_GASES = frozenset((2, 10, 18, 36, 54, 86, 118))
@@ -73,11 +73,7 @@ def parse_refused(text: str) -> tuple[str, ...]:
     """Names of a list such as "known,not_neutral", or "all" or "none". Raises UserError."""
     if text in ("all", "none", ""):
         return REFUSED if text == "all" else ()
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in REFUSED:
-            raise UserError(f"refuse {name}: no such guard{nearest(name, REFUSED)}; there are: {', '.join(REFUSED)}")
-    return names
+    return parse_names(text, REFUSED, "refuse", "guard")
 
 
 def composition_flags(formulas: Sequence[str]) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,61 +17,63 @@ from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import Refusal
 from cfrl.errors import UserError
 from cfrl.files import atomic_file
-from cfrl.model.implied import GROUPS, KINDS, ImpliedReward
+from cfrl.model.implied import GROUPS, IMPLIED, KINDS, ImpliedReward
 from cfrl.model.options import ModelConfig
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
 from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT_MODEL = ASSETS / "default.safetensors"
+REFUSES = "refuses"  # of the header
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
 CRITIC = "critic."  # how the names of a critic's tensors begin
 BESIDE = (KNOWN_FORMULAS, GROUPS, KINDS)
 
 
+@dataclass
+class Extras:
+    """What stands in a model's file beside the weights.
+
+    header: strings (provenance, dataset, figures); of a file that was read, all that its header tells.
+    refusal: what the model's crystals should not be; nothing in particular, unless a tuning said so.
+    implied: what a tuned model says that any crystal earns; None where its file does not tell.
+    critic: tensors of the critic that it was tuned by (`rl/critic.py`); none where its file keeps none.
+    """
+
+    header: Mapping[str, str] = field(default_factory=dict)
+    refusal: Refusal = field(default_factory=lambda: Refusal(()))
+    implied: ImpliedReward | None = None
+    critic: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 def save_model(
-    model: CrystalTransformer,
-    path: str | Path,
-    info: dict[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-    refusal: Refusal | None = None,
-    implied: ImpliedReward | None = None,
-    critic: Mapping[str, Tensor] | None = None,
+    model: CrystalTransformer, path: str | Path, extras: Extras | None = None, dtype: torch.dtype | None = None
 ) -> None:
     """Writes weights, configuration and space-group distribution as safetensors, atomically.
 
     Args:
-        info: strings to keep in the header (provenance, dataset, figures).
-        refusal, implied: what the model's crystals should not be, and what it says that any crystal earns;
-            `load_refusal` and `load_implied` give them back.
-        critic: tensors of the critic that it was tuned by (`rl/critic.py`); `load_critic` gives them back.
+        extras: what to keep beside them; `load_extras` gives it back.
         dtype: store the weights so (float16 halves the file); the space-group distribution stays float32.
     """
     from safetensors.torch import save_file
 
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    extras = extras or Extras()
+    refusal, implied = extras.refusal, extras.implied
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if dtype is not None:
-        weights = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in weights.items()}
-    header = {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config)), **(info or {})}
-    if refusal is not None:
-        header["refuses"] = ",".join(refusal.names)
+        tensors = {name: t if name == "space_group_log_prob" else t.to(dtype) for name, t in tensors.items()}
+    header = {name: told for name, told in extras.header.items() if name not in (REFUSES, IMPLIED)}
+    header |= {"format": "cfrl-model-1", "config": json.dumps(asdict(model.config))}
+    if refusal.names:
+        header[REFUSES] = ",".join(refusal.names)
         if refusal.known is not None:
-            weights[KNOWN_FORMULAS] = torch.from_numpy(refusal.known.hashes.view(np.int64))
+            tensors[KNOWN_FORMULAS] = torch.from_numpy(refusal.known.hashes.view(np.int64))
     if implied is not None:
         header |= implied.header()
-        weights |= {name: t.contiguous() for name, t in implied.tensors().items()}
-    weights |= {name: t.contiguous() for name, t in (critic or {}).items()}
+        tensors |= {name: t.contiguous() for name, t in implied.tensors().items()}
+    tensors |= {name: t.contiguous() for name, t in extras.critic.items()}
     with atomic_file(path) as temporary:
-        save_file(weights, temporary, metadata=header)
-
-
-def read_header(path: str | Path) -> dict[str, str]:
-    """The header of a model file: "config" (JSON) and whatever was put in.
-
-    Raises:
-        UserError: not a model file of ours.
-    """
-    return _read_model(Path(path))[0]
+        save_file(tensors, temporary, metadata=header)
 
 
 def load_model(model: str | Path | None = None, device: str | torch.device = "cpu") -> CrystalTransformer:
@@ -92,26 +94,8 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     return build_model(config, own, path).to(device)
 
 
-def load_refusal(model: str | Path | None = None) -> Refusal:
-    """What a model's crystals should not be: nothing in particular, unless a tuning said so.
-
-    Args:
-        model: as for `load_model`.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    path = model_path(model)
-    header, weights = _read_model(path)
-    hashes = weights.get(KNOWN_FORMULAS)
-    if hashes is not None and hashes.dtype != torch.int64:
-        raise UserError(f"{path}: its {KNOWN_FORMULAS} are no hashes")
-    known = None if hashes is None else KnownFormulas(hashes.numpy().view(np.uint64))
-    return Refusal(filter(None, header.get("refuses", "").split(",")), known)
-
-
-def load_implied(model: str | Path | None = None) -> ImpliedReward | None:
-    """What a tuned model says that any crystal earns; None where its file does not tell.
+def load_extras(model: str | Path | None = None) -> Extras:
+    """What stands beside a model's weights.
 
     Args:
         model: as for `load_model`.
@@ -120,20 +104,15 @@ def load_implied(model: str | Path | None = None) -> ImpliedReward | None:
         UserError: there is no such model, or its file is damaged.
     """
     path = model_path(model)
+    header, tensors = _read_model(path)
+    hashes = tensors.get(KNOWN_FORMULAS)
+    if hashes is not None and hashes.dtype != torch.int64:
+        raise UserError(f"{path}: its {KNOWN_FORMULAS} are no hashes")
     with fitting(path):
-        return ImpliedReward.of_file(*_read_model(path))
-
-
-def load_critic(model: str | Path | None = None) -> dict[str, Tensor]:
-    """The tensors of the critic that a model was tuned by; none where its file keeps none.
-
-    Args:
-        model: as for `load_model`.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    return {name: t for name, t in _read_model(model_path(model))[1].items() if name.startswith(CRITIC)}
+        known = None if hashes is None else KnownFormulas(hashes.numpy().view(np.uint64))
+        refusal = Refusal(filter(None, header.get(REFUSES, "").split(",")), known)
+        critic = {name: t for name, t in tensors.items() if name.startswith(CRITIC)}
+        return Extras(header, refusal, ImpliedReward.of_file(header, tensors), critic)
 
 
 def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str | Path) -> CrystalTransformer:

@@ -18,7 +18,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.kinds import CLASSES, cells, num_cells
 from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
 
-HEADER = "implied_reward"
+IMPLIED = "implied_reward"
 GROUPS, KINDS = "log_z_space_group", "log_z_kind"  # tensors beside the weights
 
 
@@ -44,7 +44,7 @@ class ImpliedReward:
 
     def header(self) -> dict[str, str]:
         """What the header of a model file tells of it."""
-        return {HEADER: json.dumps({"names": self.names, "unit": self.unit})}
+        return {IMPLIED: json.dumps({"names": self.names, "unit": self.unit})}
 
     def tensors(self) -> dict[str, Tensor]:
         """What stands beside the weights."""
@@ -53,15 +53,15 @@ class ImpliedReward:
     @classmethod
     def of_file(cls, header: dict[str, str], tensors: dict[str, Tensor]) -> ImpliedReward | None:
         """What a model file tells; None where it tells nothing. Raises ValueError, KeyError where it is damaged."""
-        if HEADER not in header:
+        if IMPLIED not in header:
             return None
-        told = json.loads(header[HEADER])
+        told = json.loads(header[IMPLIED])
         names, unit = tuple(told["names"]), float(told["unit"])
         group, kind = tensors[GROUPS].double(), tensors[KINDS].double()
         if not set(names) <= set(CLASSES) or not np.isfinite(unit):
-            raise ValueError(f"{HEADER} of unknown kinds or unit")
+            raise ValueError(f"{IMPLIED} of unknown kinds or unit")
         if group.shape != (NUM_SPACE_GROUPS + 1,) or kind.shape != (num_cells(names),):
-            raise ValueError(f"{HEADER} of other sizes")
+            raise ValueError(f"{IMPLIED} of other sizes")
         if not torch.isfinite(kind).all() or torch.isnan(group).any():
-            raise ValueError(f"{HEADER} is not finite")
+            raise ValueError(f"{IMPLIED} is not finite")
         return cls(names, group, kind, unit)

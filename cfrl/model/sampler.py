@@ -193,8 +193,8 @@ def sample(
             found += len(batch)
             if progress is not None:
                 progress(found)
-        if found * RAREST < drawn - RAREST and found < n:
-            raise UserError(f"of {drawn:,} draws only {found} were not refused: ask for less ({wanted})")
+        if found < n:
+            require_common(found, drawn, f"ask for less ({wanted})")
     model.train(model_was_training)
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
@@ -204,6 +204,12 @@ def sample(
 def _words(items: str | int | Iterable[str | int]) -> str:
     """["Ba", 22] -> "Ba,Ti", as the settings have it; atomic numbers or space groups."""
     return items if isinstance(items, str) else ",".join(map(str, [items] if isinstance(items, int) else items))
+
+
+def require_common(found: int, drawn: int, remedy: str) -> None:
+    """Raises UserError where so few of the draws are wanted that there may be none."""
+    if found * RAREST < drawn - RAREST:
+        raise UserError(f"of {drawn:,} draws only {found} were not refused: {remedy}")
 
 
 def _draw_valid(

@@ -37,7 +37,7 @@ def retrieve_page(run: RunFolder) -> Page:
         run,
         "Retrieval: what the tuned model points at",
         f"{result['tuned']} on {result['dataset']}",
-        verdict(result),
+        verdict(result)[0],
     )
     best, table = read_crystals(run.path / "retrieved.h5"), read_csv(run.path / "retrieved.csv")
     key, wanted = result["ranked_by"], result["property"].lstrip("-")
@@ -77,13 +77,16 @@ def retrieve_page(run: RunFolder) -> Page:
 # ---- what it comes to
 
 
-def verdict(result: Mapping[str, Any]) -> str:
-    """Whether the ranking finds what was asked for: against labels of the dataset, else against the reward."""
+def verdict(result: Mapping[str, Any]) -> tuple[str, bool | None]:
+    """Whether the ranking finds what was asked for: against labels of the dataset, else against the reward.
+
+    As a sentence, and as True or False; None where it cannot be said.
+    """
     ratio = _ratio(result)
     return _against_labels(ratio, result) if ratio else _against_reward(result["correlation"])
 
 
-def _against_labels(ratio: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _against_labels(ratio: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[str, bool]:
     """By the first k (hypergeometric test) and by the whole ranking (Mann and Whitney's, of the area under the ROC)."""
     from scipy.stats import hypergeom, norm
 
@@ -96,28 +99,27 @@ def _against_labels(ratio: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     )
     area = f"area under the ROC curve {number_text(ratio['auc'])}"
     if p < 0.05:
-        return f"The ranking finds what was asked for: {found} ({chance_text(p)}){_rivals(result, ratio, cut)}."
+        return f"The ranking finds what was asked for: {found} ({chance_text(p)}){_rivals(result, ratio, cut)}.", True
     if z > norm.isf(0.025):
-        return (
-            f"The first of the ranking are no better than chance, though as a whole it leans right ({area}): {found}."
-        )
+        leans = "no better than chance, though as a whole it leans right"
+        return f"The first of the ranking are {leans} ({area}): {found}.", False
     if z < norm.ppf(0.025):
-        return f"The ranking is worse than chance, it points away from what was asked for ({area}): {found}."
-    return f"The ranking is no better than chance: {found} ({area})."
+        return f"The ranking is worse than chance, it points away from what was asked for ({area}): {found}.", False
+    return f"The ranking is no better than chance: {found} ({area}).", False
 
 
-def _against_reward(correlation: Mapping[str, Any]) -> str:
+def _against_reward(correlation: Mapping[str, Any]) -> tuple[str, bool | None]:
     """By the rank correlation; of n independent crystals it is normal about 0, with variance 1 / (n - 1)."""
     from scipy.stats import norm
 
     rho, n = correlation.get("all"), correlation["crystals"]
     if not n or rho is None:
-        return "Whether the ranking is right cannot be said: the dataset has no column for what was rewarded."
+        return "Whether the ranking is right cannot be said: the dataset has no column for what was rewarded.", None
     p = float(2 * norm.sf(abs(rho) * math.sqrt(n - 1)))
     held = f"of {n:,} crystals the rank correlation with the reward is {number_text(rho)} ({chance_text(p)})"
     if not p < 0.05:
-        return f"The ranking is no better than chance: {held}."
-    return f"The ranking {'follows' if rho > 0 else 'runs against'} what was asked for: {held}."
+        return f"The ranking is no better than chance: {held}.", False
+    return f"The ranking {'follows' if rho > 0 else 'runs against'} what was asked for: {held}.", rho > 0
 
 
 def _ratio(result: Mapping[str, Any]) -> Mapping[str, Any] | None:

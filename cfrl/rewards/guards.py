@@ -15,13 +15,14 @@ import numpy as np
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import contacts
 from cfrl.crystals.refusal import KNOWN, Refusal
-from cfrl.errors import UserError, nearest
 from cfrl.rewards.context import PASSES, Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
 from cfrl.rewards.registry import RewardInfo
 from cfrl.rewards.scoring import Reward, RewardResult
 from cfrl.rewards.stability import chance
+from cfrl.settings import parse_names
 from cfrl.stability.flags import APART, FLAGS, OVERLAP, hull_flags, relaxation_flags
+from cfrl.tables import spread_out
 
 LANTHANIDE_SWAP, UNSTABLE = "lanthanide_swap", "unstable"
 GUARDS = {
@@ -45,10 +46,7 @@ def heeded(allow: str | None) -> tuple[str, ...]:
     Raises:
         UserError: a name that is none.
     """
-    lifted = {name.strip() for name in (allow or "").split(",") if name.strip()}
-    for name in lifted - {"all"}:
-        if name not in GUARDS:
-            raise UserError(f"allow {name}: no such guard{nearest(name, GUARDS)}; there are: {', '.join(GUARDS)}, all")
+    lifted = parse_names(allow, (*GUARDS, "all"), "allow", "guard")
     return () if "all" in lifted else tuple(name for name in GUARDS if name not in lifted)
 
 
@@ -61,10 +59,6 @@ class Guarded(Reward):
 
     Args:
         guards: names of `GUARDS`.
-
-    Attributes:
-        refuses: what this reward needs not be asked about.
-        withheld: what a model tuned by it should not hand out.
     """
 
     def __init__(
@@ -95,8 +89,8 @@ class Guarded(Reward):
                 result.status[place] = result.status[place] or name
         for row, reason in zip(go, result.status, strict=True):
             status[row] = reason
-        terms = {name: _among(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
-        total = np.where([not reason for reason in status], _among(result.total, go, len(status)), np.nan)
+        terms = {name: spread_out(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
+        total = np.where([not reason for reason in status], spread_out(result.total, go, len(status)), np.nan)
         abstained = np.array([reason in ABSTAIN for reason in status], dtype=bool)
         return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
 
@@ -133,10 +127,3 @@ class Guarded(Reward):
 
 def _own(name: str) -> bool:
     return name == MET.name or name.startswith(f"{MET}/")
-
-
-def _among(values: np.ndarray, rows: list[int], n: int) -> np.ndarray:
-    """Values of some rows among n, NaN elsewhere."""
-    out = np.full(n, np.nan)
-    out[rows] = values
-    return out

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.refusal import Refusal
 from cfrl.errors import UserError
 from cfrl.rewards.context import Inputs, RewardContext, Scored
 from cfrl.rewards.expression import Expression, Term
@@ -95,7 +96,15 @@ def relax_steps_for(reward: Reward) -> int:
 
 
 class Reward:
-    """Scores crystals: ``reward(crystals) -> RewardResult``. Remembers every crystal that it has scored."""
+    """Scores crystals: ``reward(crystals) -> RewardResult``. Remembers every crystal that it has scored.
+
+    Attributes:
+        refuses: what it needs not be asked about; None: nothing, it has no guards.
+        withheld: what a model tuned by it should not hand out; None: nothing.
+    """
+
+    refuses: Refusal | None = None
+    withheld: Refusal | None = None
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.kinds import CLASSES, cells, kinds, num_cells
 from cfrl.errors import UserError, nearest
+from cfrl.settings import parse_names
 
 AUTO = "auto"
 MEMORY = 0.95  # decay of the counts, per step
@@ -106,13 +107,7 @@ def parse_hold(text: str | None) -> tuple[str, ...]:
     """Names of marginals, of a list such as "elements,anion", or "auto": all. Raises UserError."""
     if text == AUTO:
         return tuple(CLASSES)
-    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
-    for name in names:
-        if name not in CLASSES:
-            raise UserError(
-                f"hold {name}: there is no such kind{nearest(name, CLASSES)}; there are: {', '.join(CLASSES)}"
-            )
-    return names
+    return parse_names(text, CLASSES, "hold", "kind")
 
 
 def parse_shares(text: str | None) -> tuple[tuple[str, float], ...]:

@@ -433,7 +433,7 @@ def finetune(
         if context is None:
             reward.context.relax_steps = relax_steps_for(reward)
     tuning = Tuning(copy.deepcopy(model), settings)
-    source = FreshCrystals(tuning, reward, getattr(reward, "refuses", None))
+    source = FreshCrystals(tuning, reward)
     begin(tuning, source)
     metrics, parts = [], []
     while tuning.step < settings.steps:

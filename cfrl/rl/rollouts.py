@@ -22,7 +22,8 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import RAREST, draw, seeded
+from cfrl.model.sampler import draw, require_common, seeded
+from cfrl.tables import spread_out
 
 INVALID = "atoms too close or impossible cell"
 RECENT = 2000  # scores that a percentile penalty looks back on
@@ -179,8 +180,7 @@ def draw_lots(
         refused = len(crystals) - len(rows)
         crystals = crystals[rows[: n - found]]
         found += len(crystals)
-        if found * RAREST < drawn - RAREST:
-            raise UserError(f"of {drawn:,} draws only {found} were not refused: lift a guard (--allow)")
+        require_common(found, drawn, "lift a guard (--allow)")
         if seconds is not None:
             seconds["sample"] += time.perf_counter() - start
         if len(crystals):
@@ -190,30 +190,23 @@ def draw_lots(
 def _score(
     crystals: CrystalBatch, refused: int, reward: Callable[..., Any], min_distance: float, seconds: Counter
 ) -> Rollout:
-    start = time.perf_counter()
+    start, n = time.perf_counter(), len(crystals)
     valid = crystals.valid(min_distance)
-    result = reward(crystals[valid])
-    status = np.full(len(crystals), INVALID, dtype=object)
-    status[valid.numpy()] = result.status
-    terms = {name: _scatter(values, valid) for name, values in result.terms.items()}
+    result, rows = reward(crystals[valid]), valid.numpy()
+    status = np.full(n, INVALID, dtype=object)
+    status[rows] = result.status
+    terms = {name: torch.from_numpy(spread_out(values, rows, n)) for name, values in result.terms.items()}
     abstained = torch.zeros_like(valid)
     if getattr(result, "abstained", None) is not None:
         abstained[valid] = torch.as_tensor(result.abstained)
     seconds["score"] += time.perf_counter() - start
-    total = _scatter(result.total, valid)
+    total = torch.from_numpy(spread_out(result.total, rows, n))
     return Rollout(crystals, total, valid, status.tolist(), abstained, terms, refused=refused)
 
 
 def random_seed(*numbers: int) -> int:
     """A seed that is a function of these numbers, and of their order, alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _scatter(values: Any, where: Tensor) -> Tensor:
-    """Values of the crystals marked in `where`, NaN for the others, (n,) float64."""
-    whole = torch.full(where.shape, math.nan, dtype=torch.float64)
-    whole[where] = torch.as_tensor(np.asarray(values), dtype=torch.float64)
-    return whole
 
 
 def chemical_systems(crystals: CrystalBatch) -> list[frozenset[int]]:

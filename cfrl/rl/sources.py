@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.rewards import Reward
 from cfrl.rl import policy
 from cfrl.rl.rollouts import Rollout, collect, draw_lots
 from cfrl.rl.tuning import Tuning
@@ -26,7 +27,7 @@ class FreshCrystals:
 
     Args:
         scorer: the reward.
-        wanted: which crystals to score at all, (n,) bool; None: all.
+        wanted: which crystals to score at all, (n,) bool; None: all that the reward does not refuse.
     """
 
     fresh = True
@@ -34,12 +35,20 @@ class FreshCrystals:
     def __init__(
         self, tuning: Tuning, scorer: Scorer, wanted: Callable[[CrystalBatch], np.ndarray] | None = None
     ) -> None:
+        if wanted is None and isinstance(scorer, Reward):  # a bare function refuses nothing
+            wanted = scorer.refuses
         self.tuning, self.scorer, self.wanted = tuning, scorer, wanted
 
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
         """The crystals of one step."""
         groups = partial(self.tuning.prior.sample, generator=generator)
         return self._collect(self.tuning.model, groups, self.tuning.options.per_step, seed)
+
+    def judging(self) -> FreshCrystals:
+        """The same for judging a model: scores leave no trace in the reward, and what is withheld is not drawn."""
+        if not isinstance(self.scorer, Reward):
+            return self
+        return FreshCrystals(self.tuning, partial(self.scorer, update=False), self.scorer.withheld)
 
     def unscored(self, n: int, seed: int) -> Rollout:
         """n wanted crystals of the starting model, without a score."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.kinds import CLASSES, without_lanthanide_swaps
-from cfrl.errors import UserError, nearest
+from cfrl.errors import UserError
 from cfrl.model.implied import ImpliedReward
 from cfrl.model.sampler import space_group_shares
 from cfrl.model.transformer import FACTORS, CrystalTransformer
@@ -24,6 +24,7 @@ from cfrl.rl.hold import AUTO, Hold, parse_hold, parse_shares
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import Baseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
+from cfrl.settings import parse_names
 
 # Columns of the log-probabilities of a step, (n, 5): the factors of log P(C | G), and log P(G).
 CRYSTAL, SPACE_GROUP = slice(0, len(FACTORS)), len(FACTORS)
@@ -36,10 +37,7 @@ SCORING = {"reward", "caution", "potential", "hull", "rollouts", "standardize", 
 
 def parse_factors(text: str) -> tuple[str, ...]:
     """ "wyckoff,species" -> names of factors. Raises UserError."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in FACTORS:
-            raise UserError(f"factors {name}: no such factor{nearest(name, FACTORS)}; there are: {', '.join(FACTORS)}")
+    names = parse_names(text, FACTORS, "factors", "factor")
     if not names:
         raise UserError(f"factors: name some of {', '.join(FACTORS)}")
     return names

@@ -10,6 +10,7 @@ Datasets stream by in batches, so they may be larger than the memory. Figures ar
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from cfrl.errors import UserError
 from cfrl.model.distributions import IMPOSSIBLE, SamplerOptions
 from cfrl.model.implied import ImpliedReward
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.tables import Columns, join
+from cfrl.tables import Columns, join, spread_out
 
 RANKINGS = {
     "critic": "critic",
@@ -33,6 +34,16 @@ RANKINGS = {
     "site": "log_ratio_per_site",
     "joint": "log_ratio_joint",
 }
+OWN_COLUMNS = {"id", "rank", "space_group", "sites", "atoms", "log_prob", "log_prob_base", *RANKINGS.values()}
+OWN_COLUMNS |= {f"log_ratio/{name}" for name in FACTORS}
+
+
+def property_column(name: str) -> str:
+    """Where `rank` puts a property of the dataset: under its name, or as dataset_NAME beside a column of its own.
+
+    A dataset may well hold such names: what an earlier retrieval has written is one.
+    """
+    return f"dataset_{name}" if re.sub("^(dataset_)+", "", name) in OWN_COLUMNS else name
 
 
 # ---- by likelihood -----------------------------------------------------------------------------------------------
@@ -74,8 +85,7 @@ def log_ratios(
         "log_prob_base": old.sum(1),
         **{f"log_ratio/{name}": (new - old)[:, k] for k, name in enumerate(FACTORS)},
     }
-    blank = torch.full((len(crystals),), torch.nan, dtype=torch.float64)
-    return {name: blank.masked_scatter(fits, values).numpy() for name, values in scored.items()}
+    return {name: spread_out(values.numpy(), fits.numpy(), len(crystals)) for name, values in scored.items()}
 
 
 def _by_factor(model: CrystalTransformer, crystals: CrystalBatch, options: SamplerOptions) -> torch.Tensor:
@@ -107,7 +117,8 @@ def rank(
 
     Returns:
         columns in the order of the dataset (those of `log_ratios`, "id", "space_group", "sites", "atoms", the
-        dataset's properties, and "rank", 1 = best, 0 = not ranked), and the best crystals, best first.
+        dataset's properties, see `property_column`, and "rank", 1 = best, 0 = not ranked), and the best crystals,
+        best first.
 
     Raises:
         UserError: no crystals, or none that the tuned sampler can draw.
@@ -146,7 +157,7 @@ def rank(
 
 def _describe(crystals: CrystalBatch) -> Columns:
     return {
-        **{name: values.cpu().numpy() for name, values in crystals.properties.items()},
+        **{property_column(name): values.cpu().numpy() for name, values in crystals.properties.items()},
         "id": np.array(crystals.ids, dtype=object),
         "space_group": crystals.space_group.cpu().numpy(),
         "sites": crystals.num_sites.cpu().numpy(),

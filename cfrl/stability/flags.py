@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cfrl.errors import UserError, nearest
+from cfrl.settings import parse_names
 
 TOO_DEEP = -0.1  # eV/atom; twice the error of a potential; a phase so far below a full hull would be a sensation
 FEW_REFERENCES = 12  # phases in the chemical system, elements included
@@ -32,11 +32,7 @@ FLAGS = {
 
 def check_flags(text: str) -> list[str]:
     """The flags of a list such as "noble_gas,element". Raises UserError for a name that is none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in FLAGS:
-            raise UserError(f"--allow {name}: no such flag{nearest(name, FLAGS)}; there are: {', '.join(FLAGS)}")
-    return names
+    return list(parse_names(text, FLAGS, "--allow", "flag"))
 
 
 def hull_flags(e_above_hull: np.ndarray, num_references: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,0 +1,96 @@
+"""Which candidates are worth a relaxation, so that a growing dataset is not more of what is easy.
+
+What a generator proposes, and what survives, is mostly small, of few elements, in a few space groups. Candidates are
+cheap and relaxations are not: so each is let through with a probability of its kind and space group, such that what is
+kept has the shares that are wanted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.kinds import cells, num_cells
+from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
+
+HELD = ("elements", "anion", "sites")
+SHAPE = (num_cells(HELD), NUM_SPACE_GROUPS + 1)
+DRAWS = 8  # candidates for each that passes, on average; the rarest kinds would ask for thousands
+_PRIOR = 500  # candidates that the shares of the real crystals count for, before there are any
+_PRIOR_YIELD = 10  # candidates of the average yield, that every kind begins with
+_ROUNDS = 100  # of proportional fitting
+
+
+def places(crystals: CrystalBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Kind and space group of each crystal, (n,) and (n,): where it counts in a table of `SHAPE`."""
+    return cells(crystals, HELD), crystals.space_group.cpu().numpy()
+
+
+def count(crystals: CrystalBatch) -> np.ndarray:
+    """How many crystals there are of each kind and space group, `SHAPE` int64."""
+    table = np.zeros(SHAPE, dtype=np.int64)
+    np.add.at(table, places(crystals), 1)
+    return table
+
+
+def target(real: np.ndarray, balance: float) -> tuple[np.ndarray, np.ndarray]:
+    """The shares wanted of the kinds and of the space groups: those of the real crystals to the power 1 - balance.
+
+    0 keeps the real shares, 1 makes all alike that there are among the real ones.
+
+    Args:
+        real: `SHAPE` counts of real crystals.
+    """
+    wanted = []
+    for axis in (1, 0):
+        shares = real.sum(axis).astype(np.float64)
+        powers = np.where(shares > 0, np.maximum(shares, 1) ** (1 - balance), 0.0)
+        wanted.append(powers / powers.sum())
+    return wanted[0], wanted[1]
+
+
+def acceptance(
+    real: np.ndarray, proposed: np.ndarray, passed: np.ndarray, kept: np.ndarray, balance: float
+) -> np.ndarray:
+    """Probability that a candidate passes, by kind and space group, `SHAPE`.
+
+    Proportional fitting finds the factors of kinds and of space groups that lead what is proposed, and survives, to
+    the target; they are then scaled so that one of `DRAWS` candidates passes. What is too rare to reach its share so
+    passes always.
+
+    Args:
+        real, proposed, passed, kept: `SHAPE` counts of real crystals, and of one source's candidates: all of them,
+            those that passed, and those of these that were kept in the end. The first stand for the second as long as
+            these are few.
+    """
+    real = np.maximum(real, proposed > 0)  # what comes up exists
+    kinds, groups = target(real, balance)
+    share = (_PRIOR * real / real.sum() + proposed) / (_PRIOR + proposed.sum())
+    surviving = share * _yields(passed, kept)
+    of_kind, of_group = np.ones(SHAPE[0]), np.ones(SHAPE[1])
+    for _ in range(_ROUNDS):
+        of_kind = _ratio(kinds, surviving @ of_group)
+        of_group = _ratio(groups, of_kind @ surviving)
+    return _scaled(np.outer(of_kind, of_group), share)
+
+
+def _yields(passed: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Share of what passed that is kept, relative to the average: of the kind times of the space group."""
+    average = (kept.sum() + 1) / (passed.sum() + 1)
+    of_kind, of_group = (
+        (kept.sum(axis) + _PRIOR_YIELD * average) / (passed.sum(axis) + _PRIOR_YIELD) for axis in (1, 0)
+    )
+    return np.outer(of_kind, of_group) / average**2
+
+
+def _ratio(wanted: np.ndarray, there: np.ndarray) -> np.ndarray:
+    return np.divide(wanted, there, out=np.zeros_like(wanted), where=there > 0)
+
+
+def _scaled(weight: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """min(1, s weight) with s such that the mean over the shares is 1 / DRAWS, or as near as all ones come."""
+    low, high = 0.0, 1 / weight[weight > 0].min()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (share * np.minimum(1, middle * weight)).sum() < 1 / DRAWS else (low, middle)
+    return np.minimum(1.0, high * weight)

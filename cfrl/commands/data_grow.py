@@ -97,7 +97,7 @@ def grow(
     prototypes = (config.prototypes,) if config.prototypes else tuple(config.known or [PROTOTYPES])
     known = CrystalBatch.cat(load_dataset(name) for name in config.known) if config.known else None
     real = known if known is not None else load_dataset(PROTOTYPES)
-    for name in {*config.known, *prototypes}:
+    for name in (*config.known, *prototypes):
         if not len(load_prototypes((name,), config.max_atoms)):
             raise UserError(
                 f"{name}: holds no crystal of at most {config.max_atoms or 'any number of'} atoms and 20 sites"
@@ -145,7 +145,7 @@ class _Grower:
             with make_engine(config.engine, workers, config.address) as engine:
                 while self.kept < config.n and not self._late():
                     began = time.monotonic()
-                    plan = growth.plan(config.model, prototypes, table)
+                    plan = growth.plan(config.model, prototypes, table, config.round)
                     work = Work(self.run.path / "lots", engine, f"{config.round}", self.console)
                     numbers = range(self.lot + 1, self.lot + config.lots + 1)
                     records = work.run(
@@ -212,7 +212,9 @@ class _Grower:
         there = set(read_columns(self.output, ["ids"])["ids"]) if self.output.exists() else set()
         new = [row for row, name in enumerate(crystals.ids) if name not in there]
         if new:
-            append_crystals(self.output, crystals[new], columns={name: values[new] for name, values in columns.items()})
+            attrs = {"source": "cfrl data grow", "seed": self.config.seed, "hull": self.config.hull or "embedded"}
+            columns = {name: values[new] for name, values in columns.items()}
+            append_crystals(self.output, crystals[new], columns=columns, attrs=attrs)
 
     def _finish(self, growth: Growth) -> None:
         """Earlier finds against the hull that later ones have lowered."""

@@ -17,7 +17,7 @@ HELD = ("elements", "anion", "sites")
 SHAPE = (num_cells(HELD), NUM_SPACE_GROUPS + 1)
 DRAWS = 8  # candidates for each that passes, on average; the rarest kinds would ask for thousands
 _PRIOR = 500  # candidates that the shares of the real crystals count for, before there are any
-_PRIOR_YIELD = 10  # candidates of the average yield, that every kind begins with
+_PRIOR_YIELD = 5  # candidates of the average yield, that every kind begins with
 _ROUNDS = 100  # of proportional fitting
 
 
@@ -54,8 +54,8 @@ def acceptance(
 ) -> np.ndarray:
     """Probability that a candidate passes, by kind and space group, `SHAPE`.
 
-    Proportional fitting finds the factors of kinds and of space groups that lead what is proposed, and survives, to
-    the target; they are then scaled so that one of `DRAWS` candidates passes. What is too rare to reach its share so
+    The factors of kinds and of space groups that lead what is proposed, and survives, to the target are fitted, then
+    scaled so that one of `DRAWS` candidates passes. What is too rare to reach its share so
     passes always.
 
     Args:
@@ -66,21 +66,25 @@ def acceptance(
     real = np.maximum(real, proposed > 0)  # what comes up exists
     kinds, groups = target(real, balance)
     share = (_PRIOR * real / real.sum() + proposed) / (_PRIOR + proposed.sum())
-    surviving = share * _yields(passed, kept)
-    of_kind, of_group = np.ones(SHAPE[0]), np.ones(SHAPE[1])
-    for _ in range(_ROUNDS):
-        of_kind = _ratio(kinds, surviving @ of_group)
-        of_group = _ratio(groups, of_kind @ surviving)
-    return _scaled(np.outer(of_kind, of_group), share)
+    weight = np.outer(*_fitted(share * _yields(real, passed, kept), kinds, groups))
+    return _scaled(weight, share)
 
 
-def _yields(passed: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Share of what passed that is kept, relative to the average: of the kind times of the space group."""
+def _yields(real: np.ndarray, passed: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Share of what passed that is kept, a factor of the kind times one of the space group, as they fit the counts."""
     average = (kept.sum() + 1) / (passed.sum() + 1)
-    of_kind, of_group = (
-        (kept.sum(axis) + _PRIOR_YIELD * average) / (passed.sum(axis) + _PRIOR_YIELD) for axis in (1, 0)
-    )
-    return np.outer(of_kind, of_group) / average**2
+    unseen = _PRIOR_YIELD * real / np.maximum(real.sum(1, keepdims=True), 1)
+    survivors = kept + average * unseen
+    return np.outer(*_fitted(passed + unseen, survivors.sum(1), survivors.sum(0)))
+
+
+def _fitted(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Factors of rows and of columns by which the table gets these sums: iterative proportional fitting."""
+    of_row, of_column = np.ones(len(rows)), np.ones(len(columns))
+    for _ in range(_ROUNDS):
+        of_row = _ratio(rows, table @ of_column)
+        of_column = _ratio(columns, of_row @ table)
+    return of_row, of_column
 
 
 def _ratio(wanted: np.ndarray, there: np.ndarray) -> np.ndarray:

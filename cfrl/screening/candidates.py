@@ -1,6 +1,6 @@
 """What a worker of a growing dataset does: a lot of candidates, from the first draw to the relaxed crystal.
 
-A lot depends on the plan, the seed and its own number alone. What costs least is asked first: the balance of kinds,
+A lot depends on the plan and its own number alone. What costs least is asked first: the balance of kinds,
 then the composition, then near-copies and overlaps; a relaxation costs more than all of these. Which of the relaxed
 crystals are kept is decided in `growth.py`, which knows the others.
 """
@@ -8,7 +8,7 @@ crystals are kept is decided in `growth.py`, which knows the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,7 +36,7 @@ from cfrl.screening.pipeline import restore
 from cfrl.stability.flags import APART, OVERLAP, relaxation_flags
 
 MODEL, SUBSTITUTION = SOURCES = ("model", "substitution")
-_AT_ONCE = 256  # candidates
+_LEAST, _AT_ONCE = 64, 256  # candidates made in one go
 _BATCHES = 200  # for a lot at most; where guards leave next to nothing, it is smaller than wanted
 _FIELDS = ("space_group", "wyckoff", "species", "frac_coords", "lattice")
 
@@ -45,6 +45,7 @@ _FIELDS = ("space_group", "wyckoff", "species", "frac_coords", "lattice")
 class Plan:
     """What lots between two updates have in common.
 
+    round: its number, part of the seed.
     model: weights that are drawn from. prototypes: names of datasets whose elements are exchanged.
     table: (119, 119), see `substitution_table`.
     accept: for each of `SOURCES` the probability that a candidate passes, `balance.SHAPE`.
@@ -53,6 +54,7 @@ class Plan:
     """
 
     options: GrowthOptions
+    round: int
     model: str
     prototypes: tuple[str, ...]
     table: np.ndarray
@@ -84,7 +86,7 @@ def run_lots(lots: Sequence[int], plan: Plan) -> list[Record]:
 
 def _run_lot(lot: int, plan: Plan) -> Record:
     options, source = plan.options, source_of(lot, plan.options.substitute)
-    picker = _Picker(plan, source, np.random.default_rng([options.seed, lot]))
+    picker = _Picker(plan, source, np.random.default_rng([options.seed, plan.round, lot]))
     crystals = picker.pick()
     structures = crystals.to_structures()
     how = stages.Relaxation(options.fmax, options.steps, keep_symmetry=True)
@@ -121,12 +123,15 @@ class _Picker:
 
     def pick(self) -> CrystalBatch:
         """Those that are to be relaxed."""
-        picked: list[CrystalBatch] = []
-        for batch in self._proposals():
-            room = self.plan.options.lot - sum(map(len, picked))
-            picked.append(self._sift(batch, room))
-            if len(picked[-1]) == room:
+        picked, room = [], self.plan.options.lot
+        size = _AT_ONCE
+        for _ in range(_BATCHES):
+            picked.append(self._sift(self._propose(size), room))
+            room -= len(picked[-1])
+            if not room:
                 break
+            found = self.plan.options.lot - room
+            size = min(_AT_ONCE, max(_LEAST, room * self.counts["candidates"] // max(found, 1)))
         return CrystalBatch.cat(picked)
 
     def passes(self, reason: str) -> bool:
@@ -134,18 +139,13 @@ class _Picker:
         self.counts[reason] += bool(reason)
         return not reason
 
-    def _proposals(self) -> Iterator[CrystalBatch]:
-        options = self.plan.options
-        for _ in range(_BATCHES):
-            if self.source == MODEL:
-                seed = int(self.rng.integers(2**62))
-                model = _model(self.plan.model, options.device)
-                limit = options.max_atoms
-                yield sample(model, _AT_ONCE, seed=seed, temperature=options.temperature, max_atoms=limit)
-            else:
-                parents = load_prototypes(self.plan.prototypes, options.max_atoms)
-                rows = self.rng.integers(len(parents), size=_AT_ONCE)
-                yield substitute(parents[rows].trim(), self.plan.table, self.rng)
+    def _propose(self, n: int) -> CrystalBatch:
+        options, limit = self.plan.options, self.plan.options.max_atoms
+        if self.source == MODEL:
+            model, seed = _model(self.plan.model, options.device), int(self.rng.integers(2**62))
+            return sample(model, n, seed=seed, temperature=options.temperature, max_atoms=limit)
+        parents = load_prototypes(self.plan.prototypes, limit)
+        return substitute(parents[self.rng.integers(len(parents), size=n)].trim(), self.plan.table, self.rng)
 
     def _sift(self, crystals: CrystalBatch, room: int) -> CrystalBatch:
         """At most `room` of some candidates; those after the last that is taken count as never made."""

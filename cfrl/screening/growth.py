@@ -82,8 +82,8 @@ class Growth:
         if len(grown) and "e_above_reference" in grown.properties:
             self._add_phases(grown, grown.properties["energy_per_atom"].numpy())
 
-    def plan(self, model: str, prototypes: Iterable[str], table: np.ndarray) -> Plan:
-        """For the next lots, from what came of the earlier ones."""
+    def plan(self, model: str, prototypes: Iterable[str], table: np.ndarray, number: int = 1) -> Plan:
+        """For the next lots of a round of this number, from what came of the earlier ones."""
         tallies = self.tallies
         accept = {
             source: balance.acceptance(
@@ -95,6 +95,7 @@ class Growth:
         guards += [KNOWN] * (self.options.new == "formula")
         return Plan(
             self.options,
+            number,
             model,
             tuple(prototypes),
             table,

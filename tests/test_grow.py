@@ -307,7 +307,7 @@ def test_what_is_kept_is_what_it_says(folder, straight):
     made = columns["source"] == SUBSTITUTION
     assert set(columns["parent"][made]) <= parents
     assert set(columns["parent"][~made]) == {""}
-    assert set(columns["judge"]) == {"chgnet:0.3.0"}
+    assert set(columns["judge"]) == {"chgnet-0.3.0@mp2020"}
     assert set(columns["model"]) == {"default"}
     assert not KnownFormulas.of(load_dataset(folder / "small.h5").formulas()).holds(crystals.formulas()).any()
     assert crystals.num_atoms.max() <= 16, "at most 8 at first; a higher symmetry may have a larger cell"
@@ -414,7 +414,7 @@ def test_a_second_round_goes_on_from_the_first(folder, straight, tmp_path):
         ("nowhere/out.h5", {}, "make it first"),
         ("small.h5", {}, "not one that was grown"),
         ("grown.h5", {"round": 1}, "holds crystals of round 1 already"),
-        ("grown.h5", {"potential": "chgnet:0.2.0"}, "was judged by chgnet:0.3.0"),
+        ("grown.h5", {"potential": "chgnet:0.2.0"}, "was judged by chgnet-0.3.0@mp2020"),
         ("out.h5", {"allow": "elephant"}, "no such flag"),
         ("out.h5", {"hull": "none.csv"}, "no such hull reference"),
         ("out.h5", {"known": ["none.h5"]}, "no such file"),

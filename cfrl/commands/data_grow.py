@@ -40,7 +40,7 @@ from cfrl.io.catalogue import HDF5, PROTOTYPES
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, replace_property
 from cfrl.model.files import load_model, model_path
-from cfrl.potentials import full_name
+from cfrl.potentials import energy_scale, full_name, model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
@@ -103,7 +103,7 @@ def grow(
                 f"{name}: holds no crystal of at most {config.max_atoms or 'any number of'} atoms and 20 sites"
             )
     with _only_one(path):
-        grown, before = _grown(path, config.potential)
+        grown, before = _grown(path, _judge(config))
         if run is None:
             config = replace(config, round=config.round or before + 1)
             _refuse_taken(path, grown, config.round)
@@ -199,7 +199,7 @@ class _Grower:
     def _named(self, number: int, crystals: CrystalBatch, columns: dict[str, Any]) -> tuple[CrystalBatch, dict]:
         n, config = len(crystals), self.config
         told = {"round": config.round, "lot": number}
-        texts = {"judge": config.potential, "model": _model_name(Path(config.model))}
+        texts = {"judge": _judge(config), "model": _model_name(Path(config.model))}
         columns |= {name: np.full(n, float(value)) for name, value in told.items()}
         columns |= {name: np.full(n, value, dtype=object) for name, value in texts.items()}
         return replace(crystals, ids=[f"{_prefix(config.round)}{number}-{i}" for i in range(n)]), columns
@@ -259,17 +259,22 @@ def _what_counts(config: GrowConfig) -> dict[str, Any]:
     return {name: value for name, value in config.plain().items() if name not in free}
 
 
-def _grown(path: Path, potential: str) -> tuple[CrystalBatch, int]:
+def _judge(config: GrowConfig) -> str:
+    """The potential and the scale of its energies, such as chgnet-0.3.0@mp2020."""
+    return f"{model_name(config.potential)}@{energy_scale(config.potential)[1]}"
+
+
+def _grown(path: Path, judge: str) -> tuple[CrystalBatch, int]:
     """The crystals that the output holds, and the last round that it tells of."""
     if not path.exists():
         return CrystalBatch.empty(), 0
     crystals, columns = read_crystals(path), read_columns(path)
     if not set(COLUMNS) <= set(columns):
         raise UserError(f"{path}: is a dataset, but not one that was grown; name another output")
-    others = set(columns["judge"]) - {potential, ""}
+    others = set(columns["judge"]) - {judge, ""}
     if others:
         raise UserError(
-            f"{path}: was judged by {', '.join(sorted(others))}; energies of {potential} cannot compete with those"
+            f"{path}: was judged by {', '.join(sorted(others))}; energies of {judge} cannot compete with those"
         )
     return crystals, int(np.nanmax(columns["round"], initial=0))
 

@@ -344,7 +344,8 @@ def test_metrics_account_for_every_candidate(folder, straight):
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_file(folder, straight, tmp_path):
-    """SIGKILL while workers are at work, then right after the output was written but not the checkpoint."""
+    """SIGKILL while workers are at work, then right after the output of the second block was written but not the
+    checkpoint: one more start reads the first block's."""
     config = settings(folder, workers=2)
     output = tmp_path / "killed.h5"
     flags = [
@@ -368,14 +369,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(folder, straight, tmp_
     save = RunFolder.save_checkpoint
 
     def killed(self, state):
-        raise SystemExit
+        if state["lot"] > 2:
+            raise SystemExit
+        save(self, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "save_checkpoint", killed)
         with pytest.raises(SystemExit):
             grow(None, read_back(run, workers=1), resume=run)
-    assert RunFolder.save_checkpoint is save
-    assert len(read_crystals(output))
+    assert RunFolder.open(run).load_checkpoint()["lot"] == 2
+    assert max(read_columns(output, ["lot"])["lot"]) > 2
     assert list(run.glob("lots/*.jsonl")), "what the workers did is still there"
     finished = grow(None, read_back(run, workers=1), resume=run)
     assert finished.finished

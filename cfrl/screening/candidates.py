@@ -136,7 +136,8 @@ class _Picker:
 
     def passes(self, reason: str) -> bool:
         """Whether there is no reason against a crystal; else it is counted."""
-        self.counts[reason] += bool(reason)
+        if reason:
+            self.counts[reason] += 1
         return not reason
 
     def _propose(self, n: int) -> CrystalBatch:

@@ -38,11 +38,12 @@ class Tallies:
     kept: np.ndarray = field(default_factory=lambda: np.zeros((len(SOURCES), *balance.SHAPE), dtype=np.int64))
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(getattr(self, name)).to_sparse() for name in COUNTED}
+        """As a checkpoint keeps it; `of_state` is the way back."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in COUNTED}
 
     @classmethod
     def of_state(cls, state: dict[str, torch.Tensor]) -> Tallies:
-        return cls(*(state[name].to_dense().numpy() for name in COUNTED))
+        return cls(*(state[name].numpy().copy() for name in COUNTED))
 
 
 class Growth:

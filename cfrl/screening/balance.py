@@ -17,6 +17,7 @@ HELD = ("elements", "anion", "sites")
 SHAPE = (num_cells(HELD), NUM_SPACE_GROUPS + 1)
 DRAWS = 8  # candidates for each that passes, on average; the rarest kinds would ask for thousands
 _PRIOR = 500  # candidates that the shares of the real crystals count for, before there are any
+_LEAST_YIELD = 0.2  # of the average; what survives less still is not made up for: it would take all relaxations
 _PRIOR_YIELD = 5  # candidates of the average yield, that every kind begins with
 _ROUNDS = 100  # of proportional fitting
 
@@ -75,7 +76,8 @@ def _yields(real: np.ndarray, passed: np.ndarray, kept: np.ndarray) -> np.ndarra
     average = (kept.sum() + 1) / (passed.sum() + 1)
     unseen = _PRIOR_YIELD * real / np.maximum(real.sum(1, keepdims=True), 1)
     survivors = kept + average * unseen
-    return np.outer(*_fitted(passed + unseen, survivors.sum(1), survivors.sum(0)))
+    fitted = np.outer(*_fitted(passed + unseen, survivors.sum(1), survivors.sum(0)))
+    return np.maximum(fitted, _LEAST_YIELD * average)
 
 
 def _fitted(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,8 +95,9 @@ def _ratio(wanted: np.ndarray, there: np.ndarray) -> np.ndarray:
 
 def _scaled(weight: np.ndarray, share: np.ndarray) -> np.ndarray:
     """min(1, s weight) with s such that the mean over the shares is 1 / DRAWS, or as near as all ones come."""
-    low, high = 0.0, 1 / weight[weight > 0].min()
-    for _ in range(60):
-        middle = (low + high) / 2
+    some = weight[weight > 0]
+    low, high = 1 / (DRAWS * some.max()), 1 / some.min()
+    for _ in range(100):  # they differ by many orders of magnitude
+        middle = (low * high) ** 0.5
         low, high = (middle, high) if (share * np.minimum(1, middle * weight)).sum() < 1 / DRAWS else (low, middle)
     return np.minimum(1.0, high * weight)

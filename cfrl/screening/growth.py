@@ -16,6 +16,7 @@ import torch
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import Candidate, match_against, prepare
+from cfrl.crystals.kinds import kinds
 from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import KNOWN, REFUSED, Refusal
 from cfrl.runs.journal import Record
@@ -69,7 +70,8 @@ class Growth:
         self.options, self.reference = options, reference
         self.flags = [name for name in FLAGS if name not in set(allowed)]
         self.hull = reference[np.arange(len(reference))]
-        self.real = balance.count(real)
+        compounds = kinds(real)["elements"] > 0 if "element" in self.flags else slice(None)
+        self.real = balance.count(real[compounds])
         self.tallies = Tallies()
         self._known = KnownFormulas.embedded() if known is None else KnownFormulas.of(known.formulas())
         self._alike: dict[str, list[Candidate | _Row]] = defaultdict(list)  # by formula

@@ -63,7 +63,7 @@ class GrowthOptions(Settings):
         0.5, "Share (0 to 1) of the candidates made by exchanging elements of known crystals; the others are drawn."
     )
     balance: Fraction = option(
-        0.5,
+        0.25,
         "Shares of kinds and space groups among what is kept: as among the real crystals (0), all alike (1), or in "
         "proportion to those to the power 1 - balance.",
     )

@@ -70,8 +70,8 @@ class Growth:
         self.options, self.reference = options, reference
         self.flags = [name for name in FLAGS if name not in set(allowed)]
         self.hull = reference[np.arange(len(reference))]
-        compounds = kinds(real)["elements"] > 0 if "element" in self.flags else slice(None)
-        self.real = balance.count(real[compounds])
+        compounds = kinds(real)["elements"] > 0
+        self.real = balance.count(real[compounds] if "element" in self.flags and compounds.any() else real)
         self.tallies = Tallies()
         self._known = KnownFormulas.embedded() if known is None else KnownFormulas.of(known.formulas())
         self._alike: dict[str, list[Candidate | _Row]] = defaultdict(list)  # by formula

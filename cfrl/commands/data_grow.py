@@ -179,8 +179,9 @@ class _Grower:
             if len(crystals):
                 parts.append(self._named(number, crystals, columns))
         if not total["relaxed"]:
-            met = ", ".join(f"{name} {count:,}" for name, count in total.most_common(4))
-            raise UserError(f"of {total['candidates']:,} candidates none came as far as a relaxation ({met})")
+            asked = total.pop("candidates", 0)
+            met = ", ".join(f"{name} {count:,}" for name, count in total.most_common(3))
+            raise UserError(f"of {asked:,} candidates none came as far as a relaxation ({met})")
         self._append(parts)
         self.run.truncate(self.lot)
         for number, metrics in rows:

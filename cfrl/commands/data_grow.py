@@ -90,10 +90,11 @@ def grow(
         raise UserError("name the dataset to grow, -o FILE.h5, or a run to go on with: --resume last")
     path = Path(output)
     check_writable(path, HDF5)
-    reference, allowed = ReferenceHull.load(config.hull), check_flags(config.allow or "")
-    check_scale(config.potential, reference)
+    allowed = check_flags(config.allow or "")
     config = replace(config, model=str(model_path(config.model)), potential=full_name(config.potential))
     load_model(config.model)
+    reference = ReferenceHull.load(config.hull)
+    check_scale(config.potential, reference)
     prototypes = (config.prototypes,) if config.prototypes else tuple(config.known or [PROTOTYPES])
     known = CrystalBatch.cat(load_dataset(name) for name in config.known) if config.known else None
     real = known if known is not None else load_dataset(PROTOTYPES)

@@ -36,7 +36,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="markdown", 
 # The five commands stand first in the help, in the order of the work; the others follow.
 COMMANDS = "Commands, in the order of the work"
 OTHERS = "Beside them"
-DATA_HELP = """Datasets: import, fetch, look into; reference hulls.
+DATA_HELP = """Datasets: import, fetch, look into, grow; reference hulls.
 
 Example: cfrl data import mp_20.csv.gz -o mp_20.h5
 """
@@ -393,6 +393,28 @@ def data_hull(
     from cfrl.commands.data_hull import build_hull
 
     build_hull(datasets, output, **vars(config), console=_console())
+
+
+@data_app.command("grow")
+@configured(config.GrowConfig)
+def grow(
+    config: config.GrowConfig,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="The .h5 file to add to, made where there is none; empty: the run's."),
+    ] = None,
+    resume: Resume = None,
+) -> None:
+    """Make a dataset larger by crystals of the program's own, relaxed and near the hull.
+
+    Candidates are drawn from a model, or made of known crystals by exchanging elements. Runs for hours; stopped, it
+    goes on with --resume last.
+
+    Example: cfrl data grow -o grown.h5 --known mp_20.h5 --hull mp_energies.csv.gz -n 100000
+    """
+    from cfrl.commands.data_grow import grow as run
+
+    run(output, config, Path(resume) if resume else None, _console())
 
 
 @model_app.command("import")

@@ -18,7 +18,7 @@ from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions, Wishes
 from cfrl.rl.options import TuningOptions
-from cfrl.screening.options import ScreeningOptions
+from cfrl.screening.options import GrowthOptions, ScreeningOptions
 from cfrl.settings import (
     DEVICES,
     POTENTIAL_HELP,
@@ -72,7 +72,14 @@ class PretrainInputs(Settings):
     """What training starts from."""
 
     dataset: str = option(
-        "prototypes", "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`.", choices=DATASETS
+        "prototypes",
+        "An .h5 of `cfrl data import`, a fetched name (mp-20, ...), or `prototypes`; or several: `real.h5,grown.h5`.",
+        choices=DATASETS,
+    )
+    weights: str | None = option(
+        None,
+        "How often an epoch shows the crystals of each dataset, on average, e.g. `1,0.5`; empty: once each.",
+        unset="",
     )
     init: str | None = option(
         None,
@@ -377,6 +384,57 @@ class PredictConfig(Settings):
 
 
 @dataclass(frozen=True)
+class GrowInputs(Settings):
+    """What a dataset grows from."""
+
+    model: str | None = option(
+        None,
+        "Draw from this: a weights file, a run folder, or `last`; empty: the embedded model.",
+        choices=("last", RUNS),
+        unset="",
+    )
+    known: list[str] = option(
+        [],
+        "Known crystals, whose shares of kinds are the real ones; may be given several times; none: the formulas that "
+        "the embedded model learnt from.",
+        choices=DATASETS,
+    )
+    prototypes: str | None = option(
+        None,
+        "Crystals whose elements are exchanged; empty: the known ones, or `prototypes` where none are given.",
+        choices=DATASETS,
+        unset="",
+    )
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
+    round: Count | None = option(
+        None, "Number noted with each crystal; 0: one more than the last of the output.", unset=0
+    )
+
+
+@dataclass(frozen=True)
+class GrowConfig(GrowthOptions, GrowInputs):
+    """Make a dataset larger by crystals of the program's own."""
+
+    THEMES: ClassVar = {
+        "Candidates": ("substitute", "balance", "temperature", "max_atoms"),
+        "What is kept": ("new", "within", "allow", "symprec"),
+        "Relaxation": ("potential", "fmax", "steps"),
+        "Where it runs": ("lot", "lots", "workers", "engine", "address", "device"),
+    }
+
+    allow: str | None = option(
+        None, "Flags that keep no crystal out, e.g. `noble_gas,element`; empty: all do.", choices=FLAGS, unset=""
+    )
+    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
+    engine: Literal["local", "ray"] = option(
+        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
+    )
+    address: str | None = option(
+        None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
+    )
+
+
+@dataclass(frozen=True)
 class PredictorConfig(Settings):
     """Train a property predictor."""
 
@@ -409,6 +467,7 @@ class PredictorConfig(Settings):
 SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "hull": HullConfig,
+    "grow": GrowConfig,
     "pretrain": PretrainConfig,
     "sample": SampleConfig,
     "finetune": FinetuneConfig,

@@ -51,6 +51,7 @@ def complaint(monkeypatch, capsys, *words: str) -> str:
         ("sample --model missing -o full", "full: exists and is not an empty folder"),
         ("data import a.cif -o x.csv", "let its name end in .h5"),
         ("data hull missing.h5 -o x.json", "let its name end in .h5"),
+        ("data grow --model missing -o x.json", "let its name end in .h5"),
         ("rewards train a.csv -o x.pt", "let its name end in .safetensors"),
         ("model pack missing -o x.pt", "let its name end in .safetensors"),
         ("model import missing.pkl -o x.h5", "let its name end in .safetensors"),

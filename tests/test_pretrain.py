@@ -14,7 +14,7 @@ from cfrl.config import PretrainConfig, read_run_config
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import write_crystals
-from cfrl.model.files import load_model
+from cfrl.model.files import load_model, read_header
 from cfrl.model.options import PRESETS
 from cfrl.model.sampler import sample
 from cfrl.model.training import Trainer, epoch_batches, learning_rate
@@ -251,6 +251,68 @@ def test_batches_hold_every_crystal_once_and_lengths_together():
     assert not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
 
 
+def test_crystals_come_as_often_as_their_weights_say():
+    """Never more or less than the whole numbers beside the weight, on average exactly; every epoch is as long."""
+    lengths = torch.randint(1, 21, (900,), generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([1.0, 0.5, 2.25]).repeat_interleave(300)
+    counts = torch.zeros(400, 900)
+    for epoch in range(400):
+        rows = torch.cat(epoch_batches(lengths, 32, 3, epoch, weights))
+        assert len(rows) == round(300 * 3.75)
+        counts[epoch] = torch.bincount(rows, minlength=900)
+    assert set(counts[:, :300].unique().tolist()) == {1.0}
+    assert set(counts[:, 300:600].unique().tolist()) == {0.0, 1.0}
+    assert set(counts[:, 600:].unique().tolist()) == {2.0, 3.0}
+    assert counts[:, 300:600].mean(0) == pytest.approx(torch.full((300,), 0.5), abs=0.12)  # 4.8 sigma
+    assert counts[:, 600:].mean() == pytest.approx(2.25, abs=0.01)
+    together = counts[:, 300:600] - 0.5
+    correlation = (together.T @ together / 400 / 0.25).fill_diagonal_(0)
+    assert correlation.abs().max() < 0.3, "which of them come is drawn anew for each epoch"
+
+
+def test_several_datasets_with_weights(dataset, tmp_path):
+    """The second adds its crystals, but neither decides on its own what is kept nor how often groups are drawn."""
+    crystals = load_dataset("prototypes")
+    other = crystals[(crystals.space_group == 225) & (crystals.num_sites <= 8)]
+    write_crystals(tmp_path / "other.h5", other)
+    own = load_dataset(dataset, "train")
+    both = f"{dataset},{tmp_path}/other.h5"
+    run = pretrain(settings(both, preset="alex-20", epochs=2, weights="1,0.25"), root="both")
+    expected = torch.bincount(own.space_group, minlength=231).double()
+    expected[225] += 0.25 * len(other)
+    shares = load_model(run.path).space_group_log_prob.exp().double()
+    torch.testing.assert_close(shares, expected / expected.sum(), rtol=1e-4, atol=1e-6)
+    steps = 2 * -(-round(len(own) + 0.25 * len(other)) // 16)
+    assert run.metrics()["step"][-1] == steps
+    assert read_header(run.path / "model.safetensors")["dataset"] == str(dataset)
+    assert read_header(run.path / "model.safetensors")["beside"] == "other.h5"
+    assert run.path.name.endswith("pretrain-prototypes")
+    unseen = pretrain(settings(both, preset="alex-20", epochs=2, weights="1,0"), root="unseen")
+    shares = load_model(unseen.path).space_group_log_prob.exp()
+    torch.testing.assert_close(shares, torch.bincount(own.space_group, minlength=231) / len(own))
+    assert unseen.metrics()["step"][-1] == 2 * -(-len(own) // 16)
+
+
+def test_a_weighted_run_that_was_interrupted_continues_exactly(dataset, tmp_path, monkeypatch):
+    write_crystals(tmp_path / "other.h5", load_dataset("prototypes")[150:200])
+    config = settings(f"{dataset},{tmp_path}/other.h5", preset="alex-20", weights="1,0.5")
+    straight = pretrain(config, root="straight")
+    accumulate = Trainer._accumulate
+
+    def interrupted(self, crystals, batch_size):
+        accumulate(self, crystals, batch_size)
+        if self.step == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config, root="halved")
+    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
+    resumed = pretrain(resume=next(Path("halved").iterdir()))
+    one, two = weights(straight), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_learning_rate_warms_up_and_decays():
     config = PretrainConfig(lr=1.0, lr_final=0.1, warmup=10)
     rates = [learning_rate(step, 100, config) for step in range(100)]
@@ -296,6 +358,12 @@ def test_models_know_their_space_groups(dataset):
         ({"precision": "float8"}, "none of auto, float32, bfloat16"),
         ({"device": "cuda:77"}, "cannot be used"),
         ({"init": "no.safetensors"}, "no such model"),
+        ({"weights": "1,2"}, "2 numbers for 1 datasets"),
+        ({"weights": "much"}, "give numbers such as 1,0.5"),
+        ({"weights": "nan"}, "at least 0 and at most"),
+        ({"weights": "-1"}, "at least 0 and at most"),
+        ({"weights": "0"}, "would show no crystal"),
+        ({"dataset": "prototypes,nowhere.h5"}, "nowhere"),
     ],
 )
 def test_bad_settings(dataset, changes, message):

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
@@ -22,6 +24,8 @@ from cfrl.runs.devices import processes
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
 from cfrl.untrusted import fitting
+
+MAX_WEIGHT = 1000
 
 
 def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, root: str = "runs") -> RunFolder | None:
@@ -43,15 +47,15 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         config = config or read_run_config(PretrainConfig, run.path / "config.toml")
     config = config or PretrainConfig()
     with processes(config.device) as (rank, world, device):
-        train, validation = _datasets(config)
+        train, validation, weights = _datasets(config)
         init = load_model(config.init) if config.init else None
-        trainer = Trainer(config, train, validation, device, rank, world, init)
+        trainer = Trainer(config, train, validation, device, rank, world, init, weights)
         if rank > 0:
             _restore(trainer, run if resume is not None else None)
             trainer.fit()
             return None
         if resume is None:
-            run = RunFolder.create("pretrain", Path(config.dataset).stem, config, root)
+            run = RunFolder.create("pretrain", Path(_names(config)[0]).stem, config, root)
         with run.locked(), Recorder(run, config) as recorder:
             _restore(trainer, run if resume is not None else None)
             run.truncate(trainer.step)
@@ -114,9 +118,11 @@ class Recorder(Watcher):
             self.console.print(f"  {path}", highlight=False)
 
     def _write_model(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        dataset = Path(self.config.dataset)
+        names = _names(self.config)
+        dataset = Path(names[0])
         info = {
-            "dataset": str(dataset.resolve()) if dataset.exists() else self.config.dataset,
+            "dataset": str(dataset.resolve()) if dataset.exists() else names[0],
+            **({"beside": ",".join(Path(name).name for name in names[1:])} if len(names) > 1 else {}),
             "preset": self.config.preset,
             "training_crystals": str(len(trainer.train)),
             "metrics": json.dumps({name: round(value, 5) for name, value in metrics.items()}),
@@ -158,14 +164,48 @@ def plot_losses(run: RunFolder) -> Path | None:
     return path
 
 
-def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch]:
+def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch, Tensor | None]:
+    """Crystals to train on and to validate, and how often an epoch shows each of the former, (n,)."""
     limit = PRESETS[config.preset].max_sites - 1
-    train, validation = (load_dataset(config.dataset, split) for split in ("train", "validation"))
-    if not len(train):
-        raise UserError(f"{config.dataset}: no crystals to train on")
-    for part in (train, validation):
-        _refuse_impossible_cells(config.dataset, part)
-    return tuple(part[part.num_sites <= limit].canonical() for part in (train, validation))
+    names, shown = _names(config), _weights(config)
+    parts: dict[str, list[CrystalBatch]] = {"train": [], "validation": []}
+    for name in names:
+        for split, found in parts.items():
+            crystals = load_dataset(name, split)
+            if split == "train" and not len(crystals):
+                raise UserError(f"{name}: no crystals to train on")
+            _refuse_impossible_cells(name, crystals)
+            found.append(crystals[crystals.num_sites <= limit])
+    train, validation = (CrystalBatch.cat(found).canonical() for found in parts.values())
+    if shown is None:
+        return train, validation, None
+    sizes = torch.tensor([len(part) for part in parts["train"]])
+    weights = torch.tensor(shown).repeat_interleave(sizes)
+    if round(float(weights.sum())) < 1:
+        raise UserError(f"weights = {config.weights}: an epoch would show no crystal")
+    return train, validation, weights
+
+
+def _names(config: PretrainConfig) -> list[str]:
+    """The datasets of `a.h5,b.h5`; a path that exists is one, whatever its name."""
+    if Path(config.dataset).exists():
+        return [config.dataset]
+    return [name.strip() for name in config.dataset.split(",")]
+
+
+def _weights(config: PretrainConfig) -> list[float] | None:
+    """Numbers of `1,0.5`, one for each dataset. Raises UserError."""
+    if config.weights is None:
+        return None
+    try:
+        weights = [float(word) for word in config.weights.split(",")]
+    except ValueError:
+        raise UserError(f"weights = {config.weights}: give numbers such as 1,0.5") from None
+    if len(weights) != len(_names(config)):
+        raise UserError(f"weights = {config.weights}: {len(weights)} numbers for {len(_names(config))} datasets")
+    if not all(0 <= weight <= MAX_WEIGHT for weight in weights):
+        raise UserError(f"weights = {config.weights}: each should be at least 0 and at most {MAX_WEIGHT}")
+    return weights
 
 
 def _refuse_impossible_cells(name: str, crystals: CrystalBatch) -> None:

@@ -96,10 +96,11 @@ def append_crystals(
     *,
     columns: Columns | None = None,
     split: Sequence[int] | np.ndarray | None = None,
+    attrs: Mapping[str, str | float] | None = None,
 ) -> None:
     """Add crystals at the end of a file (made where there is none). A kill leaves the old file or the new one.
 
-    Columns may differ from those of the file: what is not given becomes NaN or "".
+    Columns may differ from those of the file: what is not given becomes NaN or "". `attrs` are those of a new file.
 
     Raises:
         UserError: the file cannot be read or written.
@@ -107,12 +108,26 @@ def append_crystals(
     """
     path = Path(path)
     if not path.exists():
-        return write_crystals(path, crystals, columns=columns, split=split)
+        return write_crystals(path, crystals, columns=columns, split=split, attrs=attrs)
     with open_crystals(path):
         pass
     datasets = _flatten(crystals, columns or {}, split)
     with fitting(path), atomic_file(path) as temp, _in_memory(path, "r+") as file:
         _append(file, datasets)
+        _save(file, temp)
+
+
+def replace_property(path: str | Path, name: str, values: np.ndarray) -> None:
+    """Other numbers in a property that the file has, (n,). A kill leaves the old file or the new one.
+
+    Raises:
+        UserError: the file cannot be read or written.
+    """
+    path = Path(path)
+    with open_crystals(path):
+        pass
+    with fitting(path), atomic_file(path) as temp, _in_memory(path, "r+") as file:
+        file[f"properties/{_escape(name)}"][:] = values
         _save(file, temp)
 
 

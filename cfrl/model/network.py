@@ -243,9 +243,9 @@ def unscale_lattice(scaled: Tensor, num_atoms: Tensor) -> Tensor:
     return torch.cat([scaled[..., :3] * size, torch.rad2deg(scaled[..., 3:])], -1)
 
 
-def space_group_shares(space_group: Tensor) -> Tensor:
-    """(231,) log of the share of each space group among crystals, by number."""
-    counts = torch.bincount(space_group, minlength=NUM_SPACE_GROUPS + 1).float()
+def space_group_shares(space_group: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(231,) log of the share of each space group among crystals (n,), each counted by its weight, by number."""
+    counts = torch.bincount(space_group, weights, minlength=NUM_SPACE_GROUPS + 1).float()
     return (counts / counts.sum()).log()
 
 

@@ -57,15 +57,18 @@ class Trainer:
         rank: int = 0,
         world: int = 1,
         init: CrystalTransformer | None = None,
+        weights: Tensor | None = None,
     ) -> None:
+        """`weights`: (n,) how often an epoch shows each training crystal, on average; None: once."""
         self.options, self.device, self.rank, self.world = options, device, rank, world
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.weights = train, validation, weights
         torch.manual_seed(options.seed)
-        self.model = initial_model(options, train, init).to(device)
+        self.model = initial_model(options, train, init, weights).to(device)
         self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if options.ema else None
         self.optimizer = _optimizer(self.model, options)
-        self.batches_per_epoch = math.ceil(len(train) / options.batch_size)
+        shown = len(train) if weights is None else round(float(weights.sum()))
+        self.batches_per_epoch = math.ceil(shown / options.batch_size)
         self.total_steps = options.epochs * self.batches_per_epoch
         self.step = 0
         self.best, self.best_epoch = math.inf, 0
@@ -85,7 +88,8 @@ class Trainer:
             self._end_epoch(watcher)  # of a checkpoint by an older version, which was written before it
             while self.step < self.total_steps and not self._out_of_patience():
                 epoch, first = divmod(self.step, self.batches_per_epoch)
-                batches = epoch_batches(self.train.num_sites, self.options.batch_size, self.options.seed, epoch)
+                order = (self.options.batch_size, self.options.seed, epoch, self.weights)
+                batches = epoch_batches(self.train.num_sites, *order)
                 for rows in batches[first:]:
                     self._train_step(rows)
                     watcher.step(self.step, self._mean_loss())
@@ -235,27 +239,40 @@ class Trainer:
 
 
 def initial_model(
-    options: TrainingOptions, train: CrystalBatch, init: CrystalTransformer | None = None
+    options: TrainingOptions,
+    train: CrystalBatch,
+    init: CrystalTransformer | None = None,
+    weights: Tensor | None = None,
 ) -> CrystalTransformer:
-    """Random or given weights, and the space-group distribution of the training crystals."""
+    """Random or given parameters, and the shares of space groups among the training crystals, weighted."""
     architecture = PRESETS[options.preset] if init is None else init.config
     if options.dropout is not None:
         architecture = replace(architecture, dropout=options.dropout)
     network = CrystalTransformer(architecture)
     if init is not None:
         network.load_state_dict(init.state_dict())
-    network.space_group_log_prob.copy_(space_group_shares(train.space_group))
+    network.space_group_log_prob.copy_(space_group_shares(train.space_group, weights))
     return network
 
 
-def epoch_batches(num_sites: Tensor, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+def epoch_batches(
+    num_sites: Tensor, batch_size: int, seed: int, epoch: int, weights: Tensor | None = None
+) -> list[Tensor]:
     """Row numbers of each batch of an epoch: shuffled, but crystals of like length together.
 
+    With weights (n,) a crystal comes so many times on average, and never one time more or less than the whole numbers
+    beside its weight (systematic sampling of the shuffled crystals); all epochs are as long as the weights add up to.
     The shuffled crystals are sorted by length within stretches of `BUCKET` batches, so that padding is rare and the
     order stays random; the batches are then shuffled again.
     """
     generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
     order = torch.randperm(len(num_sites), generator=generator)
+    if weights is not None:
+        ends = weights[order].double().cumsum(0)
+        shown = round(float(weights.sum()))
+        marks = (torch.arange(shown) + torch.rand((), generator=generator, dtype=torch.double)) * (ends[-1] / shown)
+        order = order[torch.searchsorted(ends, marks, right=True).clamp(max=len(order) - 1)]
+        order = order[torch.randperm(shown, generator=generator)]  # one that comes twice is not beside itself
     stretches = [rows[num_sites[rows].argsort(stable=True)] for rows in order.split(BUCKET * batch_size)]
     batches = [batch for rows in stretches for batch in rows.split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
@@ -293,6 +310,7 @@ def pretrain(
     *,
     device: str | torch.device = "cpu",
     init: CrystalTransformer | None = None,
+    weights: Tensor | None = None,
     **options: Any,
 ) -> CrystalTransformer:
     """A model trained on crystals, in evaluation mode.
@@ -301,12 +319,14 @@ def pretrain(
         crystals: what to learn; those with more sites than the preset has room for are left out.
         validation: what decides which epoch's weights are kept; None: the loss of training.
         init: start from the weights of this model.
+        weights: (n,) how often an epoch shows each crystal, on average; None: once.
         options: fields of `TrainingOptions`, such as epochs=20, preset="small".
     """
     settings = TrainingOptions(**options)
     limit = PRESETS[settings.preset].max_sites - 1
     parts = [crystals, crystals[:0] if validation is None else validation]
     train, held = (part[part.num_sites <= limit].canonical() for part in parts)
+    weights = None if weights is None else weights[crystals.num_sites <= limit]
     kept = _Kept()
-    Trainer(settings, train, held, torch.device(device), init=init).fit(kept)
+    Trainer(settings, train, held, torch.device(device), init=init, weights=weights).fit(kept)
     return kept.model.eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cfrl.settings import (
     DEVICES,
@@ -12,8 +12,12 @@ from cfrl.settings import (
     Count,
     CountOrZero,
     Distance,
+    Fraction,
+    Minutes,
     Range,
+    Seed,
     Settings,
+    Temperature,
     Tolerance,
     option,
 )
@@ -42,4 +46,44 @@ class ScreeningOptions(Settings):
         0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
     )
     chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
+    device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
+
+
+@dataclass(frozen=True)
+class GrowthOptions(Settings):
+    """How a dataset grows: where candidates come from, which are relaxed, what is kept."""
+
+    n: Count = option(1000, "Stop when so many crystals have been kept.", flags=("-n",))
+    time_limit: Minutes | None = option(
+        None,
+        "Minutes of work (earlier sessions of a resumed run count) after which no more lots are begun; 0: no limit.",
+        unset=0.0,
+    )
+    substitute: Fraction = option(
+        0.5, "Share (0 to 1) of the candidates made by exchanging elements of known crystals; the others are drawn."
+    )
+    balance: Fraction = option(
+        0.25,
+        "Shares of kinds and space groups among what is kept: as among the real crystals (0), all alike (1), or in "
+        "proportion to those to the power 1 - balance.",
+    )
+    new: Literal["formula", "structure"] = option(
+        "formula", "What must not be known: formula, or structure (other structures of known formulas are kept too)."
+    )
+    within: Annotated[float, Range(0, 10)] = option(0.1, "eV/atom above the hull up to which a crystal is kept.")
+    temperature: Temperature = option(1.0, "Of the draws. Below 1: likelier crystals; above 1: more varied.")
+    max_atoms: Count | None = option(
+        100, "At most so many atoms in the conventional cell; 0: no limit but 20 sites.", unset=0
+    )
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
+    fmax: Annotated[float, Range(0, 10, open_below=True)] = option(
+        0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
+    )
+    steps: Count = option(200, "Steps of the relaxation at most; what is not relaxed by then is dropped.")
+    symprec: Tolerance = option(
+        0.05, "Angstrom; how far atoms of a relaxed crystal may be off the symmetry that is looked for."
+    )
+    lot: Count = option(32, "Crystals that a worker relaxes in one go; what is not written down yet when a run stops.")
+    lots: Count = option(64, "Lots between two updates of file, hull and balance; many times the workers.")
+    seed: Seed = option(0, "Seed of the candidates.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)

@@ -1,8 +1,8 @@
 """Energy above the convex hull, for many compositions at once.
 
 A `ReferenceHull` is a list of known phases: composition and energy per atom. Only phases within a crystal's
-chemical system count (`lower_hull.py` has the hull of one system). Crystals are not added to it, so a distance may be
-negative: that crystal would be a new stable phase.
+chemical system count (`lower_hull.py` has the hull of one system). Crystals that are asked about are not added to it,
+so a distance may be negative: that crystal would be a new stable phase.
 
 Where the energies come from is not its business; `cfrl data hull` makes references with a potential.
 """
@@ -89,6 +89,22 @@ class ReferenceHull:
     def __getitem__(self, rows: np.ndarray) -> ReferenceHull:
         """Some of the phases, by index or mask."""
         return ReferenceHull(self.numbers[rows], self.fractions[rows], self.energies[rows], self.energy_scale)
+
+    def add(self, compositions: Any, energies: Sequence[float] | np.ndarray) -> None:
+        """More phases, in place: what is asked from now on competes with them.
+
+        Args:
+            compositions, energies: as in `e_above_hull`, on this reference's scale.
+        """
+        numbers, shares = _sparse(fractions(compositions)[0])
+        width = max(self.numbers.shape[1], numbers.shape[1])
+        for system, rows in _group_by_system(numbers).items():
+            own = self._systems.get(system, np.empty(0, dtype=np.int64))
+            self._systems[system] = np.append(own, len(self) + rows)
+            self._hulls = {other: hull for other, hull in self._hulls.items() if system & other != system}
+        self.numbers = np.concatenate([_widened(self.numbers, width), _widened(numbers, width)])
+        self.fractions = np.concatenate([_widened(self.fractions, width), _widened(shares, width)])
+        self.energies = np.append(self.energies, np.asarray(energies, dtype=np.float64))
 
     @property
     def elements(self) -> list[int]:

@@ -23,6 +23,7 @@ MISSING = "missing.h5"
 QUICK = {
     "data": ["data", "import", "missing.cif", "-o", "out.h5"],
     "hull": ["data", "hull", MISSING, "-o", "out.h5"],
+    "grow": ["data", "grow", "--model", MISSING, "-o", "out.h5"],
     "pretrain": ["pretrain", "--dataset", MISSING],
     "sample": ["sample", "--model", MISSING, "-o", "out.csv"],
     "finetune": ["finetune", "--model", MISSING],

@@ -84,9 +84,14 @@ def share_of_oxides(crystals: cfrl.CrystalBatch) -> float:
     return float(shares(kinds(crystals)["anion"], "anion")[0])
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "vargrad"])
-def test_a_kind_that_is_easy_to_score_is_not_drawn_more_often(model, algorithm):
-    """Oxides earn 1, all else 0: without a hold they take over; held, they stay where they were."""
+@pytest.mark.parametrize(
+    ("algorithm", "critic", "drift"), [("ppo", "off", 0.12), ("vargrad", "off", 0.12), ("vargrad", "on", 0.16)]
+)
+def test_a_kind_that_is_easy_to_score_is_not_drawn_more_often(model, algorithm, critic, drift):
+    """Oxides earn 1, all else 0: without a hold they take over; held, they stay where they were.
+
+    The share swings about where it is held; by the word of a critic, which lags behind, a little wider.
+    """
 
     def oxide(crystals: cfrl.CrystalBatch):
         from types import SimpleNamespace
@@ -94,8 +99,8 @@ def test_a_kind_that_is_easy_to_score_is_not_drawn_more_often(model, algorithm):
         values = (kinds(crystals)["anion"] == 0).astype(float)
         return SimpleNamespace(total=values, terms={}, status=[""] * len(values))
 
-    settings = dict(algorithm=algorithm, steps=30, n=96, batch_size=48, lr=2e-3, beta=0.1, diversity=None, seed=1,
-                    scale_crystals=400, epochs=1, max_step_kl=None, **WHERE)  # fmt: skip
+    settings = dict(algorithm=algorithm, critic=critic, steps=30, n=96, batch_size=48, lr=2e-3, beta=0.1,
+                    diversity=None, seed=1, scale_crystals=400, epochs=1, max_step_kl=None, **WHERE)  # fmt: skip
     before = share_of_oxides(cfrl.sample(model, n=800, elements=WHERE["elements"].split(","), max_atoms=16, seed=5,
                                          min_distance=0.0))  # fmt: skip
     drawn = {}
@@ -105,7 +110,7 @@ def test_a_kind_that_is_easy_to_score_is_not_drawn_more_often(model, algorithm):
         drawn[hold] = share_of_oxides(tuned.crystals[step > 20])
     assert 0.2 < before < 0.8
     assert drawn[None] > before + 0.3
-    assert abs(drawn["anion"] - before) < 0.12  # although nothing but the kind is paid for
+    assert abs(drawn["anion"] - before) < drift  # although nothing but the kind is paid for
 
 
 def test_what_nobody_can_judge_teaches_nothing(model):

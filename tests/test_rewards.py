@@ -752,6 +752,25 @@ def test_a_sparse_reference_is_no_fault_of_the_crystal(suspects, hull, chgnet):
     assert np.isfinite(result.terms["ehull"][0])
 
 
+def test_what_falls_apart_has_no_property_unless_the_hull_is_asked_for_anyway(chgnet):
+    """Magnesia as rock salt, and as caesium chloride, 0.7 eV/atom above."""
+    from cfrl.rewards.guards import UNSTABLE, heeded
+
+    salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(4.25), ["Mg", "O"], [[0, 0, 0], [0.5] * 3])
+    other = Structure.from_spacegroup("Pm-3m", Lattice.cubic(2.65), ["Mg", "O"], [[0, 0, 0], [0.5] * 3])
+    both = CrystalBatch.from_structures([salt, other])
+    guards = heeded("sparse_reference,known")
+    gap = build_reward("band_gap", context=RewardContext(chgnet, relax_steps=4), guards=guards)(both)
+    assert gap.status == ["", f"guard: {UNSTABLE}"]
+    assert np.isfinite(gap.total).tolist() == [True, False]
+    assert not gap.abstained.any()
+    as_drawn = build_reward("band_gap", context=RewardContext(chgnet), guards=guards)(both)
+    assert as_drawn.status == ["", ""]  # almost everything is unstable as drawn
+    hull = build_reward("ehull", context=RewardContext(chgnet, relax_steps=4), guards=guards)(both)
+    assert hull.status == ["", ""]
+    assert hull.total[0] > hull.total[1] + 0.4
+
+
 def test_sun_is_the_probability_to_lie_within_reach_of_the_hull(hull):
     from scipy.stats import norm
 

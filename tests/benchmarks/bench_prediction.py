@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_prediction.py mp_20.csv.gz --crystals 200 --draws 20 --draws 100
 
 Crystals of the dataset whose formula the embedded generator did not learn from, of at most 20 atoms in the primitive
-cell. Matched with StructureMatcher, with the tolerances of MatterGen and DiffCSP (ltol 0.3, stol 0.5, angle 10) and with
-pymatgen's own (0.2, 0.3, 5); RMSE is of the former's matches, in (volume per atom)^(1/3).
+cell. Matched with StructureMatcher, with the tolerances of MatterGen and DiffCSP (ltol 0.3, stol 0.5, angle 10) and
+with pymatgen's own (0.2, 0.3, 5); RMSE is of the former's matches, in (volume per atom)^(1/3).
 """
 
 import time

@@ -244,6 +244,17 @@ def test_the_shares_of_space_groups_follow_the_formula():
         assert shares.exp()[best] > 0.5
 
 
+def test_density_and_volume_are_kept_to():
+    model = cfrl.load_model()
+    crystals = cfrl.sample(model, 40, density="5-6", volume_per_atom="10-20", elements="Ti,O,Ba,Sr,Ca,Mg", seed=0)
+    density, volume = crystals.densities(), crystals.volumes() / crystals.num_atoms
+    assert len(crystals) == 40
+    assert 5 <= density.min() <= density.max() <= 6
+    assert 10 <= volume.min() <= volume.max() <= 20
+    with pytest.raises(UserError, match="range such as"):
+        cfrl.sample(model, 1, density="heavy")
+
+
 # ---- like a crystal ------------------------------------------------------------------------------------------------
 
 

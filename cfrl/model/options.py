@@ -107,6 +107,10 @@ class Wishes(Settings):
     )
     num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
     max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
+    density: str | None = option(
+        None, "g/cm^3, e.g. `4-6.5`; others are drawn anew, space group and all; empty: any.", unset=""
+    )
+    volume_per_atom: str | None = option(None, "A^3 per atom, e.g. `10-20`; likewise; empty: any.", unset="")
     like: str | None = option(
         None, "Like the crystal in this file (CIF, ...): its Wyckoff letters; see --vary; empty: like none.", unset=""
     )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,15 @@ from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import Wishes
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.model.wishes import UNIFORM, SpaceGroups, sampler_options, space_group_numbers
+from cfrl.model.wishes import (
+    UNIFORM,
+    AllOf,
+    InRange,
+    SpaceGroups,
+    Wanted,
+    sampler_options,
+    space_group_numbers,
+)
 
 DRAW_SIZE = 256  # crystals drawn at once
 PILOTS = 8  # draws of each space group that tell how likely it meets what is asked
@@ -147,7 +154,7 @@ def sample(
     keep_invalid: bool = False,
     min_distance: float = 0.5,
     draw_size: int = DRAW_SIZE,
-    wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
+    wanted: Wanted | None = None,
     progress: Callable[[int], None] | None = None,
     **wishes: Any,
 ) -> CrystalBatch:
@@ -177,6 +184,7 @@ def sample(
     group = space_group if space_group is None or isinstance(space_group, str) else _words(space_group)
     asked = Wishes(space_group=group, elements=None if elements is None else _words(elements), **wishes)
     options = sampler_options(asked, model.config.max_sites - 1, temperature, top_p)
+    wanted = AllOf.of(wanted, InRange.of(asked))
     model_was_training = model.training
     model.eval()
     prior = space_group_shares(model, asked, options)

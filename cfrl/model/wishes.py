@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, NUM_ELEMENTS, SYMBOLS, atomic_number
 from cfrl.crystals.refusal import NOBLE_GASES, RADIOACTIVE
 from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
@@ -22,6 +25,7 @@ from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
 
 UNIFORM = "uniform"
+Wanted = Callable[[CrystalBatch], np.ndarray]  # of n crystals, which to keep: (n,) bool
 SpaceGroups = int | str | Iterable[int] | None  # as wished: see `space_group_numbers`
 ELEMENT_SETS = {"radioactive": RADIOACTIVE, "noble_gas": NOBLE_GASES}
 TOKEN = re.compile(r"(\[[A-Z][a-z]?\]|[A-Z][a-z]?)(\d+(?:\.\d+)?(?:-\d+)?)?")
@@ -193,6 +197,62 @@ def _scale(formula: str) -> int:
     amounts = [amount or "1" for _, amount in TOKEN.findall(formula)]
     plain = all(amount.isdigit() for amount in amounts) and "(" not in formula
     return math.gcd(*map(int, amounts)) if plain else 1
+
+
+@dataclass(frozen=True)
+class InRange:
+    """Whether crystals have the density (g/cm^3) and volume per atom (A^3) that are wished: (n,) bool.
+
+    Which they have the model decides last of all, with the cell: those that are off are to be drawn anew.
+    """
+
+    density: tuple[float, float] | None
+    volume_per_atom: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, wishes: Wishes) -> InRange | None:
+        """None where nothing is wished. Raises UserError for what is no range."""
+        spans = [_span(name, getattr(wishes, name)) for name in ("density", "volume_per_atom")]
+        return cls(*spans) if any(spans) else None
+
+    def __call__(self, crystals: CrystalBatch) -> np.ndarray:
+        fits = np.ones(len(crystals), dtype=bool)
+        volumes = crystals.volumes() / crystals.num_atoms
+        for span, values in ((self.density, crystals.densities()), (self.volume_per_atom, volumes)):
+            if span is not None:
+                fits &= ((values >= span[0]) & (values <= span[1])).cpu().numpy()
+        return fits
+
+    def __str__(self) -> str:
+        return "--density, --volume-per-atom"
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """Whether crystals pass each of several tests: (n,) bool. `AllOf.of` leaves out those that are None."""
+
+    tests: tuple[Wanted, ...]
+
+    @classmethod
+    def of(cls, *tests: Wanted | None) -> Wanted | None:
+        given = tuple(test for test in tests if test is not None)
+        return cls(given) if len(given) > 1 else given[0] if given else None
+
+    def __call__(self, crystals: CrystalBatch) -> np.ndarray:
+        return np.logical_and.reduce([test(crystals) for test in self.tests])
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.tests))
+
+
+def _span(name: str, text: str | None) -> tuple[float, float] | None:
+    """ "4-6.5" -> (4.0, 6.5)."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)\s*", text)
+    if not match or float(match[1]) > float(match[2]):
+        raise UserError(f"{name} {text}: give a range such as 4-6.5")
+    return float(match[1]), float(match[2])
 
 
 def _contradiction(one: str, other: str) -> None:

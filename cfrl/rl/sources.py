@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.model.wishes import AllOf, InRange, Wanted
 from cfrl.rewards import Reward
 from cfrl.rl import policy
 from cfrl.rl.rollouts import Rollout, collect, draw_lots
@@ -32,12 +32,11 @@ class FreshCrystals:
 
     fresh = True
 
-    def __init__(
-        self, tuning: Tuning, scorer: Scorer, wanted: Callable[[CrystalBatch], np.ndarray] | None = None
-    ) -> None:
+    def __init__(self, tuning: Tuning, scorer: Scorer, wanted: Wanted | None = None) -> None:
         if wanted is None and isinstance(scorer, Reward):  # a bare function refuses nothing
             wanted = scorer.refuses
-        self.tuning, self.scorer, self.wanted = tuning, scorer, wanted
+        self.tuning, self.scorer = tuning, scorer
+        self.wanted = AllOf.of(wanted, InRange.of(tuning.options))
 
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
         """The crystals of one step."""

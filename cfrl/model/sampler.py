@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,17 +31,38 @@ RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
+@dataclass
+class Given:
+    """What `draw` feeds to the model in place of drawing it: the first tokens of each kind of n given crystals.
+
+    crystals: n.
+    letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
+    """
+
+    crystals: CrystalBatch
+    letters: Tensor
+    species: Tensor
+    coords: Tensor
+
+    def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
+        """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
+        fed = getattr(self, kind)[rows] > site
+        return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
+
+
 @torch.no_grad()
 def draw(
     model: CrystalTransformer,
     space_group: Tensor,
     options: SamplerOptions | None = None,
     generator: torch.Generator | None = None,
+    given: Given | None = None,
 ) -> CrystalBatch:
     """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
 
     Args:
         generator: on the model's device; None: torch's global one, which other threads may draw from too.
+        given: on the model's device, what is not drawn; the log-probability counts it all the same.
 
     Returns:
         Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
@@ -78,6 +100,7 @@ def draw(
                 logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
             distribution = model.wyckoff_distribution(logits, group, letter, atoms, options)
             letter = distribution.sample(generator)
+            letter = given.of("letters", given.crystals.wyckoff, rows, site, letter) if given else letter
             log_prob["wyckoff"][rows] += distribution.log_prob(letter)
         features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
 
@@ -97,6 +120,7 @@ def draw(
         atoms = atoms + t.multiplicity[group, letter]
         distribution = model.species_distribution(features, options)
         element = distribution.sample(generator)
+        element = given.of("species", given.crystals.species, rows, site, element) if given else element
         log_prob["species"][rows] += distribution.log_prob(element)
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
@@ -109,6 +133,9 @@ def draw(
             if free[:, axis].any():
                 distribution = model.coordinate_distribution(features, options)
                 angle = distribution.sample(generator)  # (B,)
+                if given:
+                    known = 2 * math.pi * (given.crystals.frac_coords[..., axis].to(angle.dtype) - 0.5)  # (n, s)
+                    angle = given.of("coords", known, rows, site, angle)
                 log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
                 coords[:, axis] = angle / (2 * math.pi) + 0.5
             # A tied coordinate follows from the free ones before it.

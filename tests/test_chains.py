@@ -181,7 +181,8 @@ def test_what_is_given_is_fed_and_counted():
     crystals = prior.draw(prior.space_groups(300, generator), generator)
     sites = crystals.num_sites
     same = prior.draw(crystals.space_group, generator, Given(crystals, sites + 1, sites, sites))
-    assert torch.equal(same.wyckoff, crystals.wyckoff) and torch.equal(same.species, crystals.species)
+    assert torch.equal(same.wyckoff, crystals.wyckoff)
+    assert torch.equal(same.species, crystals.species)
     torch.testing.assert_close(same.frac_coords, crystals.frac_coords)
     for factor in ("wyckoff", "species", "coords"):
         torch.testing.assert_close(
@@ -264,4 +265,5 @@ def test_mixing_of_known_chains():
     chain = torch.stack(chain, 1)
     assert effective_draws(chain) == pytest.approx(chain.numel() * (1 - phi) / (1 + phi), rel=0.2)
     assert split_r_hat(noise + 3 * torch.arange(64)[:, None]) > 5
-    assert math.isnan(split_r_hat(noise[:, :3])) and math.isnan(effective_draws(torch.zeros(4, 20)))
+    assert math.isnan(split_r_hat(noise[:, :3]))
+    assert math.isnan(effective_draws(torch.zeros(4, 20)))

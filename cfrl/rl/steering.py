@@ -149,7 +149,7 @@ class Steering:
         seed: of the chains. The crystals that give the unit are the same whatever it is, and those of tuning.
         criticised: whether chains walk by the word of a critic.
         stopped: tells whether somebody wishes to stop.
-        watch: called with the number of crystals scored and a note.
+        watch: called with this object whenever crystals were scored.
 
     Attributes:
         temperature: inverse: 0, as the model draws, to 1, as is wished.
@@ -168,7 +168,7 @@ class Steering:
         seed: int = 0,
         criticised: bool = False,
         stopped: Callable[[], bool] = lambda: False,
-        watch: Callable[[int, str], None] = lambda scored, note: None,
+        watch: Callable[[Steering], None] = lambda steering: None,
     ) -> None:
         self.prior, self.options, self.asked, self.stopped, self.watch = prior, options, asked, stopped, watch
         self.scores = Scores(scorer, wanted, min_distance)
@@ -180,6 +180,13 @@ class Steering:
         self.chains: Chains | None = None
         self.kept: list[Chains] = []
         self.began, self.longest, self.ended = time.monotonic(), 0.0, ""
+
+    def __str__(self) -> str:
+        """Where it stands, such as "1,536 scored, cooled to 12%, median 4.1"."""
+        where = f"{self.scores.asked:,} scored"
+        if self.sweeps:
+            where += f", cooled to {self.temperature:.1%}, median reward {float(self.chains.reward.median()):.4g}"
+        return where
 
     def run(self) -> None:
         """From the model's crystals to what is wished, then sweep after sweep until the budget is spent.
@@ -205,7 +212,7 @@ class Steering:
             began = time.monotonic()
             self.scores(lot)
             self.longest = time.monotonic() - began
-            self.watch(self.scores.asked, "the model's crystals")
+            self.watch(self)
             if not self.has_time(0):
                 break
         seen = self.scores.all()
@@ -252,7 +259,7 @@ class Steering:
         if t == 1:
             self.kept.append(self.chains)
         self.longest = time.monotonic() - began
-        self.watch(self.scores.asked, f"at {t:.3f} of 1/beta, median reward {float(self.chains.reward.median()):.4g}")
+        self.watch(self)
 
     def tilt(self, crystals: CrystalBatch) -> Tensor:
         """What a walk goes by, (n,): the critic's word, 0 without one; -inf for what cannot be."""
@@ -300,17 +307,20 @@ class Steering:
         scored = seen.table(log_prob=seen.crystals.properties["log_prob"])
         return Steered(crystals, scored, seen.status, self.numbers(crystals), self.ended)
 
-    def numbers(self, crystals: CrystalBatch) -> dict[str, float]:
-        """What tells how far these crystals can be trusted to be samples of the target.
+    def numbers(self, crystals: CrystalBatch | None = None) -> dict[str, float]:
+        """How far crystals (None: those of the chains) can be trusted to be samples of the target.
 
-        "temperature": inverse, 1 where beta is as asked; "beta": what it is, in the reward's "unit". "effective": effective
-        size of the last weights. "r_hat": split R-hat of the reward over chains; "effective_draws": how many independent
-        ones the sweeps at 1 are worth. "ancestors": from how many of the model's crystals the chains descend.
-        "accepted/MOVE": share of proposals taken within the walks; "accepted/score": of walks, by the reward.
+        "temperature": inverse, 1 where beta is as asked; "beta": what it is, in the reward's "unit". "effective": size
+        that the last weights were worth. "r_hat": split R-hat of the reward over chains; "effective_draws": what the
+        sweeps at 1 are worth. "ancestors": from how many of the model's crystals the chains descend. "accepted/MOVE":
+        share of proposals taken within the walks; "accepted/score": of walks, by the reward.
         """
+        crystals = self.chains.crystals if crystals is None else crystals
         seconds = time.monotonic() - self.began
         rewards = torch.stack([chains.reward for chains in self.kept], 1) if self.kept else torch.zeros(1, 0)
         return {
+            "reward/mean": float(self.chains.reward.mean()),
+            "reward/median": float(self.chains.reward.median()),
             "scored": self.scores.asked,
             "seconds": seconds,
             "scored_per_second": self.scores.asked / max(seconds, 1e-9),
@@ -347,7 +357,7 @@ def steer(
     wanted: Wanted | None = None,
     context: RewardContext | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    watch: Callable[[int, str], None] = lambda scored, note: None,
+    watch: Callable[[Steering], None] = lambda steering: None,
     **options: Any,
 ) -> Steered:
     """Crystals of pi*(C) ~ pi_base(C) exp(r(C) / beta), and how well they were sampled.
@@ -358,7 +368,7 @@ def steer(
         space_group, elements, max_atoms, temperature, top_p, min_distance, seed, wanted: what pi_base is; see `sample`.
         context: what a named reward works with; None: the embedded models.
         stopped: tells whether somebody wishes to stop.
-        watch: called with the number of crystals scored and a note.
+        watch: called with the state whenever crystals were scored; see `Steering.numbers`.
         options: fields of `SteeringOptions`, such as beta=0.1, budget=2000.
 
     Raises:

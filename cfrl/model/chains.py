@@ -109,6 +109,7 @@ def element(prior: Prior, crystals: CrystalBatch, generator: torch.Generator) ->
 MOVES: dict[str, Move] = {move.__name__: move for move in (fresh, regrow, coordinates, lattice, site, element)}
 
 
+@torch.no_grad()
 def _substitute(
     prior: Prior, crystals: CrystalBatch, where: Tensor, barred: Tensor, generator: torch.Generator
 ) -> Proposal:

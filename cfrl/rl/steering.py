@@ -48,6 +48,7 @@ WEIGHTS = {"fresh": 1.0, "regrow": 3.0, "coordinates": 1.0, "lattice": 1.0, "sit
 STEPS = 8  # of a walk by the word of a critic, for each score
 EFFECTIVE = 0.5  # of the chains: how far the effective size of the weights may fall from one temperature to the next
 SURVEY, LOT = 1024, 128  # crystals of the model that give the unit, and how many are drawn at once: as tuning has them
+MOTIONLESS = 100  # sweeps in which no chain has moved, after which none will
 WALK_SEED = 2  # of what the chains do, beside the user's
 Wanted = Callable[[CrystalBatch], np.ndarray]
 
@@ -176,7 +177,8 @@ class Steering:
         self.lots = torch.Generator().manual_seed(random_seed(seed, WALK_SEED, 0))  # on the CPU
         self.critic = Critic(seed) if criticised else None
         self.walked, self.settled = Tally(), Tally()  # of moves, and of walks whose end the reward was asked about
-        self.temperature, self.scale, self.effective, self.sweeps = 0.0, 1.0, math.nan, 0
+        self.temperature, self.scale, self.effective = 0.0, 1.0, math.nan
+        self.sweeps = self.idle = 0  # all of them, and how many of late in which no chain moved
         self.chains: Chains | None = None
         self.kept: list[Chains] = []
         self.began, self.longest, self.ended = time.monotonic(), 0.0, ""
@@ -195,11 +197,13 @@ class Steering:
             UserError: no crystal of the model has a score, or the reward is at fault.
         """
         self.survey()
-        self.learn(loop.FIRST_PASSES * self.scores.asked)
+        lesson = loop.FIRST_PASSES * self.scores.asked
         while self.has_time(self.options.chains):
+            self.learn(lesson)
             if self.temperature < 1:
                 self.cool()
             self.sweep()
+            lesson = loop.PASSES * self.options.chains
 
     def survey(self) -> None:
         """Score crystals of the model: they are the first population, and give the unit of the reward."""
@@ -243,7 +247,7 @@ class Steering:
         began = time.monotonic()
         chains, t = self.chains, self.temperature
         steps = STEPS if self.critic else 1
-        crystals = chains.crystals.to(self.prior.model.device)
+        crystals = chains.crystals.trim().to(self.prior.model.device)
         new, told, moved = walk(self.prior, crystals, self.tilt, steps, self.generator, WEIGHTS, self.walked)
         new, rows = new.to("cpu"), moved.nonzero()[:, 0]
         if len(rows):
@@ -254,8 +258,7 @@ class Steering:
             self.settled.add("score", taken)
             where = torch.arange(len(chains)).index_put((rows[taken],), len(chains) + taken.nonzero()[:, 0])
             self.chains = Chains.cat([chains, found])[where]
-        self.learn(loop.PASSES * len(chains))
-        self.sweeps += 1
+        self.sweeps, self.idle = self.sweeps + 1, 0 if len(rows) else self.idle + 1
         if t == 1:
             self.kept.append(self.chains)
         self.longest = time.monotonic() - began
@@ -295,6 +298,8 @@ class Steering:
             self.ended = "The time limit is reached."
         elif self.scores.asked + more > self.options.budget:
             self.ended = "The budget is spent."
+        elif self.idle == MOTIONLESS:
+            self.ended = "No chain finds anywhere to go."
         return not self.ended
 
     def result(self, n: int) -> Steered:
@@ -304,8 +309,9 @@ class Steering:
         rows = torch.randperm(len(last), generator=self.lots)[:n]
         crystals = last[rows].table()
         seen = self.scores.all()
-        scored = seen.table(log_prob=seen.crystals.properties["log_prob"])
-        return Steered(crystals, scored, seen.status, self.numbers(crystals), self.ended)
+        scored = seen.table(log_prob=seen.crystals.properties["log_prob"])[seen.valid]
+        status = [reason for reason, valid in zip(seen.status, seen.valid.tolist(), strict=True) if valid]
+        return Steered(crystals, scored, status, self.numbers(crystals), self.ended)
 
     def numbers(self, crystals: CrystalBatch | None = None) -> dict[str, float]:
         """How far crystals (None: those of the chains) can be trusted to be samples of the target.

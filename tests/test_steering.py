@@ -1,4 +1,4 @@
-"""Steering samples pi_base exp(r / beta): against enumeration; its unit is tuning's; its limits hold; what it writes."""
+"""Steering samples pi_base exp(r / beta): against enumeration; its unit is that of tuning; limits; what is written."""
 
 import copy
 import math

@@ -152,7 +152,10 @@ def _tell(config: SampleConfig, steered: Steered, console: Console) -> None:
         f"{told['scored']:,} crystals scored in {told['seconds'] / 60:.1f} minutes, "
         f"{told['scored_per_second']:.1f} a second. {steered.ended}"
     )
-    say(f"{told['sweeps']} sweeps of {config.chains} chains, {told['sweeps_at_beta']} of them at beta {config.beta:g}")
+    say(
+        f"{told['sweeps']} sweeps of {config.chains} chains, {told['sweeps_at_beta']} of them at beta {config.beta:g} "
+        f"({config.beta * told['unit']:.4g} of the reward)"
+    )
     rates = {name.removeprefix("accepted/"): rate for name, rate in told.items() if name.startswith("accepted/")}
     decided = rates.pop("score", math.nan)
     say(

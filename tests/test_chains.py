@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -73,11 +74,14 @@ def moved(prior, crystals, weights, steps, seed=1, tilt=tilt):
 
 
 def compared(crystals, expected):
-    """p-value of the chi-square test of these crystals against shares by key."""
-    found = keys(crystals)
+    """p-value of the chi-square test of these crystals against shares by key, the rare ones taken together."""
+    found = Counter(keys(crystals))
     assert set(found) <= set(expected)
-    observed = [found.count(key) for key in expected]
-    return stats.chisquare(observed, [len(found) * share for share in expected.values()]).pvalue
+    pairs = sorted((share * found.total(), found[key]) for key, share in expected.items())
+    rare = [pair for pair in pairs if pair[0] < 5]
+    pairs = [tuple(map(sum, zip(*rare, strict=True))), *pairs[len(rare) :]] if rare else pairs
+    wanted, observed = zip(*pairs, strict=True)
+    return stats.chisquare(observed, wanted).pvalue
 
 
 @pytest.mark.parametrize("weights", [{"fresh": 1.0}, {"regrow": 1.0}, ALL], ids=["fresh", "regrow", "all"])
@@ -108,6 +112,8 @@ def test_substitution_alone_reaches_what_it_can(name):
         inside = {key: share for key, share in expected.items() if class_of(key) == kind}
         rows = [row for row, key in enumerate(keys(end)) if key in inside]
         total = sum(inside.values())
+        if len(inside) == 1 or len(rows) < 50:
+            continue
         assert compared(end[rows], {key: share / total for key, share in inside.items()}) > 1e-4
 
 

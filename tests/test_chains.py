@@ -104,10 +104,10 @@ def test_substitution_alone_reaches_what_it_can(name):
 
     prior = prior_of()
     expected = enumerated(prior)
-    start = draw(prior.model, torch.full((6000,), 225), SMALL, torch.Generator().manual_seed(0))
-    end, tally = moved(prior, start, {name: 1.0}, 20)
+    start = draw(prior.model, torch.full((3000,), 225), SMALL, torch.Generator().manual_seed(0))
+    end, tally = moved(prior, start, {name: 1.0}, 80)
     assert [class_of(key) for key in keys(start)] == [class_of(key) for key in keys(end)]
-    assert tally.rates()[name] > 0.1
+    assert tally.rates()[name] > 0.05
     for kind in {class_of(key) for key in expected}:
         inside = {key: share for key, share in expected.items() if class_of(key) == kind}
         rows = [row for row, key in enumerate(keys(end)) if key in inside]
@@ -120,7 +120,8 @@ def test_substitution_alone_reaches_what_it_can(name):
 def geometric(crystals):
     """A tilt of all that there is: letters, elements, coordinates and lattice. Between -3 and 3."""
     lengths = (crystals.lattice[:, :3].double() / 3).sin().sum(1) / 3
-    x = (2 * math.pi * crystals.frac_coords.double()).cos().sum((1, 2)).sin()
+    there = (crystals.wyckoff > 0)[..., None]  # however wide the padding
+    x = ((2 * math.pi * crystals.frac_coords.double()).cos() * there).sum((1, 2)).sin()
     return lengths + x + (1.3 * crystals.species.double() + crystals.wyckoff).sum(1).sin()
 
 
@@ -153,7 +154,7 @@ def watched(crystals):
 def test_a_move_leaves_the_distribution_as_it_is(name):
     """From exact draws of the target to exact draws of the target, coordinates, lattice and space groups included."""
     prior = prior_of((4, 99, 186), SamplerOptions(elements=THREE, max_atoms=8))
-    start, other = exact(prior, 2500, 0), exact(prior, 2500, 7)
+    start, other = exact(prior, 1500, 0), exact(prior, 1500, 7)
     end, tally = moved(prior, start, {name: 1.0}, 4, tilt=geometric)
     assert 0.02 < tally.rates()[name] < 1
     scores = prior.model.log_prob(end, prior.options)

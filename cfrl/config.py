@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions, Wishes
-from cfrl.rl.options import TuningOptions
+from cfrl.rl.options import SteeringOptions, TuningOptions
 from cfrl.screening.options import GrowthOptions, ScreeningOptions
 from cfrl.settings import (
     DEVICES,
@@ -104,6 +104,29 @@ class PretrainConfig(TrainingOptions, PretrainInputs):
 
 
 @dataclass(frozen=True)
+class ScoringInputs(Settings):
+    """What a reward works with."""
+
+    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
+    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
+    caution: Annotated[float, Range(0, 100)] | None = option(
+        None,
+        "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
+        "negative: the reward's own number.",
+        unset=-1.0,
+    )
+    relax_steps: CountOrZero | None = option(
+        None,
+        "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn; "
+        "negative: 4 where the reward asks for the hull, 8 where for a property, else 0.",
+        unset=-1,
+    )
+    reward_timeout: Seconds | None = option(
+        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
+    )
+
+
+@dataclass(frozen=True)
 class SampleInputs(Settings):
     """How many crystals, and of which model."""
 
@@ -117,10 +140,8 @@ class SampleInputs(Settings):
 
 
 @dataclass(frozen=True)
-class SampleConfig(Wishes, SampleInputs):
-    """Generate crystals."""
-
-    THEMES: ClassVar = {"What they should be": tuple(f.name for f in fields(Wishes))}
+class DrawInputs(Wishes, SampleInputs):
+    """How they are drawn."""
 
     temperature: Temperature = option(1.0, "Below 1: likelier crystals; above 1: more varied; 1: as trained.")
     top_p: PositiveFraction = option(
@@ -145,6 +166,24 @@ class SampleConfig(Wishes, SampleInputs):
 
 
 @dataclass(frozen=True)
+class SampleConfig(SteeringOptions, ScoringInputs, DrawInputs):
+    """Generate crystals."""
+
+    THEMES: ClassVar = {
+        "What they should be": tuple(f.name for f in fields(Wishes)),
+        "Towards a reward, without training": ("toward", "beta", "chains", "budget", "time_limit", "allow"),
+        "What the reward works with": ("potential", "hull", "caution", "relax_steps", "reward_timeout"),
+    }
+
+    toward: str | None = option(
+        None,
+        "Steer towards high values of this reward, a name or formula of `cfrl rewards`; empty: as the model draws.",
+        choices=REWARDS,
+        unset="",
+    )
+
+
+@dataclass(frozen=True)
 class FinetuneInputs(Settings):
     """What tuning starts from, and what it is for."""
 
@@ -164,33 +203,16 @@ class FinetuneInputs(Settings):
         choices=DATASETS,
         unset="",
     )
-    potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
-    hull: str | None = option(None, "Reference hull: .h5, .csv or .json of entries; empty: the embedded one.", unset="")
-    caution: Annotated[float, Range(0, 100)] | None = option(
-        None,
-        "Subtract so many spreads: of a predictor's ensemble, and of what ehull's reference may lack; "
-        "negative: the reward's own number.",
-        unset=-1.0,
-    )
-    relax_steps: CountOrZero | None = option(
-        None,
-        "Evaluations by which each crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn; "
-        "negative: 4 where the reward asks for the hull, 8 where for a property, else 0.",
-        unset=-1,
-    )
     known: str | None = option(
         None,
         "Crystals that are no discovery: a dataset; empty: what the embedded model learnt from.",
         choices=DATASETS,
         unset="",
     )
-    reward_timeout: Seconds | None = option(
-        600.0, "Seconds that one call of a reward of your own may take; then the run ends; 0: for ever.", unset=0.0
-    )
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TuningOptions, FinetuneInputs):
+class FinetuneConfig(TuningOptions, ScoringInputs, FinetuneInputs):
     """Tune a model towards a reward."""
 
     THEMES: ClassVar = {

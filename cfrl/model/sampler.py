@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from cfrl.model.wishes import (
     Wanted,
     sampler_options,
     space_group_numbers,
+    wishes_of,
 )
 
 DRAW_SIZE = 256  # crystals drawn at once
@@ -42,17 +43,38 @@ RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
 
 
+@dataclass
+class Given:
+    """What `draw` feeds to the model in place of drawing it: the first tokens of each kind of n given crystals.
+
+    crystals: n.
+    letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
+    """
+
+    crystals: CrystalBatch
+    letters: Tensor
+    species: Tensor
+    coords: Tensor
+
+    def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
+        """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
+        fed = getattr(self, kind)[rows] > site
+        return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
+
+
 @torch.no_grad()
 def draw(
     model: CrystalTransformer,
     space_group: Tensor,
     options: SamplerOptions | None = None,
     generator: torch.Generator | None = None,
+    given: Given | None = None,
 ) -> CrystalBatch:
     """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
 
     Args:
         generator: on the model's device; None: torch's global one, which other threads may draw from too.
+        given: on the model's device, what is not drawn; the log-probability counts it all the same.
 
     Returns:
         Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
@@ -93,6 +115,7 @@ def draw(
             wished = constraint.letters(state, group) if constraint else None
             distribution = model.wyckoff_distribution(logits, group, letter, atoms, options, wished=wished)
             letter = distribution.sample(generator)
+            letter = given.of("letters", given.crystals.wyckoff, rows, site, letter) if given else letter
             log_prob["wyckoff"][rows] += distribution.log_prob(letter)
         features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
 
@@ -115,6 +138,7 @@ def draw(
         wished = constraint.species(state, group, letter) if constraint else None
         distribution = model.species_distribution(features, options, wished=wished)
         element = distribution.sample(generator)
+        element = given.of("species", given.crystals.species, rows, site, element) if given else element
         log_prob["species"][rows] += distribution.log_prob(element)
         if constraint:
             state = constraint.after(state, group, letter, element)
@@ -129,6 +153,9 @@ def draw(
             if free[:, axis].any():
                 distribution = model.coordinate_distribution(features, options)
                 angle = distribution.sample(generator)  # (B,)
+                if given:
+                    known = 2 * math.pi * (given.crystals.frac_coords[..., axis].to(angle.dtype) - 0.5)  # (n, s)
+                    angle = given.of("coords", known, rows, site, angle)
                 log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
                 coords[:, axis] = angle / (2 * math.pi) + 0.5
             # A tied coordinate follows from the free ones before it.
@@ -181,8 +208,7 @@ def sample(
     Raises:
         UserError: a space group, element, limit or wish that leaves nothing to draw, or a damaged model.
     """
-    group = space_group if space_group is None or isinstance(space_group, str) else _words(space_group)
-    asked = Wishes(space_group=group, elements=None if elements is None else _words(elements), **wishes)
+    asked = wishes_of(space_group=space_group, elements=elements, **wishes)
     options = sampler_options(asked, model.config.max_sites - 1, temperature, top_p)
     wanted = AllOf.of(wanted, InRange.of(asked))
     model_was_training = model.training
@@ -207,11 +233,6 @@ def sample(
     crystals = CrystalBatch.cat(batches)
     crystals.properties = {name: crystals.properties[name] for name in ("log_prob", "valid", "draws") if n}
     return crystals
-
-
-def _words(items: str | int | Iterable[str | int]) -> str:
-    """["Ba", 22] -> "Ba,Ti", as the settings have it; atomic numbers or space groups."""
-    return items if isinstance(items, str) else ",".join(map(str, [items] if isinstance(items, int) else items))
 
 
 def require_common(found: int, drawn: int, remedy: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,17 @@ def sampler_options(wishes: Wishes, max_sites: int, temperature: float = 1.0, to
         return options
     groups = tuple(space_group_numbers(wishes.space_group))
     return replace(options, constraint=_composition(demand, groups, max_sites))
+
+
+def wishes_of(**words: Any) -> Wishes:
+    """Wishes as callers write them: elements=["Ba", 22] or space_group=225 beside "Ba,Ti" and "225"."""
+
+    def plain(value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+    texts = ("space_group", "elements", "require", "exclude")
+    written = {name: plain(value) for name, value in words.items()}
+    return Wishes(**{k: str(v) if k in texts and v is not None else v for k, v in written.items()})
 
 
 def parse_elements(elements: str | Iterable[str | int] | None) -> tuple[int, ...] | None:

@@ -16,6 +16,7 @@ from cfrl.settings import (
     PositiveFraction,
     PositiveWeight,
     Seed,
+    Settings,
     SignedWeight,
     Temperature,
     Weight,
@@ -174,3 +175,18 @@ class TuningOptions(Wishes):
         n, kept = (256, 8192) if self.algorithm == "vargrad" else (0, 256)
         n = n if self.replay is None else self.replay
         return n, (self.replay_size or kept) if n else 0
+
+
+@dataclass(frozen=True)
+class SteeringOptions(Settings):
+    """Crystals towards a reward, without training: how far, how many chains, at what cost."""
+
+    beta: PositiveWeight = option(
+        0.2, "What a nat of improbability costs, in standard deviations of the reward over the model's crystals."
+    )
+    budget: Count = option(4096, "Crystals to score at most, 1024 of them the model's own, for that unit.")
+    time_limit: Minutes | None = option(None, "Minutes after which the chains end; 0: no limit.", unset=0.0)
+    chains: Count = option(128, "Crystals that are moved side by side.")
+    allow: str | None = option(
+        None, "Guards of the reward to lift, e.g. `element,known`, or `all` (docs/rewards.md); empty: none.", unset=""
+    )

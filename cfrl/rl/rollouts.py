@@ -153,7 +153,7 @@ def collect(
     seconds = Counter()
     with ThreadPoolExecutor(1) as worker:
         lots = draw_lots(model, space_groups, n, options, seed=seed, chunk=chunk, wanted=wanted, seconds=seconds)
-        jobs = [worker.submit(_score, *lot, reward, min_distance, seconds) for lot in lots]
+        jobs = [worker.submit(score, *lot, reward, min_distance, seconds) for lot in lots]
         parts = [job.result() for job in jobs]
     return Rollout.cat(parts, seconds)
 
@@ -187,9 +187,10 @@ def draw_lots(
             yield crystals, refused
 
 
-def _score(
+def score(
     crystals: CrystalBatch, refused: int, reward: Callable[..., Any], min_distance: float, seconds: Counter
 ) -> Rollout:
+    """The crystals with their scores; those that are impossible are not asked about."""
     start, n = time.perf_counter(), len(crystals)
     valid = crystals.valid(min_distance)
     result, rows = reward(crystals[valid]), valid.numpy()

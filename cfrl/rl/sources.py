@@ -52,7 +52,7 @@ class FreshCrystals:
     def unscored(self, n: int, seed: int) -> Rollout:
         """n wanted crystals of the starting model, without a score."""
         tuning, chunk = self.tuning, self.tuning.options.draw_size
-        groups = self._groups(tuning.prior.base, seed)
+        groups = space_groups(tuning.prior.base, seed)
         lots = draw_lots(tuning.base, groups, n, tuning.sampler, seed=seed, chunk=chunk, wanted=self.wanted)
         crystals = CrystalBatch.cat([CrystalBatch.empty(), *(lot for lot, _ in lots)])
         every, nothing = torch.ones(n, dtype=torch.bool), torch.full((n,), torch.nan, dtype=torch.float64)
@@ -62,13 +62,7 @@ class FreshCrystals:
         """n scored crystals of the policy, or of the starting model; the same for the same seed."""
         tuning = self.tuning
         model, shares = (tuning.model, tuning.prior.log_prob()) if tuned else (tuning.base, tuning.prior.base)
-        return self._collect(model, self._groups(shares, seed), n, seed)
-
-    @staticmethod
-    def _groups(log_shares: Tensor, seed: int) -> Callable[[int], Tensor]:
-        """Draws so many space groups."""
-        generator, shares = torch.Generator().manual_seed(seed), log_shares.detach().exp().cpu()
-        return partial(torch.multinomial, shares, replacement=True, generator=generator)
+        return self._collect(model, space_groups(shares, seed), n, seed)
 
     def survey(self) -> Rollout:
         """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
@@ -125,6 +119,12 @@ class RecordedCrystals:
 
     def _pairs(self, generator: torch.Generator) -> Tensor:
         return policy.preference_pairs(self.reward.nan_to_num(-1e9), self.crystals.space_group, generator)
+
+
+def space_groups(log_shares: Tensor, seed: int) -> Callable[[int], Tensor]:
+    """Draws so many space groups."""
+    generator, shares = torch.Generator().manual_seed(seed), log_shares.detach().exp().cpu()
+    return partial(torch.multinomial, shares, replacement=True, generator=generator)
 
 
 Source = FreshCrystals | RecordedCrystals

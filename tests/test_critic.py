@@ -104,6 +104,7 @@ def test_a_policy_learns_more_from_noisy_scores_through_it():
             n=48,
             scale_crystals=512,
             critic=critic,
+            beta=0.2,
             unscored=512,
             replay=192,
             hold=None,
@@ -115,12 +116,27 @@ def test_a_policy_learns_more_from_noisy_scores_through_it():
     assert gains["on"] > gains["off"] > base
 
 
+def test_it_learns_what_a_crystal_is_worth_beside_what_it_earns():
+    """Half of the crystals earn nothing because they would fall apart; their worth is told all the same."""
+    worth = means()
+    falls = torch.arange(len(worth)) % 2 == 0
+    critic, rng = Critic(0), torch.Generator().manual_seed(0)
+    for _ in range(40):
+        rows = torch.randperm(1000, generator=rng)[:256]
+        earned = torch.stack([worth.masked_fill(falls, 0.0), worth], 1)
+        critic.learn(many()[rows], earned[rows], rng)
+    earns, is_worth = critic(many()[1000:]), critic.worth(many()[1000:])
+    assert float(torch.corrcoef(torch.stack([is_worth, worth[1000:]]))[0, 1]) > 0.8
+    assert float(earns.mean()) == pytest.approx(float(worth.mean()) / 2, abs=0.05)
+    assert float(is_worth.mean()) == pytest.approx(float(worth.mean()), abs=0.05)
+
+
 def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):
     critic, model, path = taught(1), cfrl.load_model(), tmp_path / "m.safetensors"
     assert word_of(load_extras(None).critic) is None
     save_model(model, path, Extras(critic=critic.tensors(scale=3.0)))
     said = word_of(load_extras(path).critic)(many()[1000:])
-    torch.testing.assert_close(torch.from_numpy(said), 3 * critic(many()[1000:]))
+    torch.testing.assert_close(torch.from_numpy(said), 3 * critic.worth(many()[1000:]))
     for name, weight in cfrl.load_model(str(path)).state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
     tensors = load_extras(path).critic
@@ -144,4 +160,4 @@ def test_half_of_a_lesson_are_crystals_of_the_starting_model_which_stay():
     replayed = memory.replay(30, torch.Generator().manual_seed(0))
     assert replayed.first.sum() == 15
     _, told = memory.lesson(40, torch.Generator().manual_seed(0))
-    assert sorted(told.tolist()) == [1.0] * 20 + [5.0] * 20  # none that was not asked about
+    assert sorted(told[:, 0].tolist()) == [1.0] * 20 + [5.0] * 20  # none that was not asked about

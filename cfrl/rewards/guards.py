@@ -92,7 +92,10 @@ class Guarded(Reward):
         terms = {name: spread_out(values, go, len(status)) for name, values in result.terms.items() if not _own(name)}
         total = np.where([not reason for reason in status], spread_out(result.total, go, len(status)), np.nan)
         abstained = np.array([reason in ABSTAIN for reason in status], dtype=bool)
-        return RewardResult(total, terms, [f"guard: {s}" if s in GUARDS else s for s in status], abstained)
+        told = [reason in ("", UNSTABLE) for reason in status]
+        worth = np.where(told, spread_out(result.worth, go, len(status)), np.nan)
+        status = [f"guard: {reason}" if reason in GUARDS else reason for reason in status]
+        return RewardResult(total, terms, status, abstained, worth)
 
     @property
     def columns(self) -> list[str]:

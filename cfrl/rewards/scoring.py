@@ -46,12 +46,15 @@ class RewardResult:
     terms: (n,) float64 by name: each term's own value, ``TERM/part`` and ``TERM/spread``
     status: n strings, "" or the reason why there is no total
     abstained: (n,) bool, where there is no total because nobody can know it, no fault of the crystal; None: nowhere
+    worth: (n,) float64, the total at the predictors' word: nothing taken off for doubt, nor for what falls apart; NaN
+        where it is unknown; None: the total
     """
 
     total: np.ndarray
     terms: dict[str, np.ndarray]
     status: list[str]
     abstained: np.ndarray | None = None
+    worth: np.ndarray | None = None
 
 
 def build_reward(
@@ -141,11 +144,11 @@ class Reward:
         """
         rows = self._rows(crystals, structures)
         scores = {term: bound.join([row[term] for row in rows]) for term, bound in self._terms.items()}
-        total = self._total(scores, update)
+        total, worth = self._total(scores, update)
         status = [self._reason(i, total, scores) for i in range(len(rows))]
         total = np.where(np.isfinite(total), total, np.nan)
         columns = (bound.named(scores[term]) for term, bound in self._terms.items())
-        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status)
+        return RewardResult(total, {k: v for named in columns for k, v in named.items()}, status, worth=worth)
 
     def load(self) -> None:
         """Load the models and tables that the terms work with. Raises UserError for what cannot be loaded."""
@@ -191,18 +194,19 @@ class Reward:
         info = self._terms[term].info
         return np.clip(values, info.minimum, info.maximum)
 
-    def _total(self, scores: Mapping[Term, Scored], update: bool) -> np.ndarray:
+    def _total(self, scores: Mapping[Term, Scored], update: bool) -> tuple[np.ndarray, np.ndarray]:
+        """With caution, and without."""
         means = {term: self._held(term, score.values) for term, score in scores.items()}
         total = self._sign * self.expression(means, update)
         if not self._doubts(scores):
-            return total
+            return total, total
         cautious = dict(means)
         for term, doubt in self._doubts(scores).items():
             # not the ends alone: abs(x - 1) is least between them
             values = np.stack([self._held(term, scores[term].values + step * doubt) for step in WITHIN])
             totals = np.stack([self._sign * self.expression(means | {term: value}) for value in values])
             cautious[term] = np.take_along_axis(values, totals.argmin(0)[None], 0)[0]  # the first NaN, if any
-        return np.minimum(total, self._sign * self.expression(cautious))
+        return np.minimum(total, self._sign * self.expression(cautious)), total
 
     def _doubts(self, scores: Mapping[Term, Scored]) -> dict[Term, np.ndarray]:
         """Caution times spread of the terms that have both."""

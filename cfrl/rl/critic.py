@@ -8,6 +8,10 @@ so that of a reward only this mean counts. One scored crystal is a noisy draw of
 elements learn the mean from all crystals that a run has scored; a policy that regresses to their word learns from
 every crystal, scored or not, what would take many times as many scores to tell (Rao-Blackwell). They are asked only of
 what they go on learning from: each step's crystals are drawn from the policy, scored, and learnt.
+
+They learn a second number beside it, what a crystal is worth at the predictors' word: no spread taken off, and whether
+or not it would fall apart. A policy must mind both; a crystal that is known to exist need not. It is what retrieval
+ranks by.
 """
 
 from __future__ import annotations
@@ -38,34 +42,39 @@ class Critic:
 
     Args:
         seed: of weights and of dropout.
+        outputs: two; one in files of older versions.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, outputs: int = 2) -> None:
         self.groups, self.sites = space_group_descriptors(), site_descriptors()
-        inputs = self.describe(CrystalBatch.empty()).shape[1]
+        inputs, self.outputs = self.describe(CrystalBatch.empty()).shape[1], outputs
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.ensemble = Ensemble(MEMBERS, inputs, HIDDEN, 1, DROPOUT)
+            self.ensemble = Ensemble(MEMBERS, inputs, HIDDEN, outputs, DROPOUT)
         self.answering = torch.optim.swa_utils.AveragedModel(
             self.ensemble, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
         )
         self.optimiser = torch.optim.AdamW(self.ensemble.parameters(), RATE, weight_decay=DECAY)
         self.centre: tuple[Tensor, Tensor] | None = None  # of the inputs, and their spread
 
-    def learn(self, crystals: CrystalBatch, reward: Tensor, generator: torch.Generator) -> None:
-        """One pass over n crystals and their rewards (n,), in units of their spread, each member in its own order."""
+    def learn(self, crystals: CrystalBatch, earned: Tensor, generator: torch.Generator) -> None:
+        """One pass over n crystals, each member in its own order.
+
+        Args:
+            earned: (n, 2) rewards and worths, in units of the rewards' spread; (n,) where they are the same.
+        """
         if not len(crystals):
             return
         x = self.describe(crystals)
         if self.centre is None:
             self.centre = x.mean(0), x.std(0, correction=0).clamp(min=0.05)
-        x, y = self._standardised(x), reward.float()
+        x, y = self._standardised(x), earned.float().view(len(x), -1).expand(-1, self.outputs)
         orders = torch.stack([torch.randperm(len(y), generator=generator) for _ in range(MEMBERS)])
         self.ensemble.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             for rows in orders.split(BATCH, 1):
-                loss = F.mse_loss(self.ensemble(x[rows])[..., 0], y[rows], reduction="none").mean(1).sum()
+                loss = F.mse_loss(self.ensemble(x[rows]), y[rows], reduction="none").mean(1).sum()
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 self.optimiser.step()
@@ -80,7 +89,15 @@ class Critic:
     def __call__(self, crystals: CrystalBatch) -> Tensor:
         """Mean reward (n,) float64 of crystals of these letters and elements, in the units that were learnt."""
         x = self._standardised(self.describe(crystals))
-        return self.answering.module.eval().on_all(x)[..., 0].double().mean(0)
+        return self._told(x)[:, 0]
+
+    @torch.no_grad()
+    def worth(self, crystals: CrystalBatch) -> Tensor:
+        """What they are worth, likewise."""
+        return self._told(self._standardised(self.describe(crystals)))[:, -1]
+
+    def _told(self, x: Tensor) -> Tensor:
+        return self.answering.module.eval().on_all(x).double().mean(0)
 
     def describe(self, crystals: CrystalBatch) -> Tensor:
         """(n, k) float32: mean, deviation, least and largest of the descriptors of the elements, atomic fractions, mean
@@ -114,23 +131,26 @@ class Critic:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        if (outputs := state["ensemble"]["biases.2"].shape[-1]) != self.outputs:  # of an older version
+            self.__init__(0, outputs)
         for name in ("ensemble", "answering", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.centre = state["centre"]
 
 
 def word_of(tensors: dict[str, Tensor]) -> Callable[[CrystalBatch], np.ndarray] | None:
-    """What a critic whose tensors a model's file keeps says of crystals: mean rewards (n,). None where there is none.
+    """What crystals are worth, (n,), to the critic whose tensors a model's file keeps. None where there is none.
 
     Raises KeyError, RuntimeError, ValueError where the file is damaged.
     """
     if not tensors:
         return None
     named = {name.removeprefix(CRITIC): t.float() for name, t in tensors.items()}
-    critic, scale = Critic(0), float(named.pop("scale"))
+    outputs = max(tensor.shape[-1] for name, tensor in named.items() if name.startswith("biases.2"))
+    critic, scale = Critic(0, outputs), float(named.pop("scale"))
     critic.centre = named.pop("centre"), named.pop("spread")
     critic.answering.module.load_state_dict(named)
     sizes = {len(critic.ensemble.weights[0][0])}
     if {t.numel() for t in critic.centre} != sizes or not all(torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError("a critic of other sizes, or not finite")
-    return lambda crystals: scale * critic(crystals).numpy()
+    return lambda crystals: scale * critic.worth(crystals).numpy()

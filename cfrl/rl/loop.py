@@ -33,6 +33,7 @@ from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning, settled
 UNSCORED_SEED = 1  # of the crystals of the starting model that are not scored, the same for all runs
 MANY = 256  # crystals whose log-probabilities are computed at once
 PASSES, FIRST_PASSES = 8, 16  # of the critic, over as many crystals as a step scores, and over all before the first
+OWN = 0.5  # weight of a crystal's own score, beside the critic's word of it
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
@@ -90,7 +91,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         explained = _explained(own[:n], word[:n])
         # What the policy drew counts by its own score: where the critic errs is where a policy that believes it goes.
         drawn = torch.cat([torch.ones(n, dtype=torch.bool), replayed.asked & ~replayed.first])
-        reward = torch.where(drawn, own, word)
+        reward = torch.where(drawn, OWN * own + (1 - OWN) * word, word)
     earned = tuning.memory.earned(reward, alike + replayed.keys)
     learned = torch.cat([~rollout.abstained, replayed.asked | told])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)

@@ -40,6 +40,7 @@ class Rollout:
     terms: (n,) float64 by name, of each term of the reward in its own unit.
     seconds: time spent by stage; sampling and scoring may overlap.
     refused: how many more were drawn, and thrown away for what they are made of.
+    worth: (n,) float64, see `RewardResult`; NaN where it is unknown.
     """
 
     crystals: CrystalBatch
@@ -50,6 +51,10 @@ class Rollout:
     terms: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     refused: int = 0
+    worth: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.worth = self.reward if self.worth is None else self.worth
 
     def __len__(self) -> int:
         return len(self.status)
@@ -76,17 +81,18 @@ class Rollout:
             {name: torch.cat([part.terms[name] for part in parts]) for name in parts[0].terms},
             dict(seconds),
             sum(part.refused for part in parts),
+            torch.cat([part.worth for part in parts]),
         )
 
 
-KEPT_COLUMNS = ("reward", "log_prob", "base", "asked", "first")
+KEPT_COLUMNS = ("reward", "worth", "log_prob", "base", "asked", "first")
 
 
 @dataclass
 class Kept:
     """n crystals that are kept for replay.
 
-    reward: (n,) float64, NaN without a score.
+    reward, worth: (n,) float64, NaN without a score.
     log_prob: (n,) float64, log P(C, G) under the policy that drew them.
     base: (n, 5) float64, log-probabilities under the starting model.
     asked: (n,) bool, whether a score was asked for.
@@ -96,6 +102,7 @@ class Kept:
 
     crystals: CrystalBatch
     reward: Tensor
+    worth: Tensor
     log_prob: Tensor
     base: Tensor
     asked: Tensor
@@ -107,7 +114,7 @@ class Kept:
         """No crystal."""
         nothing = torch.empty(0, 5, dtype=torch.float64)
         number, mark = nothing[:, 0], nothing[:, 0].bool()
-        return cls(CrystalBatch.empty(), number, number, nothing, mark, mark, [])
+        return cls(CrystalBatch.empty(), number, number, number, nothing, mark, mark, [])
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -202,7 +209,9 @@ def score(
         abstained[valid] = torch.as_tensor(result.abstained)
     seconds["score"] += time.perf_counter() - start
     total = torch.from_numpy(spread_out(result.total, rows, n))
-    return Rollout(crystals, total, valid, status.tolist(), abstained, terms, refused=refused)
+    worth = getattr(result, "worth", None)
+    worth = total if worth is None else torch.from_numpy(spread_out(worth, rows, n))
+    return Rollout(crystals, total, valid, status.tolist(), abstained, terms, refused=refused, worth=worth)
 
 
 def random_seed(*numbers: int) -> int:
@@ -295,7 +304,7 @@ class Memory:
             return
         every = torch.ones(len(rollout), dtype=torch.bool)
         asked, first = every if asked is None else asked, ~every if first is None else first
-        new = Kept(rollout.crystals, rollout.reward, log_prob, base, asked, first, keys)
+        new = Kept(rollout.crystals, rollout.reward, rollout.worth, log_prob, base, asked, first, keys)
         every = self.kept + new[(~rollout.abstained).nonzero()[:, 0]]
         old = every.first.nonzero()[:, 0] if self._balanced else torch.arange(0)
         later = (~every.first).nonzero()[:, 0] if self._balanced else torch.arange(len(every))
@@ -315,9 +324,9 @@ class Memory:
         return self.kept[self._some(torch.ones(len(self.kept), dtype=torch.bool), n, generator)]
 
     def lesson(self, n: int, generator: torch.Generator) -> tuple[CrystalBatch, Tensor]:
-        """Up to `n` of those whose score was asked for, at random, and what they earned, (n,)."""
+        """Up to `n` of those whose score was asked for, at random, and what they earned and are worth, (n, 2)."""
         some = self.kept[self._some(self.kept.asked, n, generator)]
-        return some.crystals, self.with_penalty(some.reward)
+        return some.crystals, torch.stack([self.with_penalty(some.reward), self.with_penalty(some.worth)], 1)
 
     def _some(self, among: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """Up to `n` rows of those marked (kept,)."""
@@ -345,7 +354,8 @@ class Memory:
         """Go on from there."""
         self.recent, self.seen, self._window_keys = state["recent"], set(state["seen"]), state["window"]
         kept = dict(state.get("kept", {}))  # older versions kept less
-        self.kept = Kept(CrystalBatch(**kept.pop("crystals")), **kept) if kept else Kept.none()
+        crystals = CrystalBatch(**kept.pop("crystals")) if kept else None
+        self.kept = Kept(crystals, **({"worth": kept["reward"]} | kept)) if kept else Kept.none()
 
 
 def _parse_penalty(text: str) -> tuple[float | None, float]:

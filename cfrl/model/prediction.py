@@ -42,7 +42,7 @@ def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int
     if (more := n * TO_CHOOSE_FROM - len(first)) > 0:
         believed = (prior[first].double() + weights).softmax(0)
         shares = torch.zeros(len(prior), dtype=torch.float64).index_add(0, first, believed)
-        shares = 0.9 * shares + 0.1 * prior.exp().double()  # what eight draws have missed may be there yet
+        shares = 0.9 * shares + 0.1 * prior.exp().double()  # what four draws have missed may be there yet
         again = torch.multinomial(shares, more, replacement=True, generator=seeded(torch.device("cpu"), seed))
         others, later = weighted_draws(model, again, options, generator)
         crystals, weights = CrystalBatch.cat([crystals, others]), torch.cat([weights, later])

@@ -36,7 +36,7 @@ from cfrl.model.wishes import (
 )
 
 DRAW_SIZE = 256  # crystals drawn at once
-PILOTS = 8  # draws of each space group that tell how likely it meets what is asked
+PILOTS = 4  # draws of each space group that tell how likely it meets what is asked
 PILOT_SEED = 0
 LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none

@@ -63,12 +63,12 @@ def with_cells():
     return prior
 
 
-@pytest.mark.parametrize(("needs", "budget"), [((), 30_000), (("features",), 12_000)], ids=["plain", "by a critic"])
+@pytest.mark.parametrize(("needs", "budget"), [((), 40_000), (("features",), 12_000)], ids=["plain", "by a critic"])
 @pytest.mark.parametrize("fluorides", [True, False], ids=["all", "some without a score"])
 def test_the_target_is_sampled(needs, budget, fluorides):
     """Mean reward and shares of crystals are those of enumeration, whether or not a critic leads the walks."""
     prior, scorer = with_cells(), Known(fluorides, needs)
-    steered = steer(prior.model, scorer, 8000, beta=0.5, budget=budget, chains=400, seed=3, **TINY)
+    steered = steer(prior.model, scorer, 8000, beta=0.5, budget=budget, chains=200, seed=3, **TINY)
     told = steered.numbers
     weight = {
         key: share * math.exp(reward_of(key) * (1 / (0.5 * told["unit"]) - 1.5))  # enumerated with a tilt of 1.5 r

@@ -46,7 +46,7 @@ from cfrl.rl.sources import SCALE_SEED, Scorer, space_groups
 # How often each move is made. Elements decide most of what a crystal is worth, so most moves change them.
 WEIGHTS = {"fresh": 1.0, "regrow": 3.0, "coordinates": 1.0, "lattice": 1.0, "site": 3.0, "element": 3.0}
 STEPS = 8  # of a walk by the word of a critic, for each score
-EFFECTIVE = 0.5  # of the chains: how far the effective size of the weights may fall from one temperature to the next
+EFFECTIVE = 0.9  # of the chains: how far the effective size of the weights may fall from one temperature to the next
 SURVEY, LOT = 1024, 128  # crystals of the model that give the unit, and how many are drawn at once: as tuning has them
 MOTIONLESS = 100  # sweeps in which no chain has moved, after which none will
 WALK_SEED = 2  # of what the chains do, beside the user's

@@ -78,7 +78,7 @@ def test_the_target_is_sampled(needs, budget, fluorides):
     total = sum(weight.values())
     exact = sum(w * reward_of(key) for key, w in weight.items()) / total
     assert told["temperature"] == 1
-    assert told["r_hat"] < 1.1
+    assert told["r_hat"] < 1.2
     reward = steered.crystals.properties["reward"]
     assert abs(float(reward.mean()) - exact) < 4 * float(reward.std()) / math.sqrt(told["effective_draws"])
     found = keys(steered.crystals)

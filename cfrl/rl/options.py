@@ -182,7 +182,9 @@ class SteeringOptions(Settings):
     """Crystals towards a reward, without training: how far, how many chains, at what cost."""
 
     beta: PositiveWeight = option(
-        0.2, "What a nat of improbability costs, in standard deviations of the reward over the model's crystals."
+        1.5,
+        "What a nat of improbability costs, in standard deviations of the reward over the model's crystals; below 1 a "
+        "population that scores thousands narrows to few formulas.",
     )
     budget: Count = option(4096, "Crystals to score at most, 1024 of them the model's own, for that unit.")
     time_limit: Minutes | None = option(None, "Minutes after which the chains end; 0: no limit.", unset=0.0)

@@ -423,13 +423,15 @@ def test_a_second_round_goes_on_from_the_first(folder, straight, tmp_path):
         ("out.h5", {"known": ["none.h5"]}, "no such file"),
         ("out.h5", {"prototypes": "no.such"}, "no such file"),
         ("out.h5", {"model": "none.safetensors"}, "no such model"),
-        ("out.h5", {"prototypes": "prototypes", "max_atoms": 1}, "no crystal of at most 1 atoms"),
+        ("out.h5", {"prototypes": "large.h5", "max_atoms": 2}, "large.h5: holds no crystal of at most 2 atoms"),
     ],
 )
 def test_bad_input_leaves_no_run_folder(folder, straight, tmp_path, monkeypatch, output, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.h5").write_bytes((folder / "small.h5").read_bytes())
     (tmp_path / "grown.h5").write_bytes((folder / "straight.h5").read_bytes())
+    prototypes = load_dataset("prototypes")
+    write_crystals(tmp_path / "large.h5", prototypes[prototypes.num_atoms > 2][:3])
     with pytest.raises(UserError, match=message):
         grow(output, settings(tmp_path, **changes))
     assert not Path("runs").exists()

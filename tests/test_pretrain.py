@@ -14,7 +14,7 @@ from cfrl.config import PretrainConfig, read_run_config
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import write_crystals
-from cfrl.model.files import load_model, read_header
+from cfrl.model.files import load_extras, load_model
 from cfrl.model.options import PRESETS
 from cfrl.model.sampler import sample
 from cfrl.model.training import Trainer, epoch_batches, learning_rate
@@ -284,8 +284,8 @@ def test_several_datasets_with_weights(dataset, tmp_path):
     torch.testing.assert_close(shares, expected / expected.sum(), rtol=1e-4, atol=1e-6)
     steps = 2 * -(-round(len(own) + 0.25 * len(other)) // 16)
     assert run.metrics()["step"][-1] == steps
-    assert read_header(run.path / "model.safetensors")["dataset"] == str(dataset)
-    assert read_header(run.path / "model.safetensors")["beside"] == "other.h5"
+    assert load_extras(run.path / "model.safetensors").header["dataset"] == str(dataset)
+    assert load_extras(run.path / "model.safetensors").header["beside"] == "other.h5"
     assert run.path.name.endswith("pretrain-prototypes")
     unseen = pretrain(settings(both, preset="alex-20", epochs=2, weights="1,0"), root="unseen")
     shares = load_model(unseen.path).space_group_log_prob.exp()

@@ -158,9 +158,9 @@ def test_expressions_steer(model_file, reward, good):
 def test_guards_are_heeded(model_file):
     model = load_model(str(model_file))
     steered = steer(model, "density", 60, beta=0.2, budget=900, chains=64, allow="known,not_neutral")
-    assert all(len(set(row) - {0}) > 1 for row in steered.crystals.species.tolist())  # no element alone
+    assert all(len(set(row) - {0}) > 1 for row in steered.scored.species.tolist())  # no element alone
     lifted = steer(model, "density", 60, beta=0.2, budget=900, chains=64, allow="all")
-    assert any(len(set(row) - {0}) == 1 for row in lifted.crystals.species.tolist())
+    assert any(len(set(row) - {0}) == 1 for row in lifted.scored.species.tolist())
 
 
 def test_the_command_writes_and_tells(model_file, tmp_path, monkeypatch):

@@ -85,19 +85,18 @@ class Critic:
         """Whether it has learnt anything."""
         return self.centre is not None
 
-    @torch.no_grad()
     def __call__(self, crystals: CrystalBatch) -> Tensor:
         """Mean reward (n,) float64 of crystals of these letters and elements, in the units that were learnt."""
-        x = self._standardised(self.describe(crystals))
-        return self._told(x)[:, 0]
+        return self._told(crystals)[:, 0]
 
-    @torch.no_grad()
     def worth(self, crystals: CrystalBatch) -> Tensor:
         """What they are worth, likewise."""
-        return self._told(self._standardised(self.describe(crystals)))[:, -1]
+        return self._told(crystals)[:, -1]
 
-    def _told(self, x: Tensor) -> Tensor:
-        return self.answering.module.eval().on_all(x).double().mean(0)
+    @torch.no_grad()
+    def _told(self, crystals: CrystalBatch) -> Tensor:
+        x = self._standardised(self.describe(crystals))
+        return self.answering.module.eval().on_all(x).double().mean(0)  # (n, outputs)
 
     def describe(self, crystals: CrystalBatch) -> Tensor:
         """(n, k) float32: mean, deviation, least and largest of the descriptors of the elements, atomic fractions, mean

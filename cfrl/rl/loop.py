@@ -89,7 +89,7 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
     if told:
         own, word = tuning.memory.with_penalty(reward), tuning.scale * tuning.critic(crystals)
         explained = _explained(own[:n], word[:n])
-        # What the policy drew counts by its own score: where the critic errs is where a policy that believes it goes.
+        # Of what the policy drew the score counts too: where a critic errs is where a policy that believes it goes.
         drawn = torch.cat([torch.ones(n, dtype=torch.bool), replayed.asked & ~replayed.first])
         reward = torch.where(drawn, OWN * own + (1 - OWN) * word, word)
     earned = tuning.memory.earned(reward, alike + replayed.keys)

@@ -219,7 +219,7 @@ class FinetuneConfig(TuningOptions, ScoringInputs, FinetuneInputs):
         "What the reward works with": ("potential", "hull", "dataset", "caution", "reward_timeout"),
         "Which crystals are drawn": (
             *(f.name for f in fields(Wishes)),
-            *("temperature", "top_p", "min_distance", "draw_size"),
+            *("temperature", "top_p", "min_distance", "group_size", "draw_size"),
             *("learn_space_groups", "space_group_lr", "space_group_floor"),
         ),
         "How the reward counts": (

@@ -35,6 +35,7 @@ from cfrl.rewards.stability import BEST, WORST
 from cfrl.rl import loop as module
 from cfrl.rl import rollouts
 from cfrl.rl.loop import begin, robust_std
+from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import Baseline
 from cfrl.rl.rollouts import INVALID, Kept, Memory, Rollout, collect
 from cfrl.rl.sources import FreshCrystals
@@ -517,6 +518,19 @@ def test_a_resumed_run_continues_exactly(tiny_model, tmp_path, algorithm):
     resumed = tune(tiny_model, tmp_path / "half", steps=6, resume=half.path, **settings)
     assert resumed.path == half.path
     same_run(straight, resumed)
+
+
+def test_crystals_are_compared_within_groups_that_hold_several(tiny_model):
+    """GRPO takes the mean of a space group off: of a group of one nothing is left. Shares stay those of the prior."""
+    prior = SpaceGroupPrior(load_model(tiny_model).space_group_log_prob, learn=False, floor=0.0)
+    groups = prior.sample(40_000, torch.Generator().manual_seed(0), repeats=8)
+    assert (groups.view(-1, 8) == groups[::8, None]).all()
+    shares = torch.bincount(groups[::8], minlength=231) / 5_000
+    assert (shares - prior.base.exp()).abs().max() < 0.03
+    assert len(prior.sample(13, torch.Generator(), repeats=8)) == 13
+    asked = {name: TuningOptions(algorithm=name).repeats for name in ("vargrad", "ppo", "grpo", "rebel")}
+    assert asked == {"vargrad": 1, "ppo": 1, "grpo": 8, "rebel": 8}
+    assert TuningOptions(group_size=3).repeats == 3
 
 
 def test_settings_beside_resume_win(tiny_model, tmp_path):

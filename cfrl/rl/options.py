@@ -45,6 +45,12 @@ class TuningOptions(Wishes):
         unset=0,
         flags=("-n",),
     )
+    group_size: Count | None = option(
+        None,
+        "Crystals drawn for each space group that is drawn (before refusals); 0: 8 where they are compared within "
+        "their group (grpo, dpo, rebel), else 1.",
+        unset=0,
+    )
     draw_size: Count = option(128, "Crystals drawn at once; while one lot is scored the next is drawn.")
     epochs: Count = option(1, "Passes over each step's crystals.")
     batch_size: Count = option(128, "Crystals (dpo, rebel: pairs) per optimiser step.")
@@ -157,6 +163,11 @@ class TuningOptions(Wishes):
     def per_step(self) -> int:
         """How many crystals are drawn and scored per step."""
         return self.n or (32 if self.critic == "on" else 128)
+
+    @property
+    def repeats(self) -> int:
+        """How many crystals are drawn for each space group that is drawn."""
+        return self.group_size or (8 if self.algorithm in ("grpo", "dpo", "rebel") else 1)
 
     @property
     def kl_weight(self) -> float:

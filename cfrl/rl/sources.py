@@ -40,8 +40,9 @@ class FreshCrystals:
 
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
         """The crystals of one step."""
-        groups = partial(self.tuning.prior.sample, generator=generator)
-        return self._collect(self.tuning.model, groups, self.tuning.options.per_step, seed)
+        options = self.tuning.options
+        groups = partial(self.tuning.prior.sample, generator=generator, repeats=options.repeats)
+        return self._collect(self.tuning.model, groups, options.per_step, seed)
 
     def judging(self) -> FreshCrystals:
         """The same for judging a model: scores leave no trace in the reward, and what is withheld is not drawn."""

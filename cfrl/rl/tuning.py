@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -80,10 +81,11 @@ class SpaceGroupPrior(nn.Module):
         tuned = floored_log_prob(self.logits, self.base[self.groups], self.floor)
         return torch.full_like(self.base, -torch.inf).index_put((self.groups,), tuned)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n,) space groups, on the CPU."""
+    def sample(self, n: int, generator: torch.Generator, repeats: int = 1) -> Tensor:
+        """(n,) space groups, on the CPU, each that is drawn so many times in a row."""
         shares = self.log_prob().detach().exp().cpu()
-        return torch.multinomial(shares, n, replacement=True, generator=generator)
+        drawn = torch.multinomial(shares, math.ceil(n / repeats), replacement=True, generator=generator)
+        return drawn.repeat_interleave(repeats)[:n]
 
     def effective(self) -> float:
         """exp(entropy): how many groups are in use."""

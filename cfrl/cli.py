@@ -202,7 +202,7 @@ def pretrain(
 
     Example: cfrl pretrain --dataset mp_20.h5 --epochs 50
 
-    On several devices: torchrun --nproc-per-node 4 -m cfrl.cli pretrain --dataset alex-20
+    On several devices: torchrun --nproc-per-node 4 -m cfrl pretrain --dataset alex-20
     """
     from cfrl.commands.pretrain import pretrain as run
 

@@ -13,6 +13,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
 from cfrl.model.files import Extras, load_model, model_path, save_model
+from cfrl.model.sampler import random_seed
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
@@ -21,16 +22,17 @@ from cfrl.rewards.trust import confirm_code
 from cfrl.rl import policy
 from cfrl.rl.loop import begin, step, validate, why_end
 from cfrl.rl.makeup import MAKEUP, compared, makeup
-from cfrl.rl.rollouts import random_seed
-from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer
+from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer, Source
 from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
-from cfrl.runs.interrupt import Abandoned, stop_on_signal
+from cfrl.runs.interrupt import Abandoned, StopWish, stop_on_signal
+from cfrl.runs.ranks import ALONE, Ranks, processes
 from cfrl.tables import write_csv
 from cfrl.untrusted import fitting
 
 VALIDATION_CRYSTALS = 512
+STOPPED = "Stopped."  # why a run ends after Ctrl-C
 
 
 def finetune(
@@ -41,8 +43,8 @@ def finetune(
     root: str | Path = "runs",
     quiet: bool = False,
     trust: bool = False,
-) -> RunFolder:
-    """Tune a model towards a reward.
+) -> RunFolder | None:
+    """Tune a model towards a reward. Of several processes (`torchrun`) the first one writes; the others get None.
 
     Args:
         config: the settings; default: those of the run that is resumed, else the defaults.
@@ -63,32 +65,35 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
-    if resume and reward is None and not config.rollouts:
-        confirm_code(config.reward, Path(resume) / "config.toml", trust)
-    scorer = reward
-    if scorer is None and not config.rollouts:
-        scorer = configured_reward(config, choose_device(config.device))
-        config = settled(config, scorer.needs)
-    tuning = start(config)
-    if isinstance(scorer, Reward):
-        scorer.load()
-    source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
-    validation = _validation_crystals(config)
-    run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
-    log = RunLog(run, tuning, _header(config), scorer if isinstance(scorer, Reward) else None)
-    reason = ""
-    with run.locked(), stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
-        log.restore()
-        if resume:
-            run.write_config("finetune", config)
-        saved = time.monotonic()
-        while tuning.step < config.steps and not reason:
-            began = time.monotonic()
+    with processes(config.device) as ranks:
+        if resume and reward is None and not config.rollouts and ranks.first:
+            confirm_code(config.reward, Path(resume) / "config.toml", trust)
+        scorer = reward
+        if scorer is None and not config.rollouts:
+            scorer = configured_reward(config, ranks.device, ranks)
+            config = settled(config, scorer.needs)
+        tuning = start(config, ranks)
+        known = scorer if isinstance(scorer, Reward) else None
+        if known is not None:
+            known.load()
+        source = _recorded(config) if config.rollouts else FreshCrystals(tuning, scorer)
+        validation = _validation_crystals(config) if ranks.first else None
+        if not ranks.first:
+            _restore(tuning, known, RunFolder.open(resume) if resume else None)
+            with stop_on_signal() as stop:
+                if _tune(tuning, source, config, validation, stop, Watcher()) == STOPPED:
+                    raise KeyboardInterrupt
+                if config.evaluate and not config.rollouts:
+                    evaluate(source, config, None)
+            return None
+        run = RunFolder.open(resume) if resume else RunFolder.create("finetune", config.reward, config, root)
+        with run.locked(), stop_on_signal() as stop, monitor.Live(run, config.steps, quiet) as live:
+            log = RunLog(run, tuning, _header(config), known, live, config.checkpoint_minutes)
+            log.restore()
+            if resume:
+                run.write_config("finetune", config)
             try:
-                if tuning.scale is None:
-                    begin(tuning, source)
-                    live.say(f"Unit of the reward: {tuning.scale:.4g}.")
-                crystals, status, metrics = step(tuning, source)
+                reason = _tune(tuning, source, config, validation, stop, log)
             except NotFinite as error:  # the weights are spoilt: what was saved last is better
                 raise NotFinite(
                     f"{error} (in step {tuning.step + 1}; {run.path} holds {log.saved} steps: go on from there with "
@@ -97,34 +102,16 @@ def finetune(
             except UserError as error:
                 log.save()
                 raise UserError(f"{error} (in step {tuning.step + 1}; {run.path} holds the steps before)") from error
-            except Abandoned as error:
-                live.say(f"Step {tuning.step + 1} is lost: {error}.")
-                break
-            if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
-                metrics |= validate(tuning, validation)
-            tuning.seconds += time.monotonic() - began
-            log.add(crystals, status, metrics)
-            live.update(tuning.step, metrics)
-            if not metrics["scored"]:
-                faults = [why for why in status if not why.startswith("guard: ")]  # the reward's own before guards
-                reason, count = Counter(faults or status).most_common(1)[0]
-                live.say(
-                    f"Step {tuning.step}: nothing to learn from, no crystal has a score ({count} times: {reason})."
-                )
-            if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                log.save()
-                saved = time.monotonic()
-            reason = "Stopped." if stop.requested else why_end(config, metrics, tuning.seconds)
-        log.save()
-        if stop.requested:
-            run.close()
-            live.say(f"Stopped after step {tuning.step}. Go on with: cfrl finetune --resume {run.path}")
-            raise KeyboardInterrupt
-        if reason:
-            live.say(f"{reason} The run ends after step {tuning.step} of {config.steps}.")
-        if config.evaluate and not config.rollouts:
-            live.say(f"Drawing {config.evaluate} fresh crystals from the model before and after.")
-            evaluate(source, config, run.path)
+            log.save()
+            if reason == STOPPED:
+                run.close()
+                live.say(f"Stopped after step {tuning.step}. Go on with: cfrl finetune --resume {run.path}")
+                raise KeyboardInterrupt
+            if reason:
+                live.say(f"{reason} The run ends after step {tuning.step} of {config.steps}.")
+            if config.evaluate and not config.rollouts:
+                live.say(f"Drawing {config.evaluate} fresh crystals from the model before and after.")
+                evaluate(source, config, run.path)
     if config.plots:
         monitor.plot(run)
         write_report(run)
@@ -134,19 +121,64 @@ def finetune(
     return run
 
 
-def start(config: FinetuneConfig) -> Tuning:
+class Watcher:
+    """What sees a tuning go by; this one lets it go."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+    def add(self, crystals: CrystalBatch, status: list[str], metrics: dict[str, float]) -> None:
+        """One step."""
+
+
+def _tune(
+    tuning: Tuning,
+    source: Source,
+    config: FinetuneConfig,
+    validation: CrystalBatch | None,
+    stop: StopWish,
+    watcher: Watcher,
+) -> str:
+    """Steps to the last one, or until there is a reason to end: that reason, the same in all processes."""
+    reason = ""
+    while tuning.step < config.steps and not reason:
+        began = time.monotonic()
+        try:
+            if tuning.scale is None:
+                begin(tuning, source)
+                watcher.say(f"Unit of the reward: {tuning.scale:.4g}.")
+            crystals, status, metrics = step(tuning, source)
+        except Abandoned as error:
+            watcher.say(f"Step {tuning.step + 1} is lost: {error}.")
+            return STOPPED
+        if validation is not None and (tuning.step == 1 or tuning.step % config.validate_every == 0):
+            metrics |= validate(tuning, validation)
+        tuning.seconds += time.monotonic() - began
+        watcher.add(crystals, status, metrics)
+        if not metrics["scored"]:
+            faults = [why for why in status if not why.startswith("guard: ")]  # the reward's own before guards
+            fault, count = Counter(faults or status).most_common(1)[0]
+            watcher.say(f"Step {tuning.step}: nothing to learn from, no crystal has a score ({count} times: {fault}).")
+        ends = tuning.ranks.gather((stop.requested, why_end(config, metrics, tuning.seconds)))
+        reason = STOPPED if any(stopped for stopped, _ in ends) else ends[0][1]
+    return reason
+
+
+def start(config: FinetuneConfig, ranks: Ranks | None = None) -> Tuning:
     """The state before the first step."""
-    model = load_model(config.model, choose_device(config.device))
-    return Tuning(model, config, offline=config.rollouts is not None, settings=config.plain())
+    ranks = ranks or Ranks(device=choose_device(config.device))
+    model = load_model(config.model, ranks.device)
+    return Tuning(model, config, offline=config.rollouts is not None, settings=config.plain(), ranks=ranks)
 
 
-def configured_reward(config: FinetuneConfig, device: str | torch.device) -> Reward:
+def configured_reward(config: FinetuneConfig, device: str | torch.device, ranks: Ranks = ALONE) -> Reward:
     """The reward of the settings, with all that it works with; no model is loaded yet."""
     context = RewardContext(
         potential=config.potential,
         hull=config.hull,
         dataset=config.dataset,
         device=device,
+        ranks=ranks,
         caution=config.caution,
         timeout=config.reward_timeout,
         known=config.known,
@@ -182,19 +214,21 @@ def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:
     return crystals[order[:VALIDATION_CRYSTALS]].canonical()
 
 
-def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path) -> None:
+def evaluate(source: FreshCrystals, config: FinetuneConfig, folder: Path | None) -> None:
     """Draw and score fresh crystals of the starting model and of the policy, a file each; and what they are made of.
 
     Those of the starting model are the first of its survey (`FreshCrystals.survey`) that are not withheld, the same
     whatever the run's seed: a `Reward` has scored them before the first step, and remembers. Those of the policy have
-    a seed of their own. makeup.csv: columns as `makeup.compared` has them.
+    a seed of their own. makeup.csv: columns as `makeup.compared` has them. Without a folder nothing is written.
     """
     source, made = source.judging(), []
     for name, seed, tuned in (("before.h5", SCALE_SEED, False), ("after.h5", random_seed(config.seed, 0), True)):
         rollout = source.draw(config.evaluate, seed, tuned)
-        write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
-        made.append(makeup(rollout.crystals, rollout.status))
-    write_csv(folder / MAKEUP, compared(*made))
+        if folder is not None:
+            write_crystals(folder / name, rollout.table(), columns={"status": rollout.status})
+            made.append(makeup(rollout.crystals, rollout.status))
+    if folder is not None:
+        write_csv(folder / MAKEUP, compared(*made))
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -203,37 +237,58 @@ def _check(config: FinetuneConfig) -> None:
         raise UserError("rollouts: only --algorithm dpo and rebel learn from a file; the others need fresh crystals")
 
 
-class RunLog:
+def _restore(tuning: Tuning, reward: Reward | None, run: RunFolder | None) -> None:
+    """Go on from a run's checkpoint, if there is one."""
+    state = run.load_checkpoint() if run is not None else None
+    if state is not None:
+        with fitting(run.path / "checkpoint.pt"):
+            tuning.load_state_dict(state)
+            if reward is not None and "reward" not in tuning.changed(state):
+                reward.load_state_dict(state["reward"])
+
+
+class RunLog(Watcher):
     """Metrics, rollouts and checkpoints of a run, so ordered that a kill between any two writes does no harm.
 
     Rows of rollouts wait in memory and are written right before the checkpoint that knows of them. If a kill comes
     between, the steps that are done again give the same rows, and are not written twice.
     """
 
-    def __init__(self, run: RunFolder, tuning: Tuning, header: dict[str, str], reward: Reward | None = None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        tuning: Tuning,
+        header: dict[str, str],
+        reward: Reward | None,
+        live: monitor.Live,
+        minutes: float,
+    ) -> None:
         self.run, self.tuning, self.header, self.reward = run, tuning, header, reward
+        self.live, self.minutes = live, minutes  # between two checkpoints
         self.path = run.path / "rollouts.h5"
         self.waiting: list[tuple[CrystalBatch, list[str]]] = []
         self.written = self.saved = 0  # the last step of the rollouts, and of the checkpoint
+        self._when = time.monotonic()
 
     def restore(self) -> None:
         """Go on from the run's checkpoint, if there is one."""
-        state = self.run.load_checkpoint()
-        if state is not None:
-            with fitting(self.run.path / "checkpoint.pt"):
-                self.tuning.load_state_dict(state)
-                if self.reward is not None and "reward" not in self.tuning.changed(state):
-                    self.reward.load_state_dict(state["reward"])
+        _restore(self.tuning, self.reward, self.run)
         self.saved = self.tuning.step
         self.run.truncate(self.tuning.step)
         if self.path.exists():
             self.written = int(read_columns(self.path, ["step"])["step"].max(initial=0))
 
+    def say(self, text: str) -> None:
+        self.live.say(text)
+
     def add(self, crystals: CrystalBatch, status: list[str], metrics: dict[str, float]) -> None:
-        """One step."""
         self.run.log(self.tuning.step, metrics)
         if self.tuning.step > self.written:
             self.waiting.append((crystals, status))
+        self.live.update(self.tuning.step, metrics)
+        if time.monotonic() - self._when > 60 * self.minutes:
+            self.save()
+            self._when = time.monotonic()
 
     def save(self) -> None:
         """Rollouts, checkpoint, model file."""

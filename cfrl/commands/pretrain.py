@@ -20,9 +20,9 @@ from cfrl.model.files import Extras, load_model, save_model
 from cfrl.model.options import PRESETS
 from cfrl.model.training import Trainer, Watcher
 from cfrl.model.transformer import FACTORS
-from cfrl.runs.devices import processes
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.progress import progress_bar
+from cfrl.runs.ranks import processes
 from cfrl.untrusted import fitting
 
 MAX_WEIGHT = 1000
@@ -46,11 +46,11 @@ def pretrain(config: PretrainConfig | None = None, resume: Path | None = None, r
         run = RunFolder.open(resume)
         config = config or read_run_config(PretrainConfig, run.path / "config.toml")
     config = config or PretrainConfig()
-    with processes(config.device) as (rank, world, device):
+    with processes(config.device) as ranks:
         train, validation, weights = _datasets(config)
         init = load_model(config.init) if config.init else None
-        trainer = Trainer(config, train, validation, device, rank, world, init, weights)
-        if rank > 0:
+        trainer = Trainer(config, train, validation, ranks.device, ranks.rank, ranks.size, init, weights)
+        if not ranks.first:
             _restore(trainer, run if resume is not None else None)
             trainer.fit()
             return None

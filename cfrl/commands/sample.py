@@ -28,6 +28,7 @@ from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import stop_on_signal
 from cfrl.runs.progress import progress_bar
+from cfrl.runs.ranks import Ranks, processes
 
 if TYPE_CHECKING:
     from cfrl.rewards import Reward
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
 DRAWN = (*(f.name for f in fields(Wishes)), "temperature", "top_p", "min_distance", "seed")
 
 
-def run_sample(config: SampleConfig, output: str | None = None, console: Console | None = None) -> Path:
+def run_sample(config: SampleConfig, output: str | None = None, console: Console | None = None) -> Path | None:
     """`cfrl sample`: generates crystals, writes them, and says what they are like.
+
+    Of several processes (`torchrun`) the first one writes; the others get None.
 
     Args:
         config: settings.
@@ -47,17 +50,26 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
     Raises:
         UserError: bad settings, no such model, nowhere to write.
     """
-    console = console or Console(quiet=True)
+    with processes(config.device) as ranks:
+        silent = console is None or not ranks.first
+        return _sample(config, output, Console(quiet=True) if silent else console, ranks)
+
+
+def _sample(config: SampleConfig, output: str | None, console: Console, ranks: Ranks) -> Path | None:
     if output:
         check_output(output, config.n)
-    model = load_model(config.model, choose_device(config.device))
+    model = load_model(config.model, ranks.device)
     refusal = _refusal(config)
     # What leaves nothing to draw leaves no run folder either.
     options = sampler_options(config, model.config.max_sites - 1)
     space_group_prior(model, config.space_group, config.max_atoms, options.constraint)
     if config.toward:
+        if ranks.size > 1:
+            raise UserError("toward: its chains are moved by one process; leave torchrun out")
         return _steered(config, model, refusal, output, console)
-    path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
+    path = None
+    if ranks.first:
+        path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
     with progress_bar("sampling", config.n, console) as advance:
         crystals = sample(
             model,
@@ -70,8 +82,11 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
             draw_size=config.draw_size,
             wanted=refusal if refusal.names else None,
             progress=advance,
+            ranks=ranks,
             **{f.name: getattr(config, f.name) for f in fields(Wishes)},
         )
+    if path is None:
+        return None
     export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
     console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     if refusal.names:

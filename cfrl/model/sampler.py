@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from cfrl.model.wishes import (
     space_group_numbers,
     wishes_of,
 )
+from cfrl.runs.ranks import ALONE, Ranks
 
 DRAW_SIZE = 256  # crystals drawn at once
 PILOTS = 4  # draws of each space group that tell how likely it meets what is asked
@@ -183,6 +185,7 @@ def sample(
     draw_size: int = DRAW_SIZE,
     wanted: Wanted | None = None,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
     **wishes: Any,
 ) -> CrystalBatch:
     """Generates n crystals.
@@ -192,13 +195,14 @@ def sample(
         space_group: which ones; see `space_group_prior`.
         elements: symbols or atomic numbers that may occur; None: all.
         temperature, top_p: see `SamplerOptions`.
-        seed: same seed and device, same crystals; None: other crystals each time.
+        seed: same seed and device, same crystals, however many processes draw; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
         draw_size: crystals drawn at once.
         wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
             space group and all.
         progress: called with the number of crystals finished so far.
+        ranks: the processes that share the drawing; all get all crystals.
         wishes: other fields of `Wishes`, such as formula="LiMn2O4", system="Li-Mn-O", num_atoms="4-20".
 
     Returns:
@@ -213,20 +217,26 @@ def sample(
     wanted = AllOf.of(wanted, InRange.of(asked))
     model_was_training = model.training
     model.eval()
-    prior = space_group_shares(model, asked, options)
-    generator = seeded(model.device, seed)
-    shares = prior.exp().to(model.device)  # (231,)
-    batches, found, drawn = [], 0, 0
+    shares = space_group_shares(model, asked, options).exp().cpu()  # (231,)
+    seed = ranks.gather(seeded(shares.device, seed).initial_seed())[0]  # one for all, where it is by chance
+    generator = seeded(shares.device, random_seed(seed))
+    batches, found, lot, drawn = [], 0, 0, 0
     while found < n:
         missing = n - found if wanted is None else max(n - found, LOT)
-        for part in torch.multinomial(shares, missing, True, generator=generator).cpu().split(draw_size):
-            batch = _draw_valid(model, part, options, keep_invalid, min_distance, generator)
-            drawn += len(batch)
-            batch = batch if wanted is None else batch[torch.from_numpy(wanted(batch))][: n - found]
-            batches.append(batch)
-            found += len(batch)
+        lots = torch.multinomial(shares, missing, True, generator=generator).split(draw_size)
+        for first in range(0, len(lots), ranks.size):
+            own, mine = None, first + ranks.rank
+            if mine < len(lots):
+                of_lot = seeded(model.device, random_seed(seed, lot + mine))
+                own = _draw_valid(model, lots[mine], options, keep_invalid, min_distance, of_lot)
+                own = own if wanted is None else own[torch.from_numpy(wanted(own))]
+            for batch, groups in zip(ranks.gather(own), lots[first:], strict=False):
+                drawn += len(groups)
+                batches.append(batch[: n - found])
+                found += len(batches[-1])
             if progress is not None:
                 progress(found)
+        lot += len(lots)
         if found < n:
             require_common(found, drawn, f"ask for less ({wanted})")
     model.train(model_was_training)
@@ -358,3 +368,8 @@ def seeded(device: torch.device, seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
+
+
+def random_seed(*numbers: int) -> int:
+    """A seed that is a function of these numbers, and of their order, alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

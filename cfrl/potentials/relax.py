@@ -9,8 +9,9 @@ ones make room for waiting ones. Storing results, and workers, are left to the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +84,12 @@ class RelaxResult:
 
     def __len__(self) -> int:
         return len(self.status)
+
+    @classmethod
+    def cat(cls, parts: Sequence[RelaxResult]) -> RelaxResult:
+        """The parts one after the other."""
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(cls))
+        return cls(*(list(chain(*c)) if isinstance(c[0], list) else np.concatenate(c) for c in columns))
 
 
 def relax(

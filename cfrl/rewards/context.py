@@ -11,6 +11,7 @@ import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.runs.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,7 @@ class RewardContext:
     known: crystals that are no discovery, for `sun` and the guards: as `dataset`; None: what the embedded generator
         learnt from
     relax_steps: evaluations by which a crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn
+    ranks: the processes that share the work of potentials
     memo: where rewards keep what they work out once
     """
 
@@ -82,9 +84,10 @@ class RewardContext:
         timeout: float | None = None,
         known: CrystalBatch | str | None = None,
         relax_steps: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._potential, self._hull, self._dataset, self._known = potential, hull, dataset, known
-        self.relax_steps = relax_steps
+        self.relax_steps, self.ranks = relax_steps, ranks
         self.device = None if device is None or str(device) == "auto" else device
         self.caution, self.timeout = caution, timeout
         self.memo: dict[Any, Any] = {}
@@ -195,9 +198,12 @@ class Inputs:
         if not (steps and self._needs & PASSES):
             return Settled(list(self.structures), np.zeros(n), np.zeros(n), np.zeros(n))
         from cfrl.potentials import Evaluation
-        from cfrl.potentials.relax import relax
+        from cfrl.potentials.relax import RelaxResult, relax
 
-        result = relax(self.structures, self.context.potential, steps=steps)
+        def share(rows: slice) -> RelaxResult:
+            return relax(self.structures[rows], self.context.potential, steps=steps)
+
+        result = RelaxResult.cat(self.context.ranks.shared(share, n))
         ends = [drawn if end is None else end for drawn, end in zip(self.structures, result.structures, strict=True)]
         energy = np.where([not reason for reason in result.status], result.energy, np.nan)
         return Settled(ends, result.volume_change, result.rmsd, result.fall, Evaluation(energy, result.status))
@@ -210,7 +216,7 @@ class Inputs:
             return self.drawn
         if "features" not in self._needs:
             return relaxed.evaluation
-        found = self.context.potential.compute(relaxed.structures, features=True)
+        found = self._compute(self.context.potential, relaxed.structures, features=True)
         # one that fell apart on the way has features, but they tell nothing
         found.status = [a or b for a, b in zip(relaxed.evaluation.status, found.status, strict=True)]
         found.energy = np.where([not reason for reason in found.status], found.energy, np.nan)
@@ -220,7 +226,7 @@ class Inputs:
     def drawn(self) -> Evaluation:
         """What the terms need of the crystals as they were drawn."""
         asked = {need: need in self._needs for need in ("forces", "stress", "features")}
-        return self.context.potential.compute(self.structures, **asked)
+        return self._compute(self.context.potential, self.structures, **asked)
 
     def predict(self, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Mean (n,), spread (n,) and status of a predictor, each predictor asked once."""
@@ -228,7 +234,15 @@ class Inputs:
             predictor = self.context.predictor(name)
             potential = self.context.feature_potential(predictor)
             shared = potential is self.context.potential
-            evaluation = self.evaluation if shared else potential.compute(self.relaxed.structures, features=True)
+            evaluation = self.evaluation if shared else self._compute(potential, self.relaxed.structures, features=True)
             mean, spread = predictor.predict(self.relaxed.structures, evaluation)
             self._predictions[name] = mean, spread, list(evaluation.status)
         return self._predictions[name]
+
+    def _compute(self, potential: Potential, structures: list[Structure], **asked: bool) -> Evaluation:
+        from cfrl.potentials import Evaluation
+
+        def share(rows: slice) -> Evaluation:
+            return potential.compute(structures[rows], **asked)
+
+        return Evaluation.cat(self.context.ranks.shared(share, len(structures)))

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import NotFinite
+from cfrl.model.sampler import random_seed
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.rewards import RewardContext, build_reward, relax_steps_for
 from cfrl.rewards.guards import heeded
 from cfrl.rl import policy
 from cfrl.rl.options import TuningOptions
-from cfrl.rl.rollouts import RECENT, Kept, Rollout, chemical_systems, random_seed
+from cfrl.rl.rollouts import RECENT, Kept, Rollout, chemical_systems
 from cfrl.rl.sources import FreshCrystals, Scorer, Source
 from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning, settled
 
@@ -34,6 +35,7 @@ UNSCORED_SEED = 1  # of the crystals of the starting model that are not scored, 
 MANY = 256  # crystals whose log-probabilities are computed at once
 PASSES, FIRST_PASSES = 8, 16  # of the critic, over as many crystals as a step scores, and over all before the first
 OWN = 0.5  # weight of a crystal's own score, beside the critic's word of it
+WATCHED = ("loss", "ratio", "clip_fraction", "step_kl")  # of an update
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 
 
@@ -202,21 +204,25 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
     """
     options = tuning.options
     parameters = [p for group in tuning.optimiser.param_groups for p in group["params"]]
+    ranks = tuning.ranks
     for group in tuning.optimiser.param_groups:
         group["lr"] = group["peak"] * rate_fraction(options, tuning.step, tuning.seconds)
-    sums = dict.fromkeys(("loss", "ratio", "clip_fraction", "step_kl", "gradient_norm"), 0.0)
+    sums = dict.fromkeys((*WATCHED, "gradient_norm"), 0.0)
     seen = learned = 0
     sites = batch.crystals.num_sites[batch.items].amax(1).cpu()
     for chosen in _minibatches(options, len(batch.items), generator):
         tuning.optimiser.zero_grad(set_to_none=True)
-        kl = 0.0
         chosen = chosen[sites[chosen].argsort()]  # crystals of a size together: no time is spent on padding
-        for part in chosen.split(options.micro_batch):
+        found = torch.zeros(len(WATCHED), dtype=torch.float64, device=batch.items.device)
+        for part in chosen.split(options.micro_batch)[ranks.rank :: ranks.size]:
             loss, watched = _loss(tuning, batch, batch.items[part.to(batch.items.device)])
             (loss.sum() / len(chosen)).backward()
-            for name, value in watched.items():
-                sums[name] += float(value.sum())
-            kl += float(watched["step_kl"].sum()) / len(chosen)
+            found += torch.stack([watched[name].double().sum() for name in WATCHED])
+        ranks.add([found])
+        ranks.add(_gradients(parameters) if ranks.size > 1 else [])
+        for name, value in zip(WATCHED, found.tolist(), strict=True):
+            sums[name] += value
+        kl = float(found[WATCHED.index("step_kl")]) / len(chosen)
         norm = float(nn.utils.clip_grad_norm_(parameters, options.clip_gradient))
         _require_finite({"loss": sums["loss"], "gradient": norm})
         sums["gradient_norm"] += norm * len(chosen)
@@ -232,6 +238,14 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
     _require_finite({"sum of the weights": float(weights), "log-probability after the step": float(after)})
     means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Zeros where a process had nothing to learn from."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
 
 
 def _require_finite(values: dict[str, float]) -> None:

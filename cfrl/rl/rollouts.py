@@ -22,7 +22,8 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import draw, require_common, seeded
+from cfrl.model.sampler import draw, random_seed, require_common, seeded
+from cfrl.runs.ranks import ALONE, Ranks
 from cfrl.tables import spread_out
 
 INVALID = "atoms too close or impossible cell"
@@ -141,8 +142,9 @@ def collect(
     chunk: int,
     min_distance: float = 0.5,
     wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Rollout:
-    """Draw n crystals and score them; one lot is scored while the next is drawn.
+    """Draw n crystals and score them; one lot is scored while the next is drawn, where one process does both.
 
     Impossible crystals are not drawn again: a policy should learn what they are. Each lot is drawn by a generator of
     its own, seeded by (seed, lot): what the reward's thread does has no part in it.
@@ -153,13 +155,18 @@ def collect(
         wanted: which of k crystals to keep, (k,) bool, such as a `Refusal`; None: all. What is kept follows the policy
             conditioned on it. Its log-probability differs from the policy's by a number that is the same for all
             crystals of a group, which no objective here sees: each takes the mean off what it learns from.
+        ranks: the processes that share the drawing; the reward sees to its own (`RewardContext`).
 
     Raises:
         UserError: the reward cannot be computed at all, or hardly anything is wanted.
     """
     seconds = Counter()
+    lots = draw_lots(
+        model, space_groups, n, options, seed=seed, chunk=chunk, wanted=wanted, seconds=seconds, ranks=ranks
+    )
+    if ranks.size > 1:  # they must not talk of two things at once
+        lots = list(lots)
     with ThreadPoolExecutor(1) as worker:
-        lots = draw_lots(model, space_groups, n, options, seed=seed, chunk=chunk, wanted=wanted, seconds=seconds)
         jobs = [worker.submit(score, *lot, reward, min_distance, seconds) for lot in lots]
         parts = [job.result() for job in jobs]
     return Rollout.cat(parts, seconds)
@@ -175,23 +182,33 @@ def draw_lots(
     chunk: int,
     wanted: Callable[[CrystalBatch], np.ndarray] | None = None,
     seconds: Counter | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[CrystalBatch, int]]:
-    """n crystals on the CPU, lot by lot, and how many were refused on the way. Arguments as those of `collect`."""
+    """n crystals on the CPU, lot by lot, and how many were refused on the way. Arguments as those of `collect`.
+
+    A round is a lot for each process. Those past the last one needed are thrown away: the crystals are the same for
+    any number of processes.
+    """
     found = drawn = lot = 0
     while found < n:
         start = time.perf_counter()
-        groups = space_groups(min(chunk, n - found) if wanted is None else chunk)
-        crystals = draw(model, groups, options, seeded(model.device, random_seed(seed, lot))).to("cpu")
-        lot, drawn = lot + 1, drawn + len(crystals)
-        rows = torch.arange(len(crystals)) if wanted is None else torch.from_numpy(np.flatnonzero(wanted(crystals)))
-        refused = len(crystals) - len(rows)
-        crystals = crystals[rows[: n - found]]
-        found += len(crystals)
-        require_common(found, drawn, "lift a guard (--allow)")
+        left = [n - found - i * chunk if wanted is None else chunk for i in range(ranks.size)]
+        groups = [space_groups(min(chunk, some)) for some in left if some > 0]
+        mine = None
+        if ranks.rank < len(groups):
+            generator = seeded(model.device, random_seed(seed, lot + ranks.rank))
+            crystals = draw(model, groups[ranks.rank], options, generator).to("cpu")
+            mine = crystals if wanted is None else crystals[torch.from_numpy(np.flatnonzero(wanted(crystals)))]
         if seconds is not None:
             seconds["sample"] += time.perf_counter() - start
-        if len(crystals):
-            yield crystals, refused
+        for crystals, asked in zip(ranks.gather(mine), groups, strict=False):
+            refused = len(asked) - len(crystals)
+            drawn, crystals = drawn + len(asked), crystals[: n - found]
+            found += len(crystals)
+            require_common(found, drawn, "lift a guard (--allow)")
+            if len(crystals):
+                yield crystals, refused
+        lot += len(groups)
 
 
 def score(
@@ -212,11 +229,6 @@ def score(
     worth = getattr(result, "worth", None)
     worth = total if worth is None else torch.from_numpy(spread_out(worth, rows, n))
     return Rollout(crystals, total, valid, status.tolist(), abstained, terms, refused=refused, worth=worth)
-
-
-def random_seed(*numbers: int) -> int:
-    """A seed that is a function of these numbers, and of their order, alone."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def chemical_systems(crystals: CrystalBatch) -> list[frozenset[int]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
+from cfrl.model.sampler import random_seed
 from cfrl.model.wishes import AllOf, InRange, Wanted
 from cfrl.rewards import Reward
 from cfrl.rl import policy
@@ -39,9 +40,9 @@ class FreshCrystals:
         self.wanted = AllOf.of(wanted, InRange.of(tuning.options))
 
     def __call__(self, generator: torch.Generator, seed: int) -> Rollout:
-        """The crystals of one step."""
-        options = self.tuning.options
-        groups = partial(self.tuning.prior.sample, generator=generator, repeats=options.repeats)
+        """The crystals of one step. Its `generator` is left alone: many processes draw more lots than one does."""
+        options, own = self.tuning.options, torch.Generator().manual_seed(random_seed(seed))
+        groups = partial(self.tuning.prior.sample, generator=own, repeats=options.repeats)
         return self._collect(self.tuning.model, groups, options.per_step, seed)
 
     def judging(self) -> FreshCrystals:
@@ -54,7 +55,9 @@ class FreshCrystals:
         """n wanted crystals of the starting model, without a score."""
         tuning, chunk = self.tuning, self.tuning.options.draw_size
         groups = space_groups(tuning.prior.base, seed)
-        lots = draw_lots(tuning.base, groups, n, tuning.sampler, seed=seed, chunk=chunk, wanted=self.wanted)
+        lots = draw_lots(
+            tuning.base, groups, n, tuning.sampler, seed=seed, chunk=chunk, wanted=self.wanted, ranks=tuning.ranks
+        )
         crystals = CrystalBatch.cat([CrystalBatch.empty(), *(lot for lot, _ in lots)])
         every, nothing = torch.ones(n, dtype=torch.bool), torch.full((n,), torch.nan, dtype=torch.float64)
         return Rollout(crystals, nothing, every, [""] * n, ~every)
@@ -86,6 +89,7 @@ class FreshCrystals:
             chunk=options.draw_size,
             min_distance=options.min_distance,
             wanted=self.wanted,
+            ranks=self.tuning.ranks,
         )
 
 

@@ -30,7 +30,7 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.model import sampler
 from cfrl.model.chains import Prior, Tally, accept, walk
-from cfrl.model.sampler import seeded, space_group_shares
+from cfrl.model.sampler import random_seed, seeded, space_group_shares
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.model.wishes import AllOf, InRange, Wanted, sampler_options, wishes_of
 from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
@@ -40,7 +40,7 @@ from cfrl.rl import loop
 from cfrl.rl.critic import Critic
 from cfrl.rl.mixing import effective_draws, effective_size, next_temperature, split_r_hat, systematic
 from cfrl.rl.options import SteeringOptions
-from cfrl.rl.rollouts import Rollout, draw_lots, random_seed, score
+from cfrl.rl.rollouts import Rollout, draw_lots, score
 from cfrl.rl.sources import SCALE_SEED, Scorer, space_groups
 
 # How often each move is made. Elements decide most of what a crystal is worth, so most moves change them.

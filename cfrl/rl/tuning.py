@@ -25,6 +25,7 @@ from cfrl.rl.hold import AUTO, Hold, parse_hold, parse_shares
 from cfrl.rl.options import TuningOptions
 from cfrl.rl.policy import Baseline, floored_log_prob
 from cfrl.rl.rollouts import Memory
+from cfrl.runs.ranks import ALONE, Ranks
 from cfrl.settings import parse_names
 
 # Columns of the log-probabilities of a step, (n, 5): the factors of log P(C | G), and log P(G).
@@ -103,6 +104,7 @@ class Tuning:
         options: sizes, objective, limits.
         offline: learn from crystals that were drawn before.
         settings: all that the run was asked for, by name; a checkpoint keeps it. None: the options.
+        ranks: the processes that share the work; each holds the same state.
 
     Raises:
         UserError: no such element, space group or penalty.
@@ -114,10 +116,11 @@ class Tuning:
         options: TuningOptions,
         offline: bool = False,
         settings: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if options.algorithm == "vargrad" and not options.kl_weight:
             raise UserError("beta: vargrad regresses to pi_base exp(r / beta); give more than 0, or --algorithm ppo")
-        self.options, self.settings = options, dict(settings or options.plain())
+        self.options, self.settings, self.ranks = options, dict(settings or options.plain()), ranks
         self.base = copy.deepcopy(model).requires_grad_(False)
         self.model, device = model.requires_grad_(True), model.device
         self.sampler = sampler_options(options, model.config.max_sites - 1, options.temperature, options.top_p)
@@ -161,15 +164,26 @@ class Tuning:
         self, crystals: CrystalBatch, nuclei: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Under the policy within `nuclei`, and the entropy (n,) of each factor along the crystals."""
-        scores = self.model.log_prob(crystals, self.sampler, entropy=True, nuclei=nuclei)
-        entropies = {name: scores[f"entropy/{name}"] for name in FACTORS}
-        return self._columns(scores, crystals, self.prior.log_prob()), entropies
+
+        def share(rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            within = {name: kept[rows] for name, kept in nuclei.items()}
+            scores = self.model.log_prob(crystals[rows], self.sampler, entropy=True, nuclei=within)
+            entropies = {name: scores[f"entropy/{name}"].cpu() for name in FACTORS}
+            return self._columns(scores, crystals[rows], self.prior.log_prob()).cpu(), entropies
+
+        parts, device = self.ranks.shared(share, len(crystals)), self.model.device
+        entropies = {name: torch.cat([part[name] for _, part in parts]).to(device) for name in FACTORS}
+        return torch.cat([columns for columns, _ in parts]).to(device), entropies
 
     @torch.no_grad()
     def log_probs_base(self, crystals: CrystalBatch) -> Tensor:
         """Under the starting model; not cut to its own nucleus, which the policy may well leave."""
-        scores = self.base.log_prob(crystals, replace(self.sampler, top_p=1.0))
-        return self._columns(scores, crystals, self.prior.base)
+
+        def share(rows: slice) -> Tensor:
+            scores = self.base.log_prob(crystals[rows], replace(self.sampler, top_p=1.0))
+            return self._columns(scores, crystals[rows], self.prior.base).cpu()
+
+        return torch.cat(self.ranks.shared(share, len(crystals))).to(self.model.device)
 
     def _columns(self, scores: dict[str, Tensor], crystals: CrystalBatch, group_log_prob: Tensor) -> Tensor:
         group = group_log_prob[crystals.space_group.to(group_log_prob.device)]

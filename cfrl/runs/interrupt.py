@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# After Ctrl-C torchrun asks its processes to end too, and kills them half a minute later.
+LAUNCHED, BY_LAUNCHER = "TORCHELASTIC_RUN_ID", (signal.SIGTERM,)
 GRACE = 10.0  # seconds that a call has left once a stop is wished
 _POLL = 0.1  # seconds
 
@@ -53,11 +56,12 @@ def stop_on_signal() -> Iterator[StopWish]:
 
     def note(_number: int, _frame: object) -> None:
         wish.requested, wish.when = True, time.monotonic()
-        restore()
+        restore(BY_LAUNCHER if LAUNCHED in os.environ else ())
 
-    def restore() -> None:
+    def restore(still: Collection[signal.Signals] = ()) -> None:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if number not in still:
+                signal.signal(number, handler)
 
     for number in SIGNALS:
         signal.signal(number, note)

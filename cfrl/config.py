@@ -46,6 +46,7 @@ USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
 DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+EMBEDDED = ("default", "stable")
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
 REWARDS = (
     "ehull",
@@ -83,8 +84,8 @@ class PretrainInputs(Settings):
     )
     init: str | None = option(
         None,
-        "Start from these weights: a file, a run folder, `default` or `last`; empty: from random ones.",
-        choices=("default", "last", RUNS),
+        "Start from these weights: a file, a run folder, `last`, `default` or `stable`; empty: from random ones.",
+        choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
 
@@ -133,8 +134,9 @@ class SampleInputs(Settings):
     n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
     model: str | None = option(
         None,
-        "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
-        choices=("last", RUNS),
+        "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, or `stable` (tuned by "
+        "`sun`: most of its crystals are new and near the hull); empty: default.",
+        choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
 
@@ -190,8 +192,9 @@ class FinetuneInputs(Settings):
     reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
     model: str | None = option(
         None,
-        "Model to tune: a weights file, a run folder, or `last`; empty: the embedded one.",
-        choices=("last", RUNS),
+        "Model to tune: a weights file, a run folder, `last`, `default` or `stable` (embedded); empty: default, but "
+        "stable where a property is sought among what lasts (the guard `unstable`).",
+        choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
     rollouts: str | None = option(
@@ -280,7 +283,7 @@ class RetrieveConfig(Settings):
     base: str | None = option(
         None,
         "Model before tuning: weights or a run folder; empty: the one that the run started from.",
-        choices=("default", RUNS),
+        choices=(*EMBEDDED, RUNS),
         unset="",
     )
     dataset: str | None = option(
@@ -379,8 +382,9 @@ class PredictConfig(Settings):
     n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
     model: str | None = option(
         None,
-        "A weights file, a run folder, or `last` (the newest run); empty: the embedded model.",
-        choices=("last", RUNS),
+        "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, or `stable` (tuned by "
+        "`sun`: most of its crystals are new and near the hull); empty: default.",
+        choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
     space_group: str | None = option(None, "Only these, e.g. `221,225`; empty: all that can hold it.", unset="")
@@ -411,8 +415,8 @@ class GrowInputs(Settings):
 
     model: str | None = option(
         None,
-        "Draw from this: a weights file, a run folder, or `last`; empty: the embedded model.",
-        choices=("last", RUNS),
+        "Draw from this: a weights file, a run folder, `last`, `default` or `stable` (embedded); empty: default.",
+        choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
     known: list[str] = option(

@@ -16,6 +16,7 @@ from rich.console import Console
 import cfrl.commands.doctor as doctor
 import cfrl.crystals.wyckoff as wyckoff
 from cfrl.errors import UserError
+from cfrl.model import files
 
 
 @pytest.fixture
@@ -103,11 +104,15 @@ def _truncate(path: Path, into: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "module", "constant"),
-    [("default.safetensors", "model.files", "DEFAULT_MODEL"), ("hull.h5", "stability.hull", "DEFAULT_HULL")],
+    [("default.safetensors", "model.files", "EMBEDDED"), ("hull.h5", "stability.hull", "DEFAULT_HULL")],
 )
 def test_half_a_file_is_named(folder, monkeypatch, name, module, constant):
     """And the others are still looked at."""
-    monkeypatch.setattr(f"cfrl.{module}.{constant}", _truncate(doctor.PACKAGE / "assets" / name, folder))
+    half = _truncate(doctor.PACKAGE / "assets" / name, folder)
+    if constant == "EMBEDDED":
+        monkeypatch.setitem(files.EMBEDDED, "default", half)
+    else:
+        monkeypatch.setattr(f"cfrl.{module}.{constant}", half)
     found = {finding.name: finding for finding in doctor.models()}
     assert [key for key, finding in found.items() if finding.problem] == [f"assets/{name}"]
     assert name in found[f"assets/{name}"].problem

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def _checks() -> dict[str, Callable[[], str]]:
     return {
         "assets/wyckoff.npz": _symmetry_tables,
         "assets/elements.csv": _element_table,
-        "assets/default.safetensors": _generator,
+        **{f"assets/{name}.safetensors": partial(_generator, name) for name in config.EMBEDDED},
         "assets/hull.h5": _hull,
         "assets/known.npy": _known,
         **predictors,
@@ -243,10 +244,10 @@ def _element_table() -> str:
     return f"descriptors of {int(element_descriptors().any(1).sum())} elements"
 
 
-def _generator() -> str:
+def _generator(name: str) -> str:
     from cfrl.model.files import load_model
 
-    return f"generator, {sum(p.numel() for p in load_model().parameters()):,} parameters"
+    return f"generator, {sum(p.numel() for p in load_model(name).parameters()):,} parameters"
 
 
 def _hull() -> str:

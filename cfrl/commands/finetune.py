@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from cfrl.config import FinetuneConfig, read_run_config, reward_definitions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
-from cfrl.model.files import Extras, load_model, model_path, save_model
+from cfrl.model.files import DEFAULT, EMBEDDED, STABLE, Extras, load_model, model_path, save_model
 from cfrl.model.sampler import random_seed
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
@@ -72,6 +73,8 @@ def finetune(
         if scorer is None and not config.rollouts:
             scorer = configured_reward(config, ranks.device, ranks)
             config = settled(config, scorer.needs)
+            if config.model is None and getattr(scorer, "lasting", False):
+                config = replace(config, model=STABLE)
         tuning = start(config, ranks)
         known = scorer if isinstance(scorer, Reward) else None
         if known is not None:
@@ -199,7 +202,9 @@ def _recorded(config: FinetuneConfig) -> RecordedCrystals:
 def _header(config: FinetuneConfig) -> dict[str, str]:
     """What the tuned model's file tells of its making."""
     told = {name: getattr(config, name) or "" for name in ("reward", "algorithm", "space_group", "elements")}
-    return {"base_model": str(model_path(config.model).resolve()) if config.model else "default", **told}
+    embedded = (config.model or DEFAULT) in EMBEDDED
+    base = config.model or DEFAULT if embedded else str(model_path(config.model).resolve())
+    return {"base_model": base, **told}
 
 
 def _validation_crystals(config: FinetuneConfig) -> CrystalBatch | None:

@@ -23,7 +23,8 @@ from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
 from cfrl.untrusted import fitting, one_line, read_tensors
 
-DEFAULT_MODEL = ASSETS / "default.safetensors"
+DEFAULT, STABLE = "default", "stable"
+EMBEDDED = {name: ASSETS / f"{name}.safetensors" for name in (DEFAULT, STABLE)}
 REFUSES = "refuses"  # of the header
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
 CRITIC = "critic."  # how the names of a critic's tensors begin
@@ -80,8 +81,9 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     """A model, ready to use: in evaluation mode, float32, its weights not watched by autograd.
 
     Args:
-        model: None or "" or "default": the embedded model; a weights file; a run folder (its model.safetensors);
-            "last": the newest run of finetune or pretrain under runs/.
+        model: None or "" or "default": the embedded model; "stable": the same tuned by `sun`, for crystals that last;
+            a weights file; a run folder (its model.safetensors); "last": the newest run of finetune or pretrain under
+            runs/.
 
     Raises:
         UserError: there is no such model, the file is not one, or there is NaN or infinity in it.
@@ -143,8 +145,8 @@ def _read_model(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def model_path(model: str | Path | None) -> Path:
     """The weights file that a model's name stands for. Raises UserError where there is none."""
-    if not model or str(model) == "default":
-        return DEFAULT_MODEL
+    if not model or str(model) in EMBEDDED:
+        return EMBEDDED[str(model or DEFAULT)]
     if str(model) == "last":
         run = newest_run(("finetune", "pretrain"), holding="model.safetensors")
         if run is None:

@@ -72,6 +72,7 @@ class Guarded(Reward):
         if needs & PASSES and context.fits_hull:  # where an energy is at hand anyway
             minded = {UNSTABLE} if "hull" in needs else set()
             self._seen += [name for name in OF_HULL if name in self.guards and name not in minded]
+        self.lasting = UNSTABLE in self._seen
         infos = {**infos, MET: self._info()} if self._seen else infos
         super().__init__(expression, infos, context)
         self.needs = needs

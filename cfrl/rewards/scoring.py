@@ -104,10 +104,12 @@ class Reward:
     Attributes:
         refuses: what it needs not be asked about; None: nothing, it has no guards.
         withheld: what a model tuned by it should not hand out; None: nothing.
+        lasting: whether it wants a property of crystals that last.
     """
 
     refuses: Refusal | None = None
     withheld: Refusal | None = None
+    lasting = False
 
     def __init__(
         self,

@@ -22,10 +22,11 @@ from cfrl.config import FinetuneConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import fingerprints
+from cfrl.crystals.refusal import REFUSED
 from cfrl.errors import NotFinite, UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
-from cfrl.model.files import load_model
+from cfrl.model.files import load_extras, load_model
 from cfrl.model.sampler import SamplerOptions, sample, space_group_prior
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.reports import monitor
@@ -915,6 +916,22 @@ def test_a_seed_fixes_a_run_in_fresh_processes(tiny_model, tmp_path):
         if not name.startswith("seconds/"):
             assert values[:2] == first[name], name
     same_run(straight, run("half", 3, str(half.path)))
+
+
+def test_a_property_is_sought_where_crystals_last(tmp_path):
+    """A tuning for one starts from the embedded model that was tuned for stability, unless another is named."""
+    assert load_extras("stable").refusal.names == REFUSED
+    asked = {"band_gap": True, "dielectric_bandgap": True, "ehull": False, "sun": False, "band_gap - ehull": False}
+    for reward, lasting in (asked | {"contact": False, "density": False}).items():
+        assert command.configured_reward(FinetuneConfig(reward=reward), "cpu").lasting is lasting, reward
+    assert not command.configured_reward(FinetuneConfig(reward="band_gap", allow="unstable"), "cpu").lasting
+    quick = dict(steps=1, n=4, scale_crystals=8, unscored=4, replay=4, evaluate=0, plots=False, device="cpu")
+    for named, base in ((None, "stable"), ("default", "default")):
+        run = finetune(FinetuneConfig(reward="band_gap", model=named, **quick), root=tmp_path, quiet=True)
+        assert load_extras(run.path).header["base_model"] == base
+        assert read_run_config(FinetuneConfig, run.path / "config.toml").model == base
+        begun, ended = (torch.nn.utils.parameters_to_vector(load_model(m).parameters()) for m in (base, run.path))
+        assert 0 < (begun - ended).abs().max() < 0.01
 
 
 def test_models_load_before_the_first_step(tiny_model, tmp_path, monkeypatch):

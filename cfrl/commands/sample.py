@@ -51,15 +51,27 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
     if output:
         check_output(output, config.n)
     model = load_model(config.model, choose_device(config.device))
-    refusal = _refusal(config)
+    refusal = refusal_of(config)
     # What leaves nothing to draw leaves no run folder either.
     options = sampler_options(config, model.config.max_sites - 1)
     space_group_prior(model, config.space_group, config.max_atoms, options.constraint)
     if config.toward:
         return _steered(config, model, refusal, output, console)
     path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
+    crystals = draw(config, model, refusal, console)
+    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
+    if refusal.names:
+        console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
+    _describe(crystals, console)
+    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def draw(config: SampleConfig, model: CrystalTransformer, refusal: Refusal, console: Console) -> CrystalBatch:
+    """`config.n` crystals of the model as the settings wish, none of them refused."""
     with progress_bar("sampling", config.n, console) as advance:
-        crystals = sample(
+        return sample(
             model,
             config.n,
             temperature=config.temperature,
@@ -72,13 +84,6 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
             progress=advance,
             **{f.name: getattr(config, f.name) for f in fields(Wishes)},
         )
-    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
-    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
-    if refusal.names:
-        console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
-    _describe(crystals, console)
-    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
-    return path
 
 
 def _steered(
@@ -184,7 +189,7 @@ def _tell(config: SampleConfig, steered: Steered, console: Console) -> None:
     say("best: " + ", ".join(dict.fromkeys(steered.crystals[best[:16]].formulas())))
 
 
-def _refusal(config: SampleConfig) -> Refusal:
+def refusal_of(config: SampleConfig) -> Refusal:
     """What is drawn anew: as asked, or as the model was tuned to leave out. Raises UserError."""
     tuned = load_extras(config.model).refusal
     auto = () if config.formula or config.like else tuned.names  # what is asked for by name is wanted, known or not

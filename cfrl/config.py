@@ -338,7 +338,7 @@ class ScreenDraws(Settings):
 
     model: str | None = option(
         None,
-        "Screen what this model draws: a weights file, a run folder, `last` (the newest run) or `default`; empty: a file.",
+        "Screen what this draws: a weights file, a run folder, `last` (the newest run) or `default`; empty: a file.",
         choices=("last", "default", RUNS),
         unset="",
     )
@@ -365,8 +365,8 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
     )
     rank: str | None = option(
         None,
-        "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap; empty: "
-        "`-reward` where a tuned --model tells its reward, else `ehull`.",
+        "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap; "
+        "empty: `-reward` where a tuned --model tells its reward, else `ehull`.",
         unset="",
     )
     filter: str | None = option(

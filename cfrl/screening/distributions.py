@@ -95,9 +95,9 @@ def vendi_score(counts: np.ndarray) -> float:
 def diversity(sample: Sample, structures: Sequence[Structure]) -> dict[str, float]:
     """Figures of diversity of n crystals; `structures` are those of the sample.
 
-    For elements (each atom counts), space groups and numbers of sites: Vendi score and entropy (nats), and the share of
-    the 118 elements and 230 space groups that occur. "size, entropy": that of histograms of density, a, b, c and packing
-    factor, averaged, over log2 n (as the benchmark has it: nats over bits).
+    For elements (each atom counts), space groups and numbers of sites: Vendi score and entropy (nats), and the share
+    of the 118 elements and 230 space groups that occur. "size, entropy": that of histograms of density, a, b, c and
+    packing factor, averaged, over log2 n (as the benchmark has it: nats over bits).
     """
     sizes = sample.atoms.sum(1).astype(int)
     counts = {

@@ -1,8 +1,8 @@
 """Is a crystal valid by the definitions of LeMat-GenBench (Betala et al. 2025, arXiv:2512.04562)?
 
-Its three tests, with the numbers and in the order of its code (github.com/LeMaterial/lemat-genbench, Apache-2.0, in
-`validity_metrics.py`): charges balance, no two atoms are too near, the cell is plausible. A test that cannot be made is not
-passed. What a set of crystals comes to is in `protocol.py`.
+Its three tests, with the numbers and in the order of its code (`validity_metrics.py` of github.com/LeMaterial/lemat-
+genbench, Apache-2.0): charges balance, no two atoms are too near, the cell is plausible. A test that cannot be made is
+not passed. What a set of crystals comes to is in `protocol.py`.
 """
 
 from __future__ import annotations

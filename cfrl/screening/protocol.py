@@ -1,8 +1,8 @@
 """A screening's crystals by the protocol of the field: LeMat-GenBench (Betala et al. 2025, arXiv:2512.04562).
 
 Valid crystals (`lemat.py`) are matched with each other and with known ones, and judged, as they came and as the
-screening has relaxed them. `Figures` is what that comes to; how varied they are is in `distributions.py`. What
-cannot be had here as the benchmark has it (its reference of 5.3 million crystals, gated potentials) is said in `instead`.
+screening has relaxed them. `Figures` is what that comes to; how varied they are is in `distributions.py`. What cannot
+be had here as the benchmark has it (its reference of 5.3 million crystals, gated potentials) is said in `instead`.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def _look(
         records = _embed(work, "lemat-energy", valid, of, options)
         rows = [row for row, record in records.items() if not record["status"]]
         energies = np.array([records[row]["energy_per_atom"] for row in rows])
-        above[rows] = reference.hull.e_above_hull([valid[row].composition for row in rows], energies).e_above_hull
+        if rows:
+            above[rows] = reference.hull.e_above_hull([valid[row].composition for row in rows], energies).e_above_hull
         embedding = _stacked(records)
     return Findings(**tests, space_group=space_group, kind=kind, novel=novel, e_above_hull=above, embedding=embedding)
 

@@ -195,8 +195,8 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
 def embed(structures: list[Structure], potential: str, device: str) -> list[Record]:
     """Energies as the crystals stand, and where the potential sees them.
 
-    Records: `energy_per_atom` (eV), `energy_scale`, `embedding` (d numbers: its last layer averaged over the atoms; none
-    of a potential without features), `status`.
+    Records: `energy_per_atom` (eV), `energy_scale`, `embedding` (d numbers: its last layer averaged over the atoms;
+    none of a potential without features), `status`.
     """
     model = _potential(potential, device)
     result = model.compute(structures, features=bool(model.feature_size))

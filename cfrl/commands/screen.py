@@ -148,7 +148,8 @@ def screen(
             if config.protocol:
                 submitted = samples.structures[:SIZE] if config.submission else samples.structures
                 crystals = protocol.compared(sets) if known is not None else None
-                reference = protocol.Reference(hull, known, crystals, **tables)
+                named = " and ".join(Path(name).name for name in sets)
+                reference = protocol.Reference(hull, known, crystals, named, **tables)
                 total = len(submitted) if config.submission else len(table)
                 figures = protocol.judge(work, submitted, structures, table, reference, config, total)
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ from cfrl.crystals.fingerprint import group_by
 from cfrl.errors import UserError
 from cfrl.io.datasets import Dataset
 from cfrl.model.published import read_arrays
-from cfrl.potentials import full_name
+from cfrl.potentials import full_name, model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import distributions, lemat, stages
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LTOL = 0.1  # of StructureMatcher, whose other tolerances stay as they are (stol 0.3, angle_tol 5)
 METASTABLE = 0.1  # eV/atom
 COMPARED, EMBEDDED, SEED = 15_000, 2_000, 42  # known crystals whose distributions are taken; and whose embeddings
+_CHUNK = {"cpu": 16, "cuda": 512}  # crystals that a worker gets at once
 DRAWN, RELAXED = "drawn", "relaxed"  # the geometries
 COLUMNS = tuple(
     f"lemat_{name}"
@@ -68,12 +69,14 @@ class Reference:
 
     known: formula -> known crystals; None: nothing is
     crystals: some of them, for distributions; None as well
+    name: of the known crystals
     states, shares, quantities: the benchmark's own tables, where they are at hand (`read_tables`)
     """
 
     hull: ReferenceHull | None = None
     known: dict[str, list[KnownCrystal]] | None = None
     crystals: CrystalBatch | None = None
+    name: str = ""
     states: lemat.States = field(default_factory=dict)
     shares: Mapping[str, np.ndarray] = field(default_factory=dict)
     quantities: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -184,12 +187,12 @@ def judge(
 
     Args:
         samples: the crystals that were submitted, the first rows of the table.
-        total: how many were, unreadable ones too.
         final: row -> crystal at the end of the screening.
+        total: how many were submitted, unreadable ones too.
     """
     n = len(table)
     counts, numbers = {}, {}
-    theirs = None if reference.crystals is None else _Theirs.of(work, reference, options)
+    theirs = _Theirs.of(work, reference, options)
     for geometry, crystals in geometries(samples, final, table).items():
         if geometry == RELAXED and not options.relax:
             continue
@@ -283,7 +286,7 @@ def _embed(
     work: Work, name: str, structures: Mapping[int, Structure], of: dict[str, str], options: ScreeningOptions
 ) -> dict[int, stages.Record]:
     embed = partial(stages.embed, potential=options.potential, device=options.device)
-    chunk = options.chunk or {"cpu": 16, "cuda": 512}[choose_device(options.device).type]
+    chunk = options.chunk or _CHUNK[choose_device(options.device).type]
     return work.run(name, embed, structures, of | {"potential": full_name(options.potential)}, chunk)
 
 
@@ -310,7 +313,7 @@ def _note(table: Table, found: Findings) -> None:
 
 @dataclass(frozen=True)
 class _Theirs:
-    """What the reference is like: `Sample.shares` and `Sample.quantities`, and embeddings (m, d)."""
+    """What the reference is like: `Sample.shares` and `Sample.quantities`, and embeddings (m, d); empty if unknown."""
 
     shares: Mapping[str, np.ndarray]
     quantities: Mapping[str, np.ndarray]
@@ -318,16 +321,17 @@ class _Theirs:
 
     @staticmethod
     def of(work: Work, reference: Reference, options: ScreeningOptions) -> _Theirs:
-        crystals = reference.crystals
+        crystals, embedding = reference.crystals, np.empty((0, 0))
+        if crystals is None:
+            return _Theirs(reference.shares, reference.quantities, embedding)
         sample = Sample.of_crystals(crystals)
-        embedding = np.empty((0, 0))
         if reference.hull is not None:
             some = dict(enumerate(crystals[:EMBEDDED].to_structures()))
             embedding = _stacked(_embed(work, "lemat-known", some, {"of": digest(some.values())}, options))
         return _Theirs(sample.shares | reference.shares, sample.quantities | reference.quantities, embedding)
 
 
-def _numbers(found: Findings, structures: Mapping[int, Structure], theirs: _Theirs | None) -> dict[str, float]:
+def _numbers(found: Findings, structures: Mapping[int, Structure], theirs: _Theirs) -> dict[str, float]:
     """Energy, diversity, and distances to the reference, of the valid crystals."""
     rows = np.flatnonzero(found.valid & (found.space_group > 0)).tolist()
     if not rows:
@@ -339,21 +343,17 @@ def _numbers(found: Findings, structures: Mapping[int, Structure], theirs: _Thei
     valid = [structures[row] for row in rows]
     sample = Sample.of(valid, found.space_group[rows])
     numbers |= distributions.diversity(sample, valid)
-    if theirs is None:
-        return numbers
     shares, quantities = sample.shares, sample.quantities
-    numbers |= _averaged(
-        "JSD", {name: distributions.jensen_shannon(shares[name], theirs.shares[name]) for name in shares}
-    )
-    numbers |= _averaged(
-        "MMD", {name: distributions.mmd(quantities[name], theirs.quantities[name]) for name in quantities}
-    )
+    numbers |= _averaged("JSD", {k: distributions.jensen_shannon(shares[k], of) for k, of in theirs.shares.items()})
+    numbers |= _averaged("MMD", {k: distributions.mmd(quantities[k], of) for k, of in theirs.quantities.items()})
     if min(len(found.embedding), len(theirs.embedding)) > 1:
         numbers["Frechet distance"] = distributions.frechet(found.embedding, theirs.embedding)
     return numbers
 
 
 def _averaged(name: str, parts: dict[str, float]) -> dict[str, float]:
+    if not parts:
+        return {}
     whole = {f"{name}, average": float(np.mean(list(parts.values())))}
     return whole | {f"{name}, {part}": value for part, value in parts.items()}
 
@@ -423,31 +423,24 @@ def _checked_shares(path: Path) -> dict[str, np.ndarray]:
     return shares
 
 
-def _instead(reference: Reference, theirs: _Theirs | None, options: ScreeningOptions) -> str:
+def _instead(reference: Reference, theirs: _Theirs, options: ScreeningOptions) -> str:
     """Where it is not as on the leaderboard, in a sentence."""
-    parts = []
+    parts = ["there are no energies"]
     if reference.hull is not None:
-        parts.append(
-            f"energies are those of {full_name(options.potential)} against one hull, there the mean of ORB v3, MACE-MP "
-            "and UMA (gated), each against its own"
-        )
-    else:
-        parts.append("no energies were asked for")
+        judge = model_name(options.potential)
+        parts = [
+            f"energies are {judge}'s against --hull, there the mean of ORB v3's, MACE-MP's and UMA's, each on its own"
+        ]
+    bulk = "LeMat-Bulk (5.3 million crystals; here: --known FILE)"
     if reference.known is None:
-        parts.append("no novelty and no distances to a reference (--known), there those to LeMat-Bulk")
+        parts.append(f"nothing is known, there {bulk}")
     else:
-        parts.append("known is what --known names, there LeMat-Bulk (5.3 million: --known FILE)")
-    if theirs is not None and len(theirs.embedding):
-        parts.append("the Frechet distance is one of this potential's embeddings, there the mean of three potentials'")
-    missing = [
-        name
-        for name, there in (
-            ("oxidation states", reference.states),
-            ("distributions", reference.shares),
-            ("volumes and densities", reference.quantities),
-        )
-        if not there
-    ]
+        some = "" if reference.crystals is None else f" ({len(reference.crystals):,} of its crystals for distributions)"
+        parts.append(f"known is {reference.name}{some}, there {bulk}")
+    if len(theirs.embedding):
+        parts.append("the Frechet distance is that of this potential's embeddings, there a mean over three")
+    tables = {"states": "oxidation states", "shares": "distributions", "quantities": "volumes and densities"}
+    missing = [told for name, told in tables.items() if not getattr(reference, name)]
     if missing:
-        parts.append(f"{', '.join(missing)} of its own tables are not at hand (--protocol-data DIR)")
-    return "Not as on the leaderboard: " + "; ".join(parts) + "."
+        parts.append(f"its own tables of {', '.join(missing)} are not at hand (--protocol-data DIR)")
+    return f"Not as on the leaderboard: {'; '.join(parts)}."

@@ -20,7 +20,7 @@ from cfrl.commands.sample import run_sample
 from cfrl.commands.screen import screen
 from cfrl.config import FinetuneConfig, SampleConfig, ScreenConfig
 from cfrl.errors import UserError
-from cfrl.io.storage import read_columns, read_crystals
+from cfrl.io.storage import read_crystals
 from cfrl.reports.report import write_report
 from cfrl.runs.folder import RunFolder
 from cfrl.screening import distributions, lemat, protocol, submission
@@ -383,7 +383,9 @@ def test_screening_a_model(
     for row in rows:
         assert float(row["reward"]) == pytest.approx(float(row["density"]), rel=1e-4)
         assert row["reward/density"] == row["reward"]
-    assert read_columns(run / "screen.h5", ["reward"])["reward"][0] == pytest.approx(scores[0], rel=1e-4)
+    kept = read_crystals(run / "screen.h5")
+    told = {row["id"]: float(row["reward"]) for row in rows}
+    assert kept.properties["reward"].tolist() == pytest.approx([told[name] for name in kept.ids], rel=1e-4)
 
     made = (run / "crystals.h5").stat().st_mtime_ns
     screen(None, replace(config, rank="reward"), resume=run)

@@ -23,7 +23,7 @@ from cfrl.errors import UserError
 from cfrl.io.storage import read_crystals
 from cfrl.reports.report import write_report
 from cfrl.runs.folder import RunFolder
-from cfrl.screening import distributions, lemat, protocol, submission
+from cfrl.screening import distributions, lemat, protocol, stages, submission
 from cfrl.screening.distributions import Sample
 from cfrl.stability.flags import FLAGS
 from tests.test_screen import SerialEngine, perovskite, read_table, rock_salt, serial, write_csv  # noqa: F401
@@ -225,6 +225,15 @@ def test_counts_by_hand() -> None:
     assert figures.shares("drawn")["S.U.N. + M.S.U.N."] == (2, 2 / 5, 2 / 10)
     assert math.isnan(figures.shares("drawn")["valid"][1]), "valid ones are not asked how many of them are"
     assert set(counts) == set(protocol.DEFINITIONS)
+
+
+def test_lengths_are_held_against_each_other_more_closely_than_by_the_matchers_default() -> None:
+    """A perovskite drawn out by a quarter: of one volume, lengths are 16% off, between the two tolerances."""
+    long = perovskite("Ba", "Ti")
+    long.apply_strain([0, 0, 0.25])
+    group = stages.Group([perovskite("Ba", "Ti"), long], ["", ""], [], [])
+    assert stages.match([group])[0]["duplicate_of"] == [None, 0]
+    assert stages.match([group], ltol=protocol.LTOL)[0]["duplicate_of"] == [None, None]
 
 
 # ---- the command ----

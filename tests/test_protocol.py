@@ -403,6 +403,8 @@ def test_screening_a_model(
     assert again == sorted(again)
     with pytest.raises(UserError, match="Leave one of them out"):
         screen("crystals.csv", config)
+    with pytest.raises(UserError, match=r"2,500 crystals, and --model .* has 8"):  # before any is drawn
+        screen(None, replace(config, protocol="lemat", submission="mine"))
 
 
 def test_screening_a_model_that_nothing_was_tuned_towards(

@@ -50,7 +50,8 @@ def draw_for(
     reward = tuned_reward(config, trust)
     if reward is not None:
         reward.load()
-    run = run or RunFolder.create("screen", "drawn", config, path=output)
+    named = replace(config, model=str(model_path(config.model)))  # `last` may be another when it is resumed
+    run = run or RunFolder.create("screen", "drawn", named, path=output)
     began = time.monotonic()
     crystals = draw(sampling, model, refusal, console)
     attrs = {

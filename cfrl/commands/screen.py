@@ -98,12 +98,7 @@ def screen(
     run = RunFolder.open(resume) if resume else None
     if run and not source:
         source = run.source
-    if config.model and source:
-        raise UserError(f"screen {source}, or what --model {config.model} draws? Leave one of them out")
-    if not (source or config.model):
-        raise UserError("name a file of crystals to screen, or --model, or a run to go on with: --resume last")
-    if config.submission and not config.protocol:
-        raise UserError("--submission needs the figures of a protocol for its card: add --protocol lemat")
+    _check_inputs(source, config)
     ending = Path(output).suffix if output else ""
     copy = Path(output) if ending in (".csv", ".h5") else None
     if copy:
@@ -146,10 +141,10 @@ def screen(
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
             figures = None
             if config.protocol:
-                submitted = samples.structures[:SIZE] if config.submission else samples.structures
-                crystals = protocol.compared(sets) if known is not None else None
+                compared = protocol.compared(sets) if known is not None else None
                 named = " and ".join(Path(name).name for name in sets)
-                reference = protocol.Reference(hull, known, crystals, named, **tables)
+                reference = protocol.Reference(hull, known, compared, named, **tables)
+                submitted = samples.structures[: SIZE if config.submission else None]
                 total = len(submitted) if config.submission else len(table)
                 figures = protocol.judge(work, submitted, structures, table, reference, config, total)
     except KeyboardInterrupt:
@@ -184,6 +179,18 @@ def screen(
         if config.submission:
             console.print(f"Submission: {config.submission}/ (cifs/, card.md)", highlight=False, soft_wrap=True)
     return run.path
+
+
+def _check_inputs(source: str | None, config: ScreenConfig) -> None:
+    """What is to be screened, and whether it can be submitted. Raises UserError."""
+    if config.model and source:
+        raise UserError(f"screen {source}, or what --model {config.model} draws? Leave one of them out")
+    if not (source or config.model):
+        raise UserError("name a file of crystals to screen, or --model, or a run to go on with: --resume last")
+    if config.submission and not config.protocol:
+        raise UserError("--submission needs the figures of a protocol for its card: add --protocol lemat")
+    if config.submission and config.model:
+        check_submission(config.submission, config.n, f"--model {config.model} -n {config.n}")
 
 
 def _judgement(

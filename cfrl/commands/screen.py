@@ -115,8 +115,8 @@ def screen(
     samples = read_samples(source)
     prefix = "" if config.model else "input_"
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns, prefix)
-    config = replace(config, rank=config.rank or (f"-{REWARD}" if REWARD in table.columns else "ehull"))
-    rank = expression(config.rank, "--rank")
+    by = config.rank or (f"-{REWARD}" if REWARD in table.columns else "ehull")
+    rank = expression(by, "--rank")
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
     if config.protocol:
@@ -158,6 +158,7 @@ def screen(
         table.note_new_formulas(known or {}, phases)
     table.note_flags(allowed)
     judgement = _judgement(config, hull, sets if known is not None else [], lists)
+    config = replace(config, rank=by)  # of the files of a run, config.toml alone keeps what was not set
     order = table.order(rank, condition)
     summary = replace(summarise(table, hull, judgement), protocol=figures.as_dict() if figures else {})
     _write(run.path, table, order, structures, config, summary)

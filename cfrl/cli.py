@@ -266,16 +266,18 @@ def screen(
         ),
     ] = None,
     resume: Resume = None,
+    trust: Trust = False,
 ) -> None:
     """Find the crystals that deserve a DFT calculation: valid, new, stable, with the properties wanted.
 
-    Writes table.csv, CIF files of the candidates and report.html to a new folder under runs/.
+    Crystals of a file, or of --model. Writes table.csv, CIF files of the candidates and report.html to a new folder
+    under runs/.
 
     Example: cfrl screen crystals.h5 --known mp_20.h5 --filter "ehull < 0.05"
     """
     from cfrl.commands.screen import screen as run
 
-    run(source, config, output, Path(resume) if resume else None, _console())
+    run(source, config, output, Path(resume) if resume else None, _console(), trust)
 
 
 @app.command(rich_help_panel=COMMANDS)

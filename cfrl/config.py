@@ -18,7 +18,7 @@ from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import TrainingOptions, Wishes
 from cfrl.rl.options import SteeringOptions, TuningOptions
-from cfrl.screening.options import GrowthOptions, ScreeningOptions
+from cfrl.screening.options import GrowthOptions, ProtocolOptions, ScreeningOptions
 from cfrl.settings import (
     DEVICES,
     POTENTIAL_HELP,
@@ -336,10 +336,26 @@ class ScreenInputs(Settings):
 
 
 @dataclass(frozen=True)
-class ScreenConfig(ScreeningOptions, ScreenInputs):
+class ScreenDraws(Settings):
+    """Crystals of a model in place of a file."""
+
+    model: str | None = option(
+        None,
+        "Screen what this draws: a weights file, a run folder, `last` (the newest run) or `default`; empty: a file.",
+        choices=("last", "default", RUNS),
+        unset="",
+    )
+    n: Count = option(1000, "Crystals drawn from --model.", flags=("-n",))
+    seed: Seed = option(0, "Of the draws; same seed and device: same crystals.")
+
+
+@dataclass(frozen=True)
+class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws):
     """Find the crystals that deserve a DFT calculation."""
 
     THEMES: ClassVar = {
+        "Crystals of a model, in place of a file": ("model", "n", "seed"),
+        "The field's protocol": ("protocol", "protocol_data", "submission", "submit"),
         "Stages": ("validity", "unique", "relax", "stability"),
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
@@ -350,9 +366,11 @@ class ScreenConfig(ScreeningOptions, ScreenInputs):
     allow: str | None = option(
         None, "Flags that hold no candidate back, e.g. `noble_gas,element`; empty: all do.", choices=FLAGS, unset=""
     )
-    rank: str = option(
-        "ehull",
-        "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap.",
+    rank: str | None = option(
+        None,
+        "Smallest first: a column of table.csv or an expression of columns, e.g. `-band_gap` for the largest gap; "
+        "empty: `-reward` where a tuned --model tells its reward, else `ehull`.",
+        unset="",
     )
     filter: str | None = option(
         None,

@@ -28,7 +28,7 @@ from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import stop_on_signal
 from cfrl.runs.progress import progress_bar
-from cfrl.runs.ranks import Ranks, processes
+from cfrl.runs.ranks import ALONE, Ranks, processes
 
 if TYPE_CHECKING:
     from cfrl.rewards import Reward
@@ -59,7 +59,7 @@ def _sample(config: SampleConfig, output: str | None, console: Console, ranks: R
     if output:
         check_output(output, config.n)
     model = load_model(config.model, ranks.device)
-    refusal = _refusal(config)
+    refusal = refusal_of(config)
     # What leaves nothing to draw leaves no run folder either.
     options = sampler_options(config, model.config.max_sites - 1)
     space_group_prior(model, config.space_group, config.max_atoms, options.constraint)
@@ -70,8 +70,24 @@ def _sample(config: SampleConfig, output: str | None, console: Console, ranks: R
     path = None
     if ranks.first:
         path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
+    crystals = draw(config, model, refusal, console, ranks)
+    if path is None:
+        return None
+    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
+    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
+    if refusal.names:
+        console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
+    _describe(crystals, console)
+    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def draw(
+    config: SampleConfig, model: CrystalTransformer, refusal: Refusal, console: Console, ranks: Ranks = ALONE
+) -> CrystalBatch:
+    """`config.n` crystals of the model as the settings wish, none of them refused."""
     with progress_bar("sampling", config.n, console) as advance:
-        crystals = sample(
+        return sample(
             model,
             config.n,
             temperature=config.temperature,
@@ -85,15 +101,6 @@ def _sample(config: SampleConfig, output: str | None, console: Console, ranks: R
             ranks=ranks,
             **{f.name: getattr(config, f.name) for f in fields(Wishes)},
         )
-    if path is None:
-        return None
-    export_crystals(crystals, path, {"model": config.model or "default", "seed": str(config.seed)})
-    console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
-    if refusal.names:
-        console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
-    _describe(crystals, console)
-    console.print(f"Written: {path}", highlight=False, soft_wrap=True)
-    return path
 
 
 def _steered(
@@ -199,7 +206,7 @@ def _tell(config: SampleConfig, steered: Steered, console: Console) -> None:
     say("best: " + ", ".join(dict.fromkeys(steered.crystals[best[:16]].formulas())))
 
 
-def _refusal(config: SampleConfig) -> Refusal:
+def refusal_of(config: SampleConfig) -> Refusal:
     """What is drawn anew: as asked, or as the model was tuned to leave out. Raises UserError."""
     tuned = load_extras(config.model).refusal
     auto = () if config.formula or config.like else tuned.names  # what is asked for by name is wanted, known or not

@@ -14,6 +14,7 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
         summary.json       counts and rates with 95% confidence intervals, and what they mean
         report.html        the same to look at, with plots beside it
         cifs/, dft/        the candidates
+        crystals.h5        what was drawn, of a screening of a model
         stages/            the journals
 """
 
@@ -22,25 +23,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from rich.console import Console
 
+from cfrl.commands.drawn import DRAWN, REWARD, draw_for
 from cfrl.config import ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, check_writable, provenance
-from cfrl.io.storage import write_crystals
+from cfrl.io.catalogue import dataset_path, is_dataset
+from cfrl.io.storage import describe, write_crystals
 from cfrl.potentials import model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Work, digest
-from cfrl.screening import stages
+from cfrl.screening import protocol, stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
+from cfrl.screening.protocol import read_tables
+from cfrl.screening.submission import SIZE, check_submission, write_submission
 from cfrl.screening.table import TEXT, Table, expression
 from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
@@ -49,7 +56,6 @@ from cfrl.stability.scales import check_scale
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
-    from rich.console import Console
 
 K = TypeVar("K", bound=Hashable)
 
@@ -57,6 +63,7 @@ _SHOWN = 10  # candidates on the terminal
 _COLUMNS_SHOWN = {
     "id": "id",
     "formula": "formula",
+    "reward": "reward",
     "space_group": "group",
     "e_above_hull": "ehull",
     "num_references": "refs",
@@ -72,16 +79,18 @@ def screen(
     output: str | None = None,
     resume: Path | None = None,
     console: Console | None = None,
+    trust: bool = False,
 ) -> Path:
-    """Screen the crystals of a file; returns the run folder.
+    """Screen the crystals of a file, or of a model; returns the run folder.
 
     Args:
         source: whatever `data.read_structures` takes: our HDF5, CIF, CSV, extxyz, JSON, folders and zips. When
-            resuming, None or empty: what the run was about.
+            resuming, None or empty: what the run was about. None as well where `config.model` draws them.
         config: the settings.
         output: the run folder (default: a new one under `runs/`), or a .csv or .h5 that the table is copied to.
         resume: go on with this run folder: what its journals hold is not computed again.
         console: where to show progress and results.
+        trust: import code that the settings of the model's run name; else the user is asked.
 
     Raises:
         UserError: an input, a reference or a setting that cannot be used, or nowhere to write.
@@ -89,19 +98,31 @@ def screen(
     run = RunFolder.open(resume) if resume else None
     if run and not source:
         source = run.source
-    if not source:
-        raise UserError("name a file of crystals to screen, or a run to go on with: --resume last")
+    _check_inputs(source, config)
     ending = Path(output).suffix if output else ""
     copy = Path(output) if ending in (".csv", ".h5") else None
     if copy:
         check_writable(copy)
     elif ending[1:].isalpha():
         raise UserError(f"{output}: the table is copied to a .csv or .h5; the name of a run folder has no ending")
-    rank, condition = expression(config.rank, "--rank"), expression(config.filter or "1", "--filter")
+    condition = expression(config.filter or "1", "--filter")
+    if config.rank:
+        expression(config.rank, "--rank")
+    tables = read_tables(config.protocol_data) if config.protocol else {}
+    if config.model:
+        run = draw_for(config, run, None if copy else output, trust, console or Console(quiet=True))
+        source = str(run.path / DRAWN)
     samples = read_samples(source)
-    table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
+    prefix = "" if config.model else "input_"
+    table = Table(samples.ids, samples.structures, samples.problems, samples.columns, prefix)
+    by = config.rank or (f"-{REWARD}" if REWARD in table.columns else "ehull")
+    rank = expression(by, "--rank")
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
+    if config.protocol:
+        table.add_columns(protocol.COLUMNS)
+    if config.submission:
+        check_submission(config.submission, len(samples.structures), Path(source).name)
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None
@@ -118,6 +139,14 @@ def screen(
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
+            figures = None
+            if config.protocol:
+                compared = protocol.compared(sets) if known is not None else None
+                named = " and ".join(Path(name).name for name in sets)
+                reference = protocol.Reference(hull, known, compared, named, **tables)
+                submitted = samples.structures[: SIZE if config.submission else None]
+                total = len(submitted) if config.submission else len(table)
+                figures = protocol.judge(work, submitted, structures, table, reference, config, total)
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
@@ -129,9 +158,13 @@ def screen(
         table.note_new_formulas(known or {}, phases)
     table.note_flags(allowed)
     judgement = _judgement(config, hull, sets if known is not None else [], lists)
+    config = replace(config, rank=by)  # of the files of a run, config.toml alone keeps what was not set
     order = table.order(rank, condition)
-    summary = summarise(table, hull, judgement)
+    summary = replace(summarise(table, hull, judgement), protocol=figures.as_dict() if figures else {})
     _write(run.path, table, order, structures, config, summary)
+    if config.submission:
+        chosen = protocol.geometries(samples.structures[:SIZE], structures, table)[config.submit]
+        write_submission(config.submission, chosen, _about(config, source), figures)
     if copy:
         with atomic_file(copy) as temp:
             shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), temp)
@@ -142,7 +175,23 @@ def screen(
     run.finish()
     if console:
         _show(run.path, table, order, summary, config, console)
+        if figures:
+            _show_protocol(figures, console)
+        if config.submission:
+            console.print(f"Submission: {config.submission}/ (cifs/, card.md)", highlight=False, soft_wrap=True)
     return run.path
+
+
+def _check_inputs(source: str | None, config: ScreenConfig) -> None:
+    """What is to be screened, and whether it can be submitted. Raises UserError."""
+    if config.model and source:
+        raise UserError(f"screen {source}, or what --model {config.model} draws? Leave one of them out")
+    if not (source or config.model):
+        raise UserError("name a file of crystals to screen, or --model, or a run to go on with: --resume last")
+    if config.submission and not config.protocol:
+        raise UserError("--submission needs the figures of a protocol for its card: add --protocol lemat")
+    if config.submission and config.model:
+        check_submission(config.submission, config.n, f"--model {config.model} -n {config.n}")
 
 
 def _judgement(
@@ -158,6 +207,17 @@ def _judgement(
         known=" or ".join(known),
         formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),
     )
+
+
+def _about(config: ScreenConfig, source: str) -> dict[str, str]:
+    """What is known of the making of a submission's crystals."""
+    relaxed = f"yes, by {model_name(config.potential)}: fmax {config.fmax:g} eV/A, at most {config.steps} steps"
+    about = {"pre-relaxed": relaxed if config.submit == "relaxed" else "no", "crystals of": Path(source).name}
+    if is_dataset(source):
+        attrs = describe(dataset_path(source))["attrs"]
+        told = ("model", "parameters", "seed", "drawn in", "refused", "tuned by")
+        about |= {name: str(attrs[name]) for name in told if name in attrs}
+    return about
 
 
 # ---- the stages ----
@@ -214,6 +274,28 @@ def _show(
     console.print(f"Wrote {path}/: {', '.join(written)}")
 
 
+def _show_protocol(figures: protocol.Figures, console: Console) -> None:
+    from rich.table import Table as Grid
+
+    grid = Grid(title=f"LeMat-GenBench, {figures.crystals:,} crystals", title_justify="left")
+    grid.add_column("")
+    for geometry in figures.counts:
+        for head in (geometry, "of valid", "of all"):
+            grid.add_column(head, justify="right")
+    shares = [figures.shares(geometry) for geometry in figures.counts]
+    for name in shares[0]:
+        cells = []
+        for count, valid, whole in (each[name] for each in shares):
+            cells += [str(count), "" if np.isnan(valid) else f"{valid:.1%}", f"{whole:.1%}"]
+        grid.add_row(name, *cells)
+    console.print(grid)
+    grid = Grid("", *figures.numbers)
+    for name in dict.fromkeys(name for numbers in figures.numbers.values() for name in numbers):
+        grid.add_row(name, *(f"{n[name]:.4g}" if name in n else "" for n in figures.numbers.values()))
+    console.print(grid)
+    console.print(figures.instead, highlight=False)
+
+
 def _show_groups(head: str, title: str, groups: dict[str, dict[str, int]], console: Console) -> None:
     from rich.table import Table as Grid
 
@@ -229,8 +311,9 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     """The first rows of a ranking, and the columns that have something to say of them."""
     from rich.table import Table as Grid
 
-    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in _COLUMNS_SHOWN}
-    shown = [name for name in texts if any(texts[name])]
+    names = [name for name in _COLUMNS_SHOWN if name in table.columns]
+    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in names}
+    shown = [name for name in names if any(texts[name])]
     first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
     grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")
     for name in shown:

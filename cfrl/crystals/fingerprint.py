@@ -32,6 +32,7 @@ T = TypeVar("T")
 K = TypeVar("K")
 
 MAX_CANDIDATES = 12
+LTOL = 0.2  # StructureMatcher's own tolerance of lengths, relative
 _NEIGHBOURS = 12  # distances per element in the descriptor
 _RADIUS = 2.2  # of the neighbour search, in units of (volume per atom)^(1/3): 45 atoms on average
 # Space groups in two hands, left to right. A crystal and its mirror image match.
@@ -185,11 +186,11 @@ def find_known(
     return result
 
 
-def match_within(candidates: Sequence[Candidate], limit: int = MAX_CANDIDATES) -> list[int | None]:
-    """As `find_duplicates`, for prepared crystals of one formula."""
+def match_within(candidates: Sequence[Candidate], limit: int = MAX_CANDIDATES, ltol: float = LTOL) -> list[int | None]:
+    """As `find_duplicates`, for prepared crystals of one formula; `ltol`: see `LTOL`."""
     result: list[int | None] = [None] * len(candidates)
     for rows in _comparable(candidates).values():
-        pool = _Pool([candidates[row] for row in rows])
+        pool = _Pool([candidates[row] for row in rows], ltol)
         firsts = np.zeros(len(rows), dtype=np.int64)  # places in the pool
         count = 0
         for place, row in enumerate(rows):
@@ -202,14 +203,14 @@ def match_within(candidates: Sequence[Candidate], limit: int = MAX_CANDIDATES) -
 
 
 def match_against(
-    candidates: Sequence[Candidate], known: Sequence[Candidate], limit: int = MAX_CANDIDATES
+    candidates: Sequence[Candidate], known: Sequence[Candidate], limit: int = MAX_CANDIDATES, ltol: float = LTOL
 ) -> list[int | None]:
-    """As `find_known`, for prepared crystals of one formula."""
+    """As `find_known`, for prepared crystals of one formula; `ltol`: see `LTOL`."""
     result: list[int | None] = [None] * len(candidates)
     known_rows = _comparable(known)
     for atoms, rows in _comparable(candidates).items():
         others = known_rows.get(atoms, [])
-        pool = _Pool([known[i] for i in others])
+        pool = _Pool([known[i] for i in others], ltol)
         for row in rows:
             found = pool.first_match(candidates[row], np.arange(len(others)), limit)
             result[row] = None if found is None else others[found]
@@ -232,8 +233,8 @@ def _comparable(candidates: Sequence[Candidate]) -> dict[int, list[int]]:
 class _Pool:
     """Crystals of one formula and size, to be searched for one that matches."""
 
-    def __init__(self, members: list[Candidate]) -> None:
-        self.members = members
+    def __init__(self, members: list[Candidate], ltol: float) -> None:
+        self.members, self.ltol = members, ltol
         self.vectors = np.array([member.descriptor for member in members])
         self.fingerprints = np.array([member.fingerprint for member in members])
 
@@ -245,16 +246,16 @@ class _Pool:
         differs = (self.fingerprints[places] != query.fingerprint) | (query.fingerprint == "")
         for i in np.lexsort((distance, differs))[:limit]:
             place = int(places[i])
-            if _matcher().fit(self.members[place].reduced, query.reduced, skip_structure_reduction=True):
+            if _matcher(self.ltol).fit(self.members[place].reduced, query.reduced, skip_structure_reduction=True):
                 return place
         return None
 
 
 @cache
-def _matcher() -> StructureMatcher:
+def _matcher(ltol: float) -> StructureMatcher:
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
-    return StructureMatcher()
+    return StructureMatcher(ltol=ltol)
 
 
 @cache

@@ -100,6 +100,19 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays of a pickled dictionary, by name. Raises UserError: unreadable, or holding anything but arrays."""
+    try:
+        content = _load(read_bytes(path))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise UserError(f"{path}: refused: {error}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(array, _Array) for array in content.values()):
+        raise UserError(f"{path}: is no dictionary of arrays")
+    return {str(name): array.values for name, array in content.items()}
+
+
 def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     """Parameters of a published checkpoint as `{"module/name": array}`.
 

@@ -96,6 +96,7 @@ class Potential(ABC, Generic[Graph]):
     elements: atomic numbers that the potential was trained on
     cutoff: angstrom, radius of the neighbour list
     feature_version: model and layout of the feature vector; predictors store it and refuse another
+    feature_layers: of the network that the feature vector speaks of, each with its `POOLING`
     max_atoms: atoms per batch; halved for good when memory runs out
     """
 
@@ -105,6 +106,7 @@ class Potential(ABC, Generic[Graph]):
     cutoff: float
     feature_version: str
     feature_size: int
+    feature_layers: int = 1
     max_atoms: int
     device: torch.device
 
@@ -179,6 +181,10 @@ class Potential(ABC, Generic[Graph]):
             except Exception as error:  # pymatgen's rules meet crystals that nobody thought of
                 result.status[row] = f"no MP2020 correction: {_describe(error)}"
         result.energy = result.energy + result.correction
+
+    def embeddings(self, features: np.ndarray) -> np.ndarray:
+        """Of feature vectors (n, d) the mean over atoms in the last layer, (n, d / layers / 4)."""
+        return features.reshape(len(features), self.feature_layers, len(POOLING), -1)[:, -1, POOLING.index("mean")]
 
     def _blank(self, structures: list[Crystal], forces: bool, stress: bool, features: bool) -> Evaluation:
         n = len(structures)

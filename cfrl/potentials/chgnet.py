@@ -58,7 +58,8 @@ class CHGNetPotential(Potential[FoldedGraph]):
         self.elements = ELEMENTS
         self.cutoff = float(model.graph_converter.atom_graph_cutoff)
         self.feature_version = f"{self.name}/layers-3-4/{'-'.join(POOLING)}"
-        self.feature_size = 2 * len(POOLING) * model.atom_fea_dim
+        self.feature_layers = 2
+        self.feature_size = self.feature_layers * len(POOLING) * model.atom_fea_dim
         self.max_atoms = 512 if device.type == "cpu" else 16384
         self.device = device
         self.symmetry = symmetry

@@ -40,12 +40,15 @@ def screen_page(run: RunFolder) -> Page:
     page.heading("What is left", " ".join(filter(None, map(summary.get, ("judgement", "warning")))))
     page.add_figures(_funnel(summary), _failures(summary))
     _add_rates(page, summary, rates)
+    if summary.get("protocol"):
+        _add_protocol(page, summary["protocol"])
 
     numbers = {name: np.array(column) for name, column in table.items() if column and isinstance(column[0], float)}
     known = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
     predicted = [name.removesuffix("_std") for name in known if name.endswith("_std")]
-    quantities = [name for name in ("e_above_hull", *predicted, *_SCREENED) if name in known]
-    columns = [*_FIRST, *quantities, *(f"{name}_std" for name in predicted), *_LAST]
+    quantities = [name for name in ("reward", "e_above_hull", *predicted, *_SCREENED) if name in known]
+    terms = [name for name in known if name.startswith("reward/")]
+    columns = [*_FIRST, *quantities, *terms, *(f"{name}_std" for name in predicted), *_LAST]
     columns = [name for name in dict.fromkeys(columns) if name in table and (name not in numbers or name in known)]
 
     page.heading("Candidates", f"{candidate.sum():,}, in the order of the ranking.")
@@ -124,6 +127,23 @@ def _add_rates(page: Page, summary: Mapping[str, Any], rates: Mapping[str, Mappi
                 {head: list(groups)} | {name: [row[name] for row in groups.values()] for name in names},
                 sortable=False,
             )
+
+
+def _add_protocol(page: Page, protocol: Mapping[str, Any]) -> None:
+    """Figures by LeMat-GenBench, a column or three for each geometry."""
+    page.heading("By the protocol of LeMat-GenBench", protocol["instead"])
+    counts, numbers = protocol["counts"], protocol["numbers"]
+    names = list(next(iter(counts.values())))
+    columns: dict[str, list[Any]] = {"": names}
+    for geometry, found in counts.items():
+        columns[geometry] = [found[name]["count"] for name in names]
+        for head, key in (("of valid", "of_valid"), ("of all", "of_all")):
+            shares = [found[name][key] for name in names]
+            columns[f"{geometry}, {head} (%)"] = [np.nan if share is None else 100 * share for share in shares]
+    page.table(columns | {"meaning": [protocol["definitions"][name] for name in names]}, sortable=False)
+    names = list(dict.fromkeys(name for found in numbers.values() for name in found))
+    values = {geometry: [found.get(name, np.nan) for name in names] for geometry, found in numbers.items()}
+    page.table({"": names} | values, sortable=False)
 
 
 def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:

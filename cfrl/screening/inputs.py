@@ -13,10 +13,11 @@ from cfrl.crystals.crystal import CrystalBatch, reduced_formula
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io import readers
-from cfrl.io.catalogue import is_dataset
-from cfrl.io.datasets import load_dataset, read_structures
+from cfrl.io.catalogue import dataset_path, is_dataset
+from cfrl.io.datasets import read_structures
 from cfrl.io.formats.entry import Unusable
 from cfrl.io.formats.records import STRUCTURE_COLUMNS
+from cfrl.io.storage import iter_crystals
 from cfrl.stability.hull import ReferenceHull
 from cfrl.tables import distinct
 
@@ -81,17 +82,25 @@ def read_known(names: Iterable[str], formulas: set[str]) -> dict[str, list[Known
             for formula, crystal in _known_in_files(name, formulas):
                 known.setdefault(formula, []).append(crystal)
         else:
-            for formula, found in known_by_formula(load_dataset(name), formulas, name).items():
-                known.setdefault(formula, []).extend(found)
+            start = 0
+            for crystals in iter_crystals(dataset_path(name)):  # it may be millions
+                for formula, found in known_by_formula(crystals, formulas, name, start).items():
+                    known.setdefault(formula, []).extend(found)
+                start += len(crystals)
     return known
 
 
-def known_by_formula(crystals: CrystalBatch, formulas: set[str], name: str = "known") -> dict[str, list[KnownCrystal]]:
-    """Those of the crystals that have one of these reduced formulas, by formula."""
+def known_by_formula(
+    crystals: CrystalBatch, formulas: set[str], name: str = "known", start: int = 0
+) -> dict[str, list[KnownCrystal]]:
+    """Those of the crystals that have one of these reduced formulas, by formula.
+
+    Without ids they are called by the `name` and their row, counted from `start`.
+    """
     own = np.array(crystals.formulas(), dtype=object)
     rows = np.nonzero(np.isin(own, list(formulas)))[0]
     crystals = crystals[rows]
-    ids = crystals.ids or [f"{name}:{row}" for row in rows]
+    ids = crystals.ids or [f"{name}:{start + row}" for row in rows]
     known: dict[str, list[KnownCrystal]] = {}
     for formula, *parts in zip(own[rows], ids, crystals.to_structures(), fingerprints(crystals), strict=True):
         known.setdefault(formula, []).append(KnownCrystal(*parts))

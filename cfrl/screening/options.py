@@ -50,6 +50,26 @@ class ScreeningOptions(Settings):
 
 
 @dataclass(frozen=True)
+class ProtocolOptions(Settings):
+    """Figures by a protocol of the field."""
+
+    protocol: Literal["lemat"] | None = option(
+        None, "Also figures by the definitions of LeMat-GenBench: `lemat`; empty: none.", unset=""
+    )
+    protocol_data: str | None = option(
+        None,
+        "The benchmark's own tables: the folder data/ of lemat-genbench; empty: what stands in for them.",
+        unset="",
+    )
+    submission: str | None = option(
+        None, "Folder to make for its leaderboard: exactly 2,500 CIFs and a card; empty: none.", unset=""
+    )
+    submit: Literal["drawn", "relaxed"] = option(
+        "drawn", "Which crystals the submission holds: as they came (drawn), or as they are relaxed here (relaxed)."
+    )
+
+
+@dataclass(frozen=True)
 class GrowthOptions(Settings):
     """How a dataset grows: where candidates come from, which are relaxed, what is kept."""
 

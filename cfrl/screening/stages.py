@@ -112,21 +112,21 @@ class Group:
     known_fingerprints: list[str]
 
 
-def match(groups: list[Group]) -> list[Record]:
-    """Duplicates and known crystals within each group.
+def match(groups: list[Group], ltol: float = fingerprint.LTOL) -> list[Record]:
+    """Duplicates and known crystals within each group, lengths being equal within `ltol` of them.
 
     Records: `duplicate_of` (place of an earlier crystal of the group, or None) and `known` (place of a known one, or
     None), each a list along the group.
     """
-    return [_match_group(group) for group in groups]
+    return [_match_group(group, ltol) for group in groups]
 
 
-def _match_group(group: Group) -> Record:
+def _match_group(group: Group, ltol: float) -> Record:
     prepare = fingerprint.prepare
     candidates = [prepare(*pair) for pair in zip(group.structures, group.fingerprints, strict=True)]
     known = [prepare(*pair) for pair in zip(group.known, group.known_fingerprints, strict=True)]
-    duplicates = fingerprint.match_within(candidates)
-    return {"duplicate_of": duplicates, "known": fingerprint.match_against(candidates, known)}
+    duplicates = fingerprint.match_within(candidates, ltol=ltol)
+    return {"duplicate_of": duplicates, "known": fingerprint.match_against(candidates, known, ltol=ltol)}
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,26 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
             "energy_per_atom": float(result.energy[i]),
             "max_force": float(np.linalg.norm(result.forces[i], axis=1).max()),
             "energy_scale": model.energy_scale,
+            "status": status,
+        }
+        for i, status in enumerate(result.status)
+    ]
+
+
+def embed(structures: list[Structure], potential: str, device: str) -> list[Record]:
+    """Energies as the crystals stand, and where the potential sees them.
+
+    Records: `energy_per_atom` (eV), `energy_scale`, `embedding` (d numbers: its last layer averaged over the atoms;
+    none of a potential without features), `status`.
+    """
+    model = _potential(potential, device)
+    result = model.compute(structures, features=bool(model.feature_size))
+    embeddings = model.embeddings(result.features) if result.features is not None else np.empty((len(structures), 0))
+    return [
+        {
+            "energy_per_atom": float(result.energy[i]),
+            "energy_scale": model.energy_scale,
+            "embedding": [float(f"{number:.6g}") for number in embeddings[i]] if not status else [],
             "status": status,
         }
         for i, status in enumerate(result.status)

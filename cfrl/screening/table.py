@@ -31,6 +31,7 @@ WHOLE = (
     *("num_atoms", "wanted_space_group", "space_group", "space_group_relaxed", "num_references", "relax_steps"),
     *("no_overlap", "charge_neutral", "alloy", "valid", "as_wanted", "unique", "novel", "new_formula", "converged"),
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flagged", "held_back", "candidate"),
+    *(f"lemat_{name}" for name in ("charge", "distances", "plausible", "valid", "unique", "novel", "sun", "msun")),
 )
 # What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown.
 COLUMNS = (
@@ -60,8 +61,12 @@ class Table:
         structures: Sequence[Structure],
         problems: Sequence[str],
         columns: Mapping[str, np.ndarray],
+        prefix: str = "input_",
     ) -> None:
-        """`structures` are those of the first rows, `problems` the reasons why the others have none."""
+        """`structures` are those of the first rows, `problems` the reasons why the others have none.
+
+        `columns` that stood beside the crystals go along, `prefix` before their names.
+        """
         n = len(ids)
         self.columns: dict[str, np.ndarray] = {
             name: np.full(n, "", dtype=object) if name in TEXT else np.full(n, np.nan) for name in COLUMNS
@@ -75,7 +80,7 @@ class Table:
             self["num_atoms"][row] = len(structure)
             self["wanted_space_group"][row] = structure.properties.get("space_group", np.nan)
         for name, values in columns.items():
-            self.columns[f"input_{name}"] = values.astype(object if values.dtype.kind not in "biuf" else np.float64)
+            self.columns[f"{prefix}{name}"] = values.astype(object if values.dtype.kind not in "biuf" else np.float64)
 
     def __len__(self) -> int:
         return len(self["id"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,7 @@ class Summary:
     by_elements: "1", "2" and ">=3" elements -> how many crystals there are, and how many are what
     by_anion: classes of `kinds.ANIONS` -> the same
     failures: statuses of crystals that did not reach the end, or have no distance to the hull -> how many
+    protocol: figures by a protocol of the field (`protocol.Figures`), if they were asked for
     """
 
     crystals: int
@@ -117,6 +118,7 @@ class Summary:
     averages: list[Average]
     failures: dict[str, int]
     warning: str
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

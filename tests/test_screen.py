@@ -180,7 +180,7 @@ def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Pa
         ({"filter": "ehull <"}, "--filter"),
         ({"rank": "__import__('os')"}, "--rank"),
         ({"allow": "noblegas"}, "did you mean 'noble_gas'"),
-        ({"dft": "lda"}, "dft = 'lda' is none of scan, pbe"),
+        ({"dft": "lda"}, "dft = 'lda' is none of pbe, scan"),
         ({"known": ["nowhere.h5"]}, "nowhere.h5"),
         ({"stability": True, "hull": "nowhere.csv"}, "nowhere.csv"),
         ({"stability": True, "potential": "chgnet:r2scan"}, "scale r2scan, the reference is on the scale mp2020"),

@@ -236,7 +236,9 @@ def to_structure(cell: Cell) -> Structure:
 
 
 def _refuse(message: str) -> Cell:
-    raise Unusable(message if message.startswith(("unparsable", "too many")) else f"unparsable: {message}")
+    raise Unusable(
+        message if message.startswith(("unparsable", "too many", "not converged")) else f"unparsable: {message}"
+    )
 
 
 _PARSERS: dict[str, Callable[[Payload], Cell]] = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from cfrl.errors import UserError
 from cfrl.io.datasets import read_structures
-from cfrl.io.importing import Dropped, Imported
+from cfrl.io.importing import Columns, Dropped, Imported
 from cfrl.potentials.scales import CORRECTED, RAW, Run, Uncorrectable, mp2020_correction
 from cfrl.stability.hull import CREDIBLE, ReferenceHull
 
@@ -35,7 +35,7 @@ def settled(imported: Imported, declared: str | None = None, corrections: str | 
             raise UserError(f"no column {ENERGY} with energies in these files, so no scale and no corrections apply")
         return imported
     known = np.isfinite(energies)
-    scales = np.array(imported.columns.get(SCALE, [""] * len(energies)), dtype=object)
+    scales = np.array(_texts(imported.columns, SCALE, len(energies)), dtype=object)
     scales[known & (scales == "")] = declared or ""
     scales[~known] = ""
     _check_one(imported, scales, known)
@@ -76,7 +76,7 @@ def _corrected(imported: Imported, scale: str) -> Imported:
         )
     columns, n = dict(imported.columns), len(imported.crystals)
     energies, reasons = columns[ENERGY].copy(), {}
-    details = [columns.get(name, [""] * n) for name in ("run_type", "hubbards", "potcars")]
+    details = [_texts(columns, name, n) for name in ("run_type", "hubbards", "potcars")]
     for row, structure in enumerate(imported.crystals.to_structures()):
         if np.isfinite(energies[row]):
             try:
@@ -93,6 +93,12 @@ def _corrected(imported: Imported, scale: str) -> Imported:
     ids = imported.crystals.ids
     dropped = [Dropped("", row + 1, ids[row], reason) for row, reason in reasons.items()]
     return Imported(imported.crystals[kept], chosen, imported.split[kept], imported.dropped + dropped)
+
+
+def _texts(columns: Columns, name: str, n: int) -> list[str]:
+    """A column of strings; one that is empty all along was taken for unknown numbers."""
+    values = columns.get(name)
+    return values if isinstance(values, list) else [""] * n
 
 
 # ---- on the hull ----
@@ -138,7 +144,7 @@ def _read(name: str, hull: ReferenceHull) -> tuple[list, list, list]:
     if not isinstance(energies, np.ndarray) or not np.isfinite(energies).any():
         raise UserError(f"{name}: no column {ENERGY} with energies in eV; `cfrl data import` reads results of DFT")
     rows = np.flatnonzero(np.isfinite(energies)).tolist()
-    for scale in dict.fromkeys(columns.get(SCALE, [""] * len(ids))[row] for row in rows):
+    for scale in dict.fromkeys(_texts(columns, SCALE, len(ids))[row] for row in rows):
         if not scale:
             raise UserError(
                 f"{name}: does not tell the scale of its energies; import it again with --energy-scale {RAW} or "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tempfile
 import warnings
@@ -88,7 +87,10 @@ def read_outcar(text: TextIO, name: str) -> Iterator[Entry]:
         yield Entry(name, 1, folder_name(name), "unreadable", _UNCONVERGED)
         return
     try:
-        atoms = ase.io.read(io.StringIO(content), format="vasp-out", index=-1)
+        with tempfile.TemporaryDirectory() as folder:  # ASE looks for a CONTCAR beside it
+            path = Path(folder) / "OUTCAR"
+            path.write_text(content, encoding="utf-8")
+            atoms = ase.io.read(path, format="vasp-out", index=-1)
         structure = AseAtomsAdaptor.get_structure(atoms)
         results = atoms.calc.results
     except Exception as error:  # ase raises anything on what is cut off

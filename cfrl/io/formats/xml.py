@@ -16,6 +16,7 @@ from cfrl.untrusted import one_line
 
 HARTREE, BOHR = 27.211386245988, 0.529177210903  # eV, angstrom (CODATA 2018)
 _GPA = 160.2176634  # of eV/angstrom^3
+_SURE = 1e-3  # of an occupation (0 to 1); cold smearing overshoots a little
 _START = 4096  # bytes that tell whose file it is
 
 
@@ -70,17 +71,16 @@ def _espresso(root: ET.Element, name: str) -> Entry:
     if relaxed is not None:
         values["converged"] = float(relaxed.strip() == "true")
     prefix = (root.findtext("input/control_variables/prefix") or "").strip()
-    return calculation_entry(name, structure, values, "" if prefix in ("", "pwscf", "pwscf ") else prefix)
+    return calculation_entry(name, structure, values, "" if prefix in ("", "pwscf") else prefix)
 
 
 def _gap(output: ET.Element) -> float:
-    """eV, from the bands at the k-points of the run; a level is filled where more than half of it is. NaN: no bands."""
+    """eV, from the bands at the k-points of the run; levels that are filled in part make a metal. NaN: no bands."""
     filled, empty = [], []
     for k in output.findall("band_structure/ks_energies"):
         energies, occupations = (_numbers(k.findtext(tag)) for tag in ("eigenvalues", "occupations"))
-        full = occupations > 0.5 * max(occupations.max(), 1e-9)
-        filled.append(energies[full].max(initial=-np.inf))
-        empty.append(energies[~full].min(initial=np.inf))
+        filled.append(energies[occupations > _SURE].max(initial=-np.inf))
+        empty.append(energies[occupations < 1 - _SURE].min(initial=np.inf))
     if not filled or not np.isfinite([max(filled), min(empty)]).all():
         return float("nan")
     return max(0.0, HARTREE * float(min(empty) - max(filled)))

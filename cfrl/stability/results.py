@@ -11,10 +11,12 @@ from cfrl.errors import UserError
 from cfrl.io.datasets import read_structures
 from cfrl.io.importing import Columns, Dropped, Imported
 from cfrl.potentials.scales import CORRECTED, RAW, Run, Uncorrectable, mp2020_correction
+from cfrl.stability.flags import FEW_REFERENCES
 from cfrl.stability.hull import CREDIBLE, ReferenceHull
 
 ENERGY, SCALE = "energy_per_atom", "energy_scale"
 LOWEST, HIGHEST = -30.0, 10.0  # eV/atom on the Materials Project's scale; tungsten has -13, few crystals are positive
+DEEPEST = -6.0  # eV/atom below a hull of few phases; no compound lies farther below its elements
 FAR = 3.0  # eV/atom above the hull, for half of the crystals: their energies are something else
 
 
@@ -124,8 +126,9 @@ def add_results(hull: ReferenceHull, names: Sequence[str]) -> Added:
     """
     parts = [_read(name, hull) for name in names]
     ids, compositions, energies = ([value for part in parts for value in part[i]] for i in range(3))
-    distance = hull.e_above_hull(compositions, energies).e_above_hull
-    deep = np.flatnonzero(distance < CREDIBLE)
+    found = hull.e_above_hull(compositions, energies)
+    distance = found.e_above_hull
+    deep = np.flatnonzero(distance < np.where(found.num_references < FEW_REFERENCES, DEEPEST, CREDIBLE))
     known = distance[np.isfinite(distance)]
     if len(deep) or (len(known) and np.median(known) > FAR):
         row = int(deep[0]) if len(deep) else int(np.nanargmax(distance))

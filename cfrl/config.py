@@ -484,6 +484,12 @@ class PredictorConfig(Settings):
         unset=-1.0,
     )
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
+    correct: Literal["band_gap", "eps_electronic", "eps_total", "bulk_modulus"] | None = option(
+        None,
+        "Learn what this embedded predictor errs by, and predict the sum: for few results of another method; empty: "
+        "learn the column itself.",
+        unset="",
+    )
     members: Annotated[int, Range(1, 1000)] = option(5, "Networks in the ensemble.")
     folds: Annotated[int, Range(2, 1000)] = option(
         5, "Folds of each cross-validation: by formula, by prototype, by cluster of descriptors."

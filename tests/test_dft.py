@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import ase.io
@@ -22,12 +23,14 @@ from pymatgen.io.vasp.outputs import Vasprun
 import cfrl
 from cfrl.commands.data import run_import
 from cfrl.commands.data_hull import build_hull
-from cfrl.commands.rewards_train import read_targets
-from cfrl.config import DataConfig
+from cfrl.commands.rewards_train import read_targets, run_train
+from cfrl.config import DataConfig, PredictorConfig
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.errors import UserError
 from cfrl.io.storage import read_columns
+from cfrl.potentials import load_potential
 from cfrl.potentials.scales import mp2020_correction
+from cfrl.rewards.predictors import load_predictor
 from cfrl.screening.dft import KINDS, Candidate, believed_gap, read_pseudos, write_inputs
 from cfrl.stability.hull import ReferenceHull
 from tests.calculations import espresso, outcar, vasprun
@@ -450,6 +453,30 @@ def test_results_are_labels(tmp_path: Path) -> None:
     order = np.argsort([structure.volume for structure in structures])
     assert values[order] == pytest.approx(5 - np.arange(52) / 20)
     assert len(read_targets([str(tmp_path / "r.h5")], "energy_per_atom", log=False)[1]) == 52
+
+
+def test_a_correction_is_learnt_from_few_results(tmp_path: Path) -> None:
+    """Another method, whose gaps are wider by 30% and 1 eV in oxides: 60 of them mend most of it."""
+    potential = load_potential("chgnet", "cpu")
+    crystals = cfrl.load_dataset("prototypes")
+    crystals = crystals[(crystals.num_atoms <= 12)][:110]
+    structures = crystals.to_structures()
+    evaluation = potential.compute(structures, features=True)
+    base, _ = load_predictor("band_gap").predict(structures, evaluation)
+    oxide = (crystals.species == 8).any(1).numpy()
+    truth = 1.3 * base + oxide
+    cfrl.write_crystals(tmp_path / "r.h5", crystals[:60], columns={"hse_gap": truth[:60]})
+    config = PredictorConfig(
+        target="hse_gap", correct="band_gap", unit="eV", hidden=32, folds=2, batch_size=8, device="cpu"
+    )
+    path = run_train([str(tmp_path / "r.h5")], tmp_path / "hse.safetensors", config)
+    predicted, spread = load_predictor(str(path)).predict(structures[60:], evaluation[np.arange(60, len(structures))])
+    error = np.abs(predicted - truth[60:])
+    assert np.nanmean(error) < 0.6 * np.nanmean(np.abs(base - truth)[60:])
+    assert np.nanmin(spread) > 0
+    assert "Corrects the embedded predictor `band_gap`" in path.with_suffix(".md").read_text()
+    with pytest.raises(UserError, match="with --log"):
+        run_train([str(tmp_path / "r.h5")], path, replace(config, correct="eps_total"))
 
 
 def test_the_loop_runs(tmp_path: Path) -> None:

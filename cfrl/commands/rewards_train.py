@@ -166,12 +166,13 @@ def card(predictor: Predictor) -> str:
             (f"errors within 1 sigma, values of at least {h['zero']:g}", "within_1_sigma_nonzero", ".1%"),
             (f"errors within 2 sigma, values of at least {h['zero']:g}", "within_2_sigma_nonzero", ".1%"),
         ]
+    corrected = [h["corrects"]] if "corrects" in h else []
     left_out = [name for name in ("prototype", "cluster") if name not in splits]
     return "\n".join(
         [
             f"# Predictor: {h['target']}" + (f" ({h['unit']})" if h["unit"] else ""),
             "",
-            *([f"Corrects the embedded predictor `{h['corrects']}`: all below is of its errors."] * ("corrects" in h)),
+            *(f"Corrects the embedded predictor `{name}`: all below is of its errors." for name in corrected),
             f"Learnt from {h['rows']:,} crystals ({', '.join(h['data'])}), range {_bound(h, 'low')} to "
             f"{_bound(h, 'high')}; predictions stay inside it.",
             f"{o['members']} networks on features of {h['potential']} (`{h['feature_version']}`), composition, energy "

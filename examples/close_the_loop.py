@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Bench:
 
     def compute(self, crystals: cfrl.CrystalBatch) -> cfrl.CrystalBatch:
         """The same with labels. THE STAND-IN FOR DFT."""
+        warnings.simplefilter("ignore", UserWarning)  # of CHGNet's about tensors of its own
         results = [self.judge.predict_structure(structure, task="em") for structure in crystals.to_structures()]
         crystals.properties = {TARGET: torch.tensor([np.abs(result["m"]).mean() for result in results]).double()}
         return crystals

@@ -288,20 +288,20 @@ def _readme(kind: str) -> str:
             "`--corrections mp2020` below. `inputs.json` has what they come to with these settings, eV/atom "
             "(`mp2020_correction`)."
         )
-        how = "--corrections mp2020 "
+        how, hull = "--corrections mp2020 ", "cfrl data hull --add results.h5 -o my_hull.h5\n"
     else:
         fits = (
             f"Energies are on a scale of their own ({chosen.scale}): no correction brings them to the Materials "
-            "Project's PBE hull. Make a hull of known phases computed in the same way."
+            "Project's PBE hull. Put them on one of known phases computed in the same way (`cfrl data hull --add "
+            "results.h5 --hull phases.csv`)."
         )
-        how = ""
+        how = hull = ""
     return (
         f"# DFT inputs of `cfrl screen --dft {kind}`\n\n{chosen.about}\n\n"
         "One folder for each candidate; `inputs.json` lists them: row of the table (`id`), gap in eV that the smearing "
         "relies on (0: metal; null: unknown, so a smearing that is right for metals too), and what could not be "
         f"written.\n\n{fits}\n\n"
-        f"Results, once they are there:\n\n```sh\ncfrl data import THIS_FOLDER {how}-o results.h5\n"
-        "cfrl data hull --add results.h5 -o my_hull.h5\n"
+        f"Results, once they are there:\n\n```sh\ncfrl data import THIS_FOLDER {how}-o results.h5\n{hull}"
         "cfrl rewards train results.h5 --target band_gap -o gap.safetensors\n```\n"
     )
 

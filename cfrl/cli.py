@@ -383,18 +383,22 @@ def doctor() -> None:
 @configured(config.HullConfig)
 def data_hull(
     config: config.HullConfig,
-    datasets: Annotated[list[str], typer.Argument(help="Datasets whose crystals are the reference phases.")],
     output: Annotated[str, typer.Option("-o", "--output", help="The .h5 file to write.")],
+    datasets: Annotated[
+        list[str] | None, typer.Argument(help="Datasets whose crystals are the reference phases; none: only --add.")
+    ] = None,
 ) -> None:
-    """Make a reference hull of known crystals, with the energies of a potential.
+    """Make a reference hull of known crystals, with the energies of a potential; or add results of DFT to one.
 
     Stopped, it goes on when called again.
 
     Example: cfrl data hull mp_20.h5 elements.h5 -o hull.h5
+
+    Results: cfrl data hull --add results.h5 --hull mp_energies.csv.gz -o mine.h5
     """
     from cfrl.commands.data_hull import build_hull
 
-    build_hull(datasets, output, **vars(config), console=_console())
+    build_hull(datasets or [], output, **vars(config), console=_console())
 
 
 @data_app.command("grow")
@@ -476,12 +480,21 @@ def model_info(
 @configured(config.DataConfig)
 def data_import(
     config: config.DataConfig,
-    inputs: Annotated[list[str], typer.Argument(help="CSV, CIF, extxyz, POSCAR (.vasp), JSON, zips, folders, .h5.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="CSV, CIF, extxyz, POSCAR, JSON, vasprun.xml, OUTCAR, XML of pw.x, .traj, .db, zips, folders, .h5."
+        ),
+    ],
     output: Annotated[str, typer.Option("-o", "--output", help="The dataset to write, an .h5 file.")],
 ) -> None:
     """Make a dataset of structure files: symmetry, Wyckoff sites, splits; dropped rows go to a table beside it.
 
+    Results of DFT come with energies (eV/atom), largest force, pressure, gap.
+
     Example: cfrl data import mp_20.csv.gz more_cifs/ -o mine.h5 --validation 0.05
+
+    Results: cfrl data import runs/last/dft --corrections mp2020 -o results.h5
     """
     from cfrl.commands.data import run_import
 

@@ -262,6 +262,16 @@ class HullConfig(Settings):
 
     potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
     near_hull: Annotated[float, Range(0, 10)] = option(0.05, "eV/atom; keep phases up to so far above the hull.")
+    add: list[str] = option(
+        [],
+        "Results of calculations to put on the hull, a dataset of `cfrl data import`; may be given several times.",
+        choices=DATASETS,
+    )
+    hull: str | None = option(
+        None,
+        "Without datasets: the reference that --add adds to (.h5, .csv, .json); empty: the embedded one.",
+        unset="",
+    )
     relax: bool = option(False, "Relax the crystals near the hull first (slow).")
     fill: str | None = option(
         None, "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.", unset=""
@@ -359,7 +369,7 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
         "Stages": ("validity", "unique", "relax", "stability"),
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
-        "What is written": ("top", "report"),
+        "What is written": ("top", "report", "pseudos"),
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),
     }
 
@@ -379,9 +389,15 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
     )
     top: CountOrZero = option(100, "Candidates written as CIF files, at most.")
     report: bool = option(True, "Write report.html and plots.")
-    dft: Literal["scan", "pbe"] | None = option(
+    dft: Literal["pbe", "scan", "dielectric", "qe", "atomate2"] | None = option(
         None,
-        "Also write VASP inputs for the candidates: `scan` (MPScanRelaxSet) or `pbe` (MPRelaxSet); empty: none.",
+        "Also write inputs for the candidates: VASP `pbe` (MPRelaxSet), `scan` (r2SCAN) or `dielectric` (pbe, then "
+        "DFPT), Quantum ESPRESSO (`qe`), or a flow of `atomate2`; empty: none.",
+        unset="",
+    )
+    pseudos: str | None = option(
+        None,
+        "For --dft qe: the JSON table of an SSSP library, with file names and cutoffs; empty: ELEMENT.upf.",
         unset="",
     )
     workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
@@ -490,6 +506,12 @@ class PredictorConfig(Settings):
         unset=-1.0,
     )
     unit: str = option("", "Unit of the column, e.g. `eV`, kept in the file.")
+    correct: Literal["band_gap", "eps_electronic", "eps_total", "bulk_modulus"] | None = option(
+        None,
+        "Learn what this embedded predictor errs by, and predict the sum: for few results of another method; empty: "
+        "learn the column itself.",
+        unset="",
+    )
     members: Annotated[int, Range(1, 1000)] = option(5, "Networks in the ensemble.")
     folds: Annotated[int, Range(2, 1000)] = option(
         5, "Folds of each cross-validation: by formula, by prototype, by cluster of descriptors."

@@ -72,7 +72,7 @@ def test_only_what_the_commands_accept():
     from cfrl.rewards import all_rewards
     from cfrl.rewards.predictors import BUILT_IN
     from cfrl.rl.policy import ALGORITHMS
-    from cfrl.screening.dft import DFT_SETS
+    from cfrl.screening.dft import KINDS
     from cfrl.screening.retrieval import RANKINGS
     from cfrl.stability.flags import FLAGS
 
@@ -87,6 +87,6 @@ def test_only_what_the_commands_accept():
     assert offered("finetune", "reward") == {r.name for r in all_rewards() if r.function.__module__.startswith("cfrl.")}
     assert offered("screen", "properties") - {"all"} == set(BUILT_IN)
     assert offered("screen", "allow") == set(FLAGS)
-    assert offered("screen", "dft") == set(DFT_SETS)
+    assert offered("screen", "dft") == set(KINDS)
     assert offered("retrieve", "rank") == set(RANKINGS)
     assert offered("retrieve", "split") == set(SPLITS)

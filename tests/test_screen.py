@@ -173,6 +173,15 @@ def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Pa
     assert columns["status"][crystals.ids.index("strained")] == "duplicate of BaTiO3"
 
 
+def test_gaps_of_the_table_decide_the_smearing(serial: type[SerialEngine], tmp_path: Path) -> None:
+    crystals = {"salt": rock_salt(), "MgO": rock_salt("Mg", "O", 4.25), "TiN": rock_salt("Ti", "N", 4.24)}
+    source = write_csv(tmp_path / "in.csv", crystals, band_gap=[5.0, "", 0.0], band_gap_std=[0.5, "", 0.1])
+    run = screen(str(source), replace(QUICK, rank="input_band_gap", dft="pbe"))
+    folders = {note["id"]: run / "dft" / note["name"] for note in json.loads((run / "dft/inputs.json").read_text())}
+    smearing = {name: Incar.from_file(folder / "INCAR")["ISMEAR"] for name, folder in folders.items()}
+    assert smearing == {"salt": -5, "MgO": 0, "TiN": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -180,7 +189,8 @@ def test_rank_filter_and_what_is_written(serial: type[SerialEngine], samples: Pa
         ({"filter": "ehull <"}, "--filter"),
         ({"rank": "__import__('os')"}, "--rank"),
         ({"allow": "noblegas"}, "did you mean 'noble_gas'"),
-        ({"dft": "lda"}, "dft = 'lda' is none of scan, pbe"),
+        ({"dft": "lda"}, "dft = 'lda' is none of pbe, scan"),
+        ({"pseudos": "nowhere.json"}, "nowhere.json"),
         ({"known": ["nowhere.h5"]}, "nowhere.h5"),
         ({"stability": True, "hull": "nowhere.csv"}, "nowhere.csv"),
         ({"stability": True, "potential": "chgnet:r2scan"}, "scale r2scan, the reference is on the scale mp2020"),

@@ -19,6 +19,7 @@ from cfrl.io.catalogue import HDF5, dataset_path, prepared_path
 from cfrl.io.datasets import summarise
 from cfrl.io.importing import Dropped, Imported, read_files
 from cfrl.runs.progress import progress_bar
+from cfrl.stability.results import settled
 from cfrl.tables import write_csv
 
 if TYPE_CHECKING:
@@ -43,12 +44,15 @@ def run_import(
         console: a rich console for the progress bar and the summary.
 
     Raises:
-        UserError: an input that cannot be read, an output that cannot be written, or nothing usable.
+        UserError: an input that cannot be read, an output that cannot be written, nothing usable, or energies that
+            are not on one scale.
     """
     output = Path(output)
     check_writable(output, HDF5)
     with progress_bar("import", None, console) as advance:
         imported = read_files(inputs, config, splits, advance)
+    if len(imported.crystals):
+        imported = settled(imported, config.energy_scale, config.corrections)
     table = output.with_suffix(".dropped.csv")
     _write_dropped(imported.dropped, table)
     if not len(imported.crystals):

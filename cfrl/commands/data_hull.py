@@ -1,4 +1,4 @@
-"""`cfrl data hull`: a reference hull of known crystals, with the energies that a potential gives them.
+"""`cfrl data hull`: a reference hull of known crystals, with the energies that a potential gives them, or DFT gave.
 
 Crystals and reference then err alike, and no correction stands between them. Relaxing starts from the crystals that are
 near the hull as they are: nothing that lies far above it comes down to it, and this saves most of the work.
@@ -17,7 +17,7 @@ import numpy as np
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
-from cfrl.files import check_writable
+from cfrl.files import atomic_file, check_writable
 from cfrl.io.datasets import load_dataset
 from cfrl.potentials import full_name
 from cfrl.runs.devices import choose_device
@@ -25,12 +25,14 @@ from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
 from cfrl.stability.hull import ReferenceHull
+from cfrl.stability.results import Added, add_results
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
     from rich.console import Console
 
 CHUNK = 128  # crystals
+_SHOWN = 10  # phases on the terminal
 RELAXATION = stages.Relaxation(fmax=0.05, steps=200, keep_symmetry=True)
 CONTRADICTION = 0.3  # eV/atom; a filling that puts relaxed phases farther above the hull is wrong, or they are
 SAME_ENERGY = 3  # decimals of eV/atom; equal compositions that agree so far are one phase
@@ -43,25 +45,36 @@ def build_hull(
     near_hull: float = 0.05,
     relax: bool = False,
     fill: str | None = None,
+    add: Sequence[str] = (),
+    hull: str | None = None,
     workers: int | None = None,
     device: str = "auto",
     console: Console | None = None,
 ) -> ReferenceHull:
-    """Makes a reference hull and writes it. Stopped, the same call goes on where it was.
+    """Makes a reference hull, or adds results of calculations to one, and writes it.
+
+    Stopped, the same call goes on where it was.
 
     Args:
-        datasets: names or files; a crystal may be in several.
+        datasets: names or files; a crystal may be in several; none: nothing is made, `add` is added to `hull`.
         output: the .h5 file; what is done so far lies in a folder beside it, named after it, until the end.
         potential: as in `load_potential`.
         near_hull: eV/atom; phases farther above the hull are left out, and not relaxed.
         relax: relax the crystals near the hull, symmetry kept.
         fill: another reference, for compositions that the datasets lack; its energies should be on a close scale.
+        add: datasets with energies, see `add_results`.
+        hull: the reference that is added to where there are no datasets; None: the embedded one.
         workers: processes; None: one for each core.
 
     Raises:
-        UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, or nowhere to write.
+        UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, results that do not
+            fit, or nowhere to write.
     """
     check_writable(output, (".h5",))
+    if not datasets:
+        return _extend(hull, add, output, console)
+    if hull:
+        raise UserError("datasets make a hull of their own: leave out --hull, which is what results alone are added to")
     filling = ReferenceHull.load(fill) if fill else None
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
     device, potential = str(choose_device(device)), full_name(potential)
@@ -84,22 +97,49 @@ def build_hull(
             # What could not be relaxed keeps its energy: an upper bound.
             energy |= {row: record["energy_per_atom"] for row, record in relaxed.items() if not record["status"]}
             energy = _near(structures, _distinct(structures, energy), scale, near_hull)
-    hull = _hull(structures, energy, scale)
+    made = _hull(structures, energy, scale)
     if filling is not None:
-        hull = hull.filled(filling, CONTRADICTION).near_hull(near_hull)
-    source = " ".join(Path(name).name for name in [*datasets, *filter(None, [fill])])
-    hull.save(output, {"potential": potential, "source": source, "relaxed": relax})
+        made = made.filled(filling, CONTRADICTION).near_hull(near_hull)
+    if add:
+        _show_added(add_results(made, add), console)
+    source = " ".join(Path(name).name for name in [*datasets, *filter(None, [fill]), *add])
+    made.save(output, {"potential": potential, "source": source, "relaxed": relax})
     shutil.rmtree(unfinished)
     if console is not None:
         for reason, count in failed.most_common(5):
             console.print(f"{count} crystals left out: {reason}")
         console.print(
-            f"{output}: {len(hull):,} phases within {near_hull} eV/atom of the hull of {len(structures):,} crystals, "
-            f"{len(hull.elements)} elements, energies by {potential}{', relaxed' if relax else ''}"
+            f"{output}: {len(made):,} phases within {near_hull} eV/atom of the hull of {len(structures):,} crystals, "
+            f"{len(made.elements)} elements, energies by {potential}{', relaxed' if relax else ''}"
             + (f"; what they lack from {fill}" if fill else ""),
             highlight=False,
         )
-    return hull
+    return made
+
+
+def _extend(hull: str | None, add: Sequence[str], output: str | Path, console: Console | None) -> ReferenceHull:
+    """A hull with results added, written to `output`."""
+    if not add:
+        raise UserError("name datasets to make a hull of, or results to add to one: --add results.h5")
+    extended = ReferenceHull.load(hull)
+    _show_added(add_results(extended, add), console)
+    source = " ".join(Path(name).name for name in [hull or "the embedded reference", *add])
+    with atomic_file(output) as temp:
+        extended.save(temp, {"source": source})
+    if console is not None:
+        console.print(f"{output}: {len(extended):,} phases", highlight=False)
+    return extended
+
+
+def _show_added(added: Added, console: Console | None) -> None:
+    if console is None:
+        return
+    stable = int((added.e_above_hull < 0).sum())
+    console.print(f"added {len(added.ids)} phases; {stable} of them lie below the hull as it was", highlight=False)
+    for row in np.argsort(added.e_above_hull)[:_SHOWN]:
+        console.print(
+            f"  {added.formulas[row]} ({added.ids[row]}): {added.e_above_hull[row]:+.3f} eV/atom", highlight=False
+        )
 
 
 def _hull(structures: list[Structure], energy: dict[int, float], scale: str) -> ReferenceHull:

@@ -24,7 +24,7 @@ from cfrl.rewards.predictor_training import (
     prototypes_of,
     train,
 )
-from cfrl.rewards.predictors import Predictor, describe
+from cfrl.rewards.predictors import Predictor, describe, load_predictor
 from cfrl.runs.devices import choose_device
 from cfrl.runs.progress import progress_bar
 
@@ -44,6 +44,7 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
     check_writable(output, (".safetensors",))
     if config.target is None:
         raise UserError("target: must be given, the name of the column to learn: --target NAME")
+    base = _corrected_by(config)
     structures, values = read_targets(data, config.target, config.log)
     potential = load_potential(config.potential, choose_device(config.device))
     with progress_bar(f"features of {potential.name}", len(structures), console) as advance:
@@ -71,10 +72,15 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
         seed=config.seed,
     )
     formulas = [s.composition.reduced_formula for s in structures]
+    x, values = describe(structures, evaluation[used]), values[used]
+    if base is not None:
+        base.check(potential)
+        header["corrects"] = config.correct
+        values = base.errors(values, x)
     with progress_bar("epochs", config.epochs, console) as advance:
         predictor, validation = train(
-            describe(structures, evaluation[used]),
-            values[used],
+            x,
+            values,
             formulas,
             prototypes_of(structures),
             options,
@@ -86,6 +92,17 @@ def run_train(data: Sequence[str], output: str | Path, config: PredictorConfig, 
         console.print(card(predictor), highlight=False)
         console.print(f"use it: --reward property:{output}", highlight=False)
     return output
+
+
+def _corrected_by(config: PredictorConfig) -> Predictor | None:
+    """The predictor whose errors are to be learnt. Raises UserError: settings that do not fit it."""
+    if config.correct is None:
+        return None
+    base = load_predictor(config.correct)
+    if config.log != base.header["log"] or config.zero is not None:
+        how = "with --log, as it is one of logarithms, and" if base.header["log"] else "without --log and"
+        raise UserError(f"--correct {config.correct}: train {how} without --zero")
+    return base
 
 
 def read_targets(data: Sequence[str], target: str, log: bool) -> tuple[list[Any], np.ndarray]:
@@ -149,11 +166,13 @@ def card(predictor: Predictor) -> str:
             (f"errors within 1 sigma, values of at least {h['zero']:g}", "within_1_sigma_nonzero", ".1%"),
             (f"errors within 2 sigma, values of at least {h['zero']:g}", "within_2_sigma_nonzero", ".1%"),
         ]
+    corrected = [h["corrects"]] if "corrects" in h else []
     left_out = [name for name in ("prototype", "cluster") if name not in splits]
     return "\n".join(
         [
             f"# Predictor: {h['target']}" + (f" ({h['unit']})" if h["unit"] else ""),
             "",
+            *(f"Corrects the embedded predictor `{name}`: all below is of its errors." for name in corrected),
             f"Learnt from {h['rows']:,} crystals ({', '.join(h['data'])}), range {_bound(h, 'low')} to "
             f"{_bound(h, 'high')}; predictions stay inside it.",
             f"{o['members']} networks on features of {h['potential']} (`{h['feature_version']}`), composition, energy "

@@ -21,6 +21,7 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
@@ -43,7 +44,7 @@ from cfrl.runs.engine import count_workers, make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import protocol, stages
-from cfrl.screening.dft import replaced_folder, write_vasp
+from cfrl.screening.dft import Candidate, believed_gap, read_pseudos, replaced_folder, write_inputs
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
 from cfrl.screening.protocol import read_tables
@@ -108,6 +109,7 @@ def screen(
     condition = expression(config.filter or "1", "--filter")
     if config.rank:
         expression(config.rank, "--rank")
+    read_pseudos(config.pseudos)  # what is wrong with it is told before the work
     tables = read_tables(config.protocol_data) if config.protocol else {}
     if config.model:
         run = draw_for(config, run, None if copy else output, trust, console or Console(quiet=True))
@@ -344,9 +346,21 @@ def _write(
         for row, name in names.items():
             structures[row].to(folder / f"{name}.cif", fmt="cif", symprec=config.symprec)
     if config.dft:
+        chosen = [
+            Candidate(name, table["id"][row], structures[row], _gap(table, row, structures[row]))
+            for row, name in names.items()
+        ]
         with replaced_folder(path / "dft") as folder:
-            for row, name in names.items():
-                write_vasp(structures[row], folder / name, config.dft)
+            write_inputs(chosen, folder, config.dft, read_pseudos(config.pseudos))
+
+
+def _gap(table: Table, row: int, structure: Structure) -> float | None:
+    """What is known of a crystal's gap, by the predictor or from the input; see `believed_gap`."""
+    gap, spread = (
+        next((table[column][row] for column in (name, f"input_{name}") if column in table.columns), math.nan)
+        for name in ("band_gap", "band_gap_std")
+    )
+    return believed_gap(structure, float(gap), float(spread)) if not isinstance(gap, str) else None
 
 
 def _write_crystals(

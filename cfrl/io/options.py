@@ -30,3 +30,15 @@ class ImportOptions(Settings):
     max_ratio: Ratio = option(
         200.0, "Refuse compressed files that unfold into more than 64 MB and so many times their size."
     )
+    corrections: Literal["mp2020"] | None = option(
+        None,
+        "mp2020: bring PBE(+U) energies of VASP to the scale of the Materials Project's hull; empty: as computed.",
+        unset="",
+    )
+    energy_scale: str | None = option(
+        None,
+        "Scale of energies whose files do not tell: mp-raw (PBE with the Materials Project's settings, uncorrected), "
+        "mp2020, or a name of your own; empty: unknown.",
+        choices=("mp-raw", "mp2020"),
+        unset="",
+    )

@@ -1,4 +1,4 @@
-"""Structure files, one entry at a time: CSV, CIF, POSCAR, extxyz, pymatgen JSON; compressed, in folders or zips.
+"""Structure files, one entry at a time: CSV, CIF, POSCAR, extxyz, pymatgen JSON, results of DFT; in folders or zips.
 
 Reading has two halves. `iter_entries` walks through files and cuts them into entries without understanding them;
 `parse` turns one entry into a cell with atoms. The first is cheap and runs in one process, the second runs in many.
@@ -24,7 +24,8 @@ from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 from cfrl.errors import UserError
-from cfrl.io.formats import cif, extxyz, poscar, records
+from cfrl.io.formats import ase_files, cif, extxyz, poscar, records, vasp, xml
+from cfrl.io.formats.calculation import most_telling
 from cfrl.io.formats.entry import Cell, Entry, Payload, Unusable, sound, stem, unpacked
 from cfrl.untrusted import check_file, one_line
 
@@ -55,7 +56,7 @@ def input_files(path: str | Path) -> list[Path]:
         found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) in (*READERS, ".zip"))
         if not found:
             raise UserError(f"{path}: no structure file in this folder; known endings: {', '.join(READERS)}")
-        return found
+        return most_telling(found)
     check_file(path, most=1 << 60)
     if _kind(path) not in (*READERS, ".zip"):
         known = ", ".join((*READERS, ".zip", ".h5"))
@@ -86,7 +87,8 @@ def iter_entries(path: Path, strict: bool = True, limits: Limits = Limits()) -> 
             members = [m for m in archive.infolist() if not m.is_dir() and _kind(PurePath(m.filename)) in READERS]
             if not members:
                 raise UserError(f"{path}: no structure file in this zip; known endings: {', '.join(READERS)}")
-            for member in members:
+            told = {str(name) for name in most_telling([PurePath(m.filename) for m in members])}
+            for member in (m for m in members if str(PurePath(m.filename)) in told):
                 name = f"{path}/{member.filename}"
                 try:
                     with archive.open(member) as raw:
@@ -107,8 +109,11 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _kind(path: PurePath) -> str:
-    """The ending that says what a file is, compression left aside."""
-    return unpacked(path).suffix.lower()
+    """The ending that says what a file is, compression left aside; files of VASP have none."""
+    name = unpacked(path)
+    if name.suffix.lower() in READERS:
+        return name.suffix.lower()
+    return next((kind for start, kind in _NAMED.items() if name.name.startswith(start)), name.suffix.lower())
 
 
 class _Limited(io.RawIOBase):
@@ -174,7 +179,9 @@ def _read(raw: BinaryIO, name: str, strict: bool, limits: Limits, packed: int) -
         ValueError,
         UserError,
     ) as error:
-        message = str(error) if isinstance(error, UserError) else f"{name}: cannot be read as {kind[1:]}: {error}"
+        message = (
+            str(error) if isinstance(error, UserError) else f"{name}: cannot be read as {kind.lstrip('.')}: {error}"
+        )
         if strict:
             raise UserError(message) from error
         yield Entry(name, 1, path.stem, "unreadable", message)
@@ -185,7 +192,8 @@ _DECOMPRESS: dict[str, Callable[[BinaryIO], IO[bytes]]] = {  # by `entry.COMPRES
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
 }
-_ERRORS = {".cif": "replace", ".vasp": "replace"}  # their comments come in all encodings
+_ERRORS = {".cif": "replace", ".vasp": "replace", "OUTCAR": "replace"}  # their comments come in all encodings
+_NAMED = {"OUTCAR": "OUTCAR", "CONTCAR": ".vasp", "POSCAR": ".vasp"}
 READERS: dict[str, Callable[[TextIO, str], Iterator[Entry]]] = {
     ".csv": records.read_csv,
     ".cif": cif.read,
@@ -193,6 +201,10 @@ READERS: dict[str, Callable[[TextIO, str], Iterator[Entry]]] = {
     ".xyz": extxyz.read,
     ".json": records.read_json,
     ".vasp": poscar.read,
+    ".xml": xml.read,
+    "OUTCAR": vasp.read_outcar,
+    ".traj": ase_files.read_trajectory,
+    ".db": ase_files.read_database,
 }
 
 
@@ -224,7 +236,9 @@ def to_structure(cell: Cell) -> Structure:
 
 
 def _refuse(message: str) -> Cell:
-    raise Unusable(message if message.startswith(("unparsable", "too many")) else f"unparsable: {message}")
+    raise Unusable(
+        message if message.startswith(("unparsable", "too many", "not converged")) else f"unparsable: {message}"
+    )
 
 
 _PARSERS: dict[str, Callable[[Payload], Cell]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cfrl.errors import UserError
 
@@ -36,29 +36,58 @@ def split_scale(name: str) -> tuple[str, str]:
     return potential, scale
 
 
-def mp2020_correction(structure: Structure) -> float:
-    """eV/atom to add to the GGA(+U) energy of a pymatgen structure, had MPRelaxSet been used for it.
+class Uncorrectable(Exception):
+    """A calculation that the MP2020 corrections are not made for; the message says why."""
+
+
+class Run(NamedTuple):
+    """How an energy was computed: what pymatgen calls it ("GGA", "GGA+U"), U in eV by element, the POTCARs' titles."""
+
+    run_type: str
+    hubbards: dict[str, float]
+    potcars: list[str]
+
+    @classmethod
+    def of(cls, run_type: str, hubbards: str, potcars: str) -> Run | None:
+        """From columns of a dataset: "GGA+U", "Fe 5.3 Co 3.32", "PAW_PBE Fe_pv 06Sep2000, ..."; None: not told."""
+        words = hubbards.split()
+        us = dict(zip(words[::2], map(float, words[1::2]), strict=True))
+        return cls(run_type, us, potcars.split(", ")) if run_type else None
+
+
+def mp2020_correction(structure: Structure, run: Run | None = None) -> float:
+    """eV/atom to add to the GGA(+U) energy of a pymatgen structure.
 
     O and S are classed by the distances in the structure (oxide, peroxide, superoxide), other anions by composition.
+
+    Args:
+        run: how it was computed; None: as MPRelaxSet does.
+
+    Raises:
+        Uncorrectable: another functional, U or POTCAR than MPRelaxSet's.
     """
+    from pymatgen.entries.compatibility import CompatibilityError
     from pymatgen.entries.computed_entries import ComputedStructureEntry
 
-    hubbards = _hubbards(structure)
-    entry = ComputedStructureEntry(
-        structure,
-        0.0,
-        parameters={"run_type": "GGA+U" if hubbards else "GGA", "hubbards": hubbards},
-        data={"oxidation_states": _oxidation_states(structure.composition)},
-    )
+    hubbards = _hubbards(structure) if run is None else run.hubbards
+    parameters = {"run_type": "GGA+U" if hubbards else "GGA", "hubbards": hubbards}
+    if run is not None:
+        parameters |= {"run_type": run.run_type, "potcar_symbols": run.potcars}
+    data = {"oxidation_states": _oxidation_states(structure.composition)}
+    entry = ComputedStructureEntry(structure, 0.0, parameters=parameters, data=data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compositions without oxidation states, noble gases without electronegativity
-        return sum(adjustment.value for adjustment in _scheme().get_adjustments(entry)) / len(structure)
+        try:
+            adjustments = _scheme(check_potcar=run is not None).get_adjustments(entry)
+        except CompatibilityError as error:
+            raise Uncorrectable(str(error)) from error
+    return sum(adjustment.value for adjustment in adjustments) / len(structure)
 
 
 def _hubbards(structure: Structure) -> dict[str, float]:
     """U in eV of the transition metals, which MPRelaxSet gives them in oxides and fluorides."""
     symbols = [element.symbol for element in sorted(structure.composition.elements, key=lambda element: element.X)]
-    settings = _scheme().u_settings.get(symbols[-1], {})
+    settings = _scheme(check_potcar=False).u_settings.get(symbols[-1], {})
     return {symbol: settings[symbol] for symbol in symbols if settings.get(symbol)}
 
 
@@ -72,7 +101,7 @@ def _oxidation_states(composition: Composition) -> dict[str, float]:
 
 
 @cache
-def _scheme() -> MaterialsProject2020Compatibility:
+def _scheme(check_potcar: bool) -> MaterialsProject2020Compatibility:
     from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 
-    return MaterialsProject2020Compatibility(check_potcar=False)  # there are none
+    return MaterialsProject2020Compatibility(check_potcar=check_potcar)  # a potential has none

@@ -67,7 +67,8 @@ class Ensemble(nn.Module):
 class Predictor:
     """An ensemble and what turns a crystal into its inputs and its outputs into a quantity.
 
-    header: target, unit, log, zero, potential, feature_version, calibration, shift, scale, low, high, report, ...
+    header: target, unit, log, zero, potential, feature_version, calibration, shift, scale, low, high, report, ...;
+    corrects: the embedded predictor that its outputs are added to (of logarithms: multiplied), absent for none
     """
 
     def __init__(self, ensemble: Ensemble, mean: Tensor, std: Tensor, header: dict[str, Any]) -> None:
@@ -107,7 +108,19 @@ class Predictor:
         out = self.ensemble.on_all(standardise(x, self.mean, self.std)).double()
         mean, spread = mixture(out, h["zero"] is not None)
         mean, spread = mean.numpy() * h["scale"] + h["shift"], spread.numpy() * h["scale"] * h["calibration"]
-        return to_quantity(np.clip(mean, h["low"], h["high"]), spread, h["log"])
+        mean, spread = to_quantity(np.clip(mean, h["low"], h["high"]), spread, h["log"])
+        if "corrects" not in h:
+            return mean, spread
+        base, _ = load_predictor(h["corrects"]).from_descriptors(x)
+        return (base * mean, base * spread) if h["log"] else (base + mean, spread)
+
+    def errors(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """What a predictor that `corrects` this one has to learn, (n,): values less predictions; of logarithms, over.
+
+        values: (n,) as they should be; x: rows of `describe`.
+        """
+        mean, _ = self.from_descriptors(x)
+        return values / mean if self.header["log"] else values - mean
 
     def save(self, path: str | Path) -> None:
         tensors = {f"weight_{i}": w.detach().half() for i, w in enumerate(self.ensemble.weights)}
@@ -153,6 +166,8 @@ def _check_header(header: dict[str, Any]) -> None:
     for name, value in header.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} = {value} in its header")
+    if "corrects" in header and header["corrects"] not in BUILT_IN:
+        raise ValueError(f"corrects = {header['corrects']!r:.40} in its header")
     if min(header["scale"], header["calibration"]) <= 0 or header["low"] > header["high"]:
         raise ValueError("its header has a scale or a range that is none")
 

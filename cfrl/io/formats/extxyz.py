@@ -36,6 +36,8 @@ def read(text: TextIO, name: str) -> Iterator[Entry]:
         except Exception:  # ase's parser raises anything
             info = {}  # the parser will say what is wrong with the frame
         values = scalars({k: v for k, v in info.items() if k.lower() not in ("pbc", *ID_COLUMNS)})
+        if atoms and isinstance(values.get("energy"), float):
+            values.setdefault("energy_per_atom", values["energy"] / atoms)
         yield Entry(name, number, identity(info), "extxyz", "".join(frame), values)
     if not number:
         raise UserError(f"{name}: is empty")

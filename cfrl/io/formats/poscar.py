@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TextIO
 
-from cfrl.io.formats.entry import Cell, Entry, from_structure, refuse_many_atoms, stem
+from cfrl.io.formats.calculation import folder_name
+from cfrl.io.formats.entry import Cell, Entry, from_structure, refuse_many_atoms
 
 
 def read(text: TextIO, name: str) -> Iterator[Entry]:
     """The one entry that such a file is."""
-    yield Entry(name, 1, stem(name), "poscar", text.read())
+    yield Entry(name, 1, folder_name(name), "poscar", text.read())
 
 
 def parse(text: str) -> Cell:

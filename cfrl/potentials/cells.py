@@ -64,7 +64,7 @@ class SymmetricCell:
         numbers = np.array([getattr(site.specie, "Z", 0) for site in structure])
         if not ((numbers > 0) & (numbers < len(SYMBOLS))).all():
             raise UnusableCrystal("a site holds something that is not an element")
-        matrix, frac = (np.array(a, dtype=np.float64) for a in (structure.lattice.matrix, structure.frac_coords))
+        matrix, frac = (np.array(a, dtype=np.float64, order="C") for a in (structure.lattice.matrix, structure.frac_coords))
         operations = _operations(matrix, frac, numbers, symprec)
         matched = operations and _match_atoms(matrix, frac, numbers, *operations, 10 * symprec)
         if matched:

@@ -340,6 +340,7 @@ class ScreenConfig(ScreeningOptions, ScreenInputs):
         "Stages": ("validity", "unique", "relax", "stability"),
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
+        "Stiffness and phonons": ("elastic", "phonons", "supercell", "phonon_tolerance", "follow"),
         "What is written": ("top", "report"),
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),
     }

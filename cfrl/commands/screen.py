@@ -14,6 +14,8 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
         summary.json       counts and rates with 95% confidence intervals, and what they mean
         report.html        the same to look at, with plots beside it
         cifs/, dft/        the candidates
+        elastic.json       elastic tensors, by id (GPa, Voigt's notation)
+        phonons/           of each crystal asked NAME.yaml for phonopy, and bands and density of states in NAME.json
         stages/            the journals
 """
 
@@ -41,6 +43,7 @@ from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
+from cfrl.screening.probes import Probes, probe_columns
 from cfrl.screening.table import TEXT, Table, expression
 from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
@@ -62,6 +65,9 @@ _COLUMNS_SHOWN = {
     "num_references": "refs",
     "known_as": "known as",
     "rmsd": "rmsd",
+    "lowest_stiffness": "GPa",
+    "lowest_frequency": "THz",
+    "parent": "parent",
     "flags": "flags",
 }
 
@@ -102,6 +108,7 @@ def screen(
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
+    table.add_columns(probe_columns(config))
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None
@@ -110,6 +117,7 @@ def screen(
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
+    phases = [*lists.values(), *filter(None, [hull])]
     run = run or RunFolder.create("screen", Path(source).stem, config, path=None if copy else output, source=source)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
@@ -118,20 +126,26 @@ def screen(
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
+
+            def judge() -> None:
+                if hull is not None:
+                    table.judge_stability(hull, structures, config.metastable)
+                if phases or known is not None:
+                    table.note_new_formulas(known or {}, phases)
+                table.note_flags(allowed)
+
+            probes = Probes(work, table, structures, config, known, list(predictors), judge, rank, condition)
+            probes.run()
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
         raise
-    if hull is not None:
-        table.judge_stability(hull, samples.structures, config.metastable)
-    phases = [*lists.values(), *filter(None, [hull])]
-    if phases or known is not None:
-        table.note_new_formulas(known or {}, phases)
-    table.note_flags(allowed)
+    judge()
     judgement = _judgement(config, hull, sets if known is not None else [], lists)
     order = table.order(rank, condition)
     summary = summarise(table, hull, judgement)
     _write(run.path, table, order, structures, config, summary)
+    _write_probes(run.path, table, probes)
     if copy:
         with atomic_file(copy) as temp:
             shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), temp)
@@ -185,7 +199,7 @@ def _show(
 ) -> None:
     from rich.table import Table as Grid
 
-    grid = Grid(title=f"{len(table)} crystals", title_justify="left")
+    grid = Grid(title=f"{summary.crystals} crystals", title_justify="left")
     for head, justify in (("", "left"), ("crystals", "right"), ("rate", "right"), ("95% interval", "right")):
         grid.add_column(head, justify=justify)
     for rate in summary.rates:
@@ -205,11 +219,15 @@ def _show(
     for reason, count in summary.failures.items():
         console.print(f"{count} x {reason}")
     console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
+    if summary.followed:
+        counts = ", ".join(f"{count} {name}" for name, count in summary.followed.items())
+        console.print(f"Along imaginary modes: {counts}", highlight=False)
     for column, what in (("candidate", "candidates"), ("held_back", "held back by flags")):
         _show_rows(f"{what}, by {config.rank}", table, [row for row in order if table[column][row]], console)
     if summary.warning:
         console.print(f"Mind: {summary.warning}")
     written = ["table.csv", "flagged.csv", "screen.h5", "cifs/"]
+    written += ["elastic.json"] * (path / "elastic.json").exists() + ["phonons/"] * (path / "phonons").exists()
     written += ["dft/"] * bool(config.dft) + ["report.html"] * config.report
     console.print(f"Wrote {path}/: {', '.join(written)}")
 
@@ -229,7 +247,11 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     """The first rows of a ranking, and the columns that have something to say of them."""
     from rich.table import Table as Grid
 
-    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in _COLUMNS_SHOWN}
+    texts = {
+        name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]]
+        for name in _COLUMNS_SHOWN
+        if name in table.columns
+    }
     shown = [name for name in texts if any(texts[name])]
     first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
     grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")
@@ -264,6 +286,26 @@ def _write(
         with replaced_folder(path / "dft") as folder:
             for row, name in names.items():
                 write_vasp(structures[row], folder / name, config.dft)
+
+
+def _write_probes(path: Path, table: Table, probes: Probes) -> None:
+    """Elastic tensors, force constants and what the report draws, of those that have them."""
+    tensors = {str(table["id"][row]): r["stiffness"] for row, r in probes.elastic.items() if "stiffness" in r}
+    found = {row: record for row, record in probes.phonons.items() if "bands" in record}
+    (path / "elastic.json").unlink(missing_ok=True)  # of settings before --resume
+    shutil.rmtree(path / "phonons", ignore_errors=True)
+    if tensors:
+        with atomic_file(path / "elastic.json") as temp:
+            temp.write_text(json.dumps(tensors) + "\n", encoding="utf-8")
+    if not found:
+        return
+    with replaced_folder(path / "phonons") as folder:
+        for place, (row, record) in enumerate(found.items(), 1):
+            name = f"{place:0{len(str(len(found)))}d}-{table['formula'][row]}"
+            (folder / f"{name}.yaml").write_text(record["phonopy"], encoding="utf-8")
+            facts = {key: record[key] for key in ("lowest_frequency", "bands", "dos")}
+            text = json.dumps({"id": str(table["id"][row]), "formula": str(table["formula"][row])} | facts)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _write_crystals(

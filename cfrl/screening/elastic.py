@@ -40,9 +40,9 @@ class Elasticity:
         return float(np.linalg.eigvalsh(self.stiffness).min())
 
 
-def compute_elasticity(structures: list[Structure], potential: Potential) -> list[Elasticity | UnusableCrystal]:
-    """Of each crystal the elastic tensor with relaxed atoms, or the reason why there is none. All in one batch."""
-    found: list[Elasticity | UnusableCrystal | None] = [None] * len(structures)
+def compute_elasticity(structures: list[Structure], potential: Potential) -> list[Elasticity | Exception]:
+    """Of each crystal the elastic tensor with relaxed atoms, or the error why there is none. All in one batch."""
+    found: list[Elasticity | Exception | None] = [None] * len(structures)
     start = relax(structures, potential, fmax=FMAX, steps=STEPS)
     sets: dict[int, DeformedStructureSet] = {}
     for row, structure in enumerate(start.structures):
@@ -51,7 +51,7 @@ def compute_elasticity(structures: list[Structure], potential: Potential) -> lis
                 raise UnusableCrystal(start.status[row] or f"not relaxed to {FMAX:g} eV/A within {STEPS} steps")
             sets[row] = _strained(structure)
         except Exception as error:  # pymatgen meets crystals that nobody thought of
-            found[row] = _reason(error)
+            found[row] = error
     cells = [cell for row in sets for cell in (start.structures[row], *sets[row])]
     relaxed = relax(cells, potential, fmax=FMAX, steps=STEPS, cell=False)
     ends = [end or cell for end, cell in zip(relaxed.structures, cells, strict=True)]
@@ -65,7 +65,7 @@ def compute_elasticity(structures: list[Structure], potential: Potential) -> lis
                 raise UnusableCrystal(f"a strained cell: {reason}")
             found[row] = _fit(strained, GPA * result.stress[part])
         except Exception as error:
-            found[row] = _reason(error)
+            found[row] = error
     return found
 
 
@@ -95,8 +95,3 @@ def _fit(strained: DeformedStructureSet, stress: np.ndarray) -> Elasticity:
     if not np.isfinite(stiffness).all():
         raise UnusableCrystal("the stresses give no elastic tensor")
     return Elasticity(stiffness, *moduli)
-
-
-def _reason(error: Exception) -> UnusableCrystal:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return UnusableCrystal(text if isinstance(error, UnusableCrystal) else f"failed: {type(error).__name__}: {text}"[:200])

@@ -107,9 +107,7 @@ def compute_phonons(structure: Structure, potential: Potential, settings: Phonon
     softest = _softest(phonopy, points, at_points[:, 0]) if lowest < -settings.tolerance else None
     if softest and softest.frequency >= -settings.tolerance:
         softest = None
-    return Phonons(
-        phonopy, lowest, softest, bands, {"frequency": dos["frequency_points"], "density": dos["total_dos"]}
-    )
+    return Phonons(phonopy, lowest, softest, bands, {"frequency": dos["frequency_points"], "density": dos["total_dos"]})
 
 
 def force_constants(structure: Structure, potential: Potential, length: float) -> Phonopy:
@@ -141,9 +139,12 @@ def force_constants(structure: Structure, potential: Potential, length: float) -
     return phonopy
 
 
-def primitive_cell(structure: Structure) -> tuple[SymmetricCell, np.ndarray]:
-    """The primitive cell in the standard setting, exactly symmetric, and the rows of the conventional one, (3, 3)."""
-    found = find_symmetry(structure.lattice.matrix, structure.frac_coords, structure.atomic_numbers, SYMPREC)
+def primitive_cell(structure: Structure, symprec: float = SYMPREC) -> tuple[SymmetricCell, np.ndarray]:
+    """The primitive cell in the standard setting, exactly symmetric, and the rows of the conventional one, (3, 3).
+
+    `symprec`: angstrom.
+    """
+    found = find_symmetry(structure.lattice.matrix, structure.frac_coords, structure.atomic_numbers, symprec)
     cell = found.prim_std_cell
     exact = SymmetricCell.of(_structure(cell.basis, cell.numbers, cell.positions))
     return exact, np.array(found.std_cell.basis)

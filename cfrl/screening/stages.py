@@ -19,6 +19,7 @@ from cfrl.crystals.distances import contacts, shortest_distance
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
 from cfrl.crystals.refusal import composition_flags
+from cfrl.potentials.cells import reason_of
 from cfrl.runs.journal import Record
 from cfrl.stability.flags import APART, OVERLAP
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
     from cfrl.potentials import Evaluation, Potential
+    from cfrl.screening.phonons import PhononSettings
 
 
 CHECKED = 2  # the edition of `check`: journals of an earlier one hold less, and are not taken for those of this one
@@ -207,6 +209,83 @@ def predict(structures: list[Structure], predictors: tuple[str, ...], device: st
         for record, m, s in zip(records, mean.tolist(), spread.tolist(), strict=True):
             record |= {predictor.target: m, f"{predictor.target}_std": s}
     return records
+
+
+def elastic(structures: list[Structure], potential: str, device: str) -> list[Record]:
+    """Records: `stiffness` (6 x 6, GPa), `lowest_stiffness` (its lowest eigenvalue), `mechanically_stable`,
+    `bulk_modulus_vrh`, `shear_modulus_vrh` (GPa), `status`.
+    """
+    from cfrl.screening.elastic import compute_elasticity
+
+    return [
+        {"status": reason_of(found)}
+        if isinstance(found, Exception)
+        else {
+            "stiffness": found.stiffness.round(3).tolist(),
+            "lowest_stiffness": found.lowest,
+            "mechanically_stable": found.lowest > 0,
+            "bulk_modulus_vrh": found.bulk_modulus,
+            "shear_modulus_vrh": found.shear_modulus,
+            "status": "",
+        }
+        for found in compute_elasticity(structures, _potential(potential, device))
+    ]
+
+
+def phonons(structures: list[Structure], potential: str, device: str, settings: PhononSettings) -> list[Record]:
+    """Records: `lowest_frequency` (THz), `dynamically_stable`, `bands`, `dos` (as `Phonons` has them), `phonopy` (its
+    yaml), `mode` (an imaginary one, for `follow`: `frequency`, `q`, `cell`, `displacements`; or None), `status`.
+    """
+    from cfrl.screening.phonons import compute_phonons
+
+    model, records = _potential(potential, device), []
+    for structure in structures:
+        try:
+            found = compute_phonons(structure, model, settings)
+        except Exception as error:  # phonopy meets crystals that nobody thought of
+            records.append({"status": reason_of(error)})
+            continue
+        mode = found.softest and {
+            "frequency": found.softest.frequency,
+            "q": found.softest.q.round(6).tolist(),
+            "cell": _cell(found.softest.cell),
+            "displacements": found.softest.displacements.tolist(),
+        }
+        records.append(
+            {
+                "lowest_frequency": found.lowest,
+                "dynamically_stable": found.lowest >= -settings.tolerance,
+                "bands": {name: _rounded(values) for name, values in found.bands.items()},
+                "dos": {name: _rounded(values) for name, values in found.dos.items()},
+                "phonopy": found.yaml(),
+                "mode": mode,
+                "status": "",
+            }
+        )
+    return records
+
+
+def follow(
+    modes: list[tuple[Structure, list]], potential: str, device: str, settings: Relaxation, symprec: float
+) -> list[Record]:
+    """Where imaginary modes lead: supercells and the displacements of their atoms, as `phonons` records them.
+
+    Records: `structure`, a primitive cell of the symmetry (within symprec, angstrom) that it has come to; `status`.
+    """
+    from cfrl.screening.phonons import follow_mode, primitive_cell
+
+    model, records = _potential(potential, device), []
+    for cell, displacements in modes:
+        try:
+            end = follow_mode(cell, np.array(displacements), model, settings.fmax, settings.steps)
+            records.append({"structure": _cell(primitive_cell(end, symprec)[0].structure()), "status": ""})
+        except Exception as error:
+            records.append({"status": reason_of(error)})
+    return records
+
+
+def _rounded(values: Any) -> list[Any]:
+    return [value if isinstance(value, str) else np.round(value, 5).tolist() for value in values]
 
 
 @cache

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
 GPA = 160.21766208  # of eV/angstrom^3
-STRAIN = 0.01  # either way
+STRAIN = 0.02  # either way; CHGNet's stresses are wavy below (docs/phonons.md)
 FMAX, STEPS = 0.005, 200  # eV/angstrom; of the crystal before, and of the atoms in a strained cell
 
 

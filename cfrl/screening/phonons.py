@@ -167,7 +167,7 @@ def supercell_matrix(primitive: np.ndarray, conventional: np.ndarray, length: fl
         while True:
             repeats = np.ceil(least / lengths - 1e-6).astype(int)
             matrix = to_primitive * repeats[:, None]
-            if best is not None and abs(np.linalg.det(matrix)) >= abs(np.linalg.det(best)):
+            if best is not None and abs(np.linalg.det(matrix)) > abs(np.linalg.det(best)) + 0.5:
                 break
             if _shortest(matrix @ primitive) >= length - 1e-3:
                 best = matrix

@@ -341,7 +341,7 @@ class ScreenConfig(ScreeningOptions, ScreenInputs):
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
         "Stiffness and phonons": ("elastic", "phonons", "supercell", "phonon_tolerance", "follow"),
-        "What is written": ("top", "report"),
+        "What is written": ("top", "report", "describe"),
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),
     }
 

@@ -43,7 +43,7 @@ from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
-from cfrl.screening.probes import Probes, probe_columns
+from cfrl.screening.probes import Probes, asked_columns
 from cfrl.screening.table import TEXT, Table, expression
 from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
@@ -108,7 +108,7 @@ def screen(
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
-    table.add_columns(probe_columns(config))
+    table.add_columns(asked_columns(config))
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None

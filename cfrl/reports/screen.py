@@ -24,7 +24,16 @@ _SCREENED = (
     *("rmsd", "volume_change", "density", "energy_per_atom", "max_force"),
 )
 _FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
-_LAST = ("known_as", "new_formula", "parent", "elastic_status", "phonon_status", "status")
+_LAST = (
+    "dimensionality",
+    "oxidation_states",
+    "known_as",
+    "new_formula",
+    "parent",
+    "elastic_status",
+    "phonon_status",
+    "status",
+)
 
 
 def screen_page(run: RunFolder) -> Page:

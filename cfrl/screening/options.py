@@ -48,6 +48,9 @@ class ScreeningOptions(Settings):
     chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
+    describe: bool = option(
+        False, "Columns to filter by: dimensionality of the bonds, oxidation states, Herfindahl-Hirschman indices."
+    )
     elastic: bool = option(
         False, "Compute the elastic tensors of all candidates; what is mechanically unstable is none."
     )

@@ -71,6 +71,9 @@ def run_stages(
         records = work.run("energy", energies, table.going_on(structures), model, chunk)
         table.fill(records)
         table.note_scale(records)
+    if options.describe:
+        going_on = table.going_on(structures)
+        table.fill(work.run("describe", stages.describe, going_on, relaxed, _CHECK_CHUNK))
     if predictors:
         predict = partial(stages.predict, predictors=tuple(predictors), device=options.device)
         settings = relaxed | {"predictors": predictors}
@@ -175,14 +178,14 @@ def screen(
     """
     import pandas as pd
 
-    from cfrl.screening.probes import Probes, probe_columns  # which needs this file
+    from cfrl.screening.probes import Probes, asked_columns  # which needs this file
 
     settings = ScreeningOptions(**options)
     structures = crystals.to_structures() if isinstance(crystals, CrystalBatch) else list(crystals)
     ids = getattr(crystals, "ids", None) or [str(i) for i in range(len(structures))]
     table = Table(ids, structures, [], {})
     table.add_columns(name for target in properties for name in (target, f"{target}_std"))
-    table.add_columns(probe_columns(settings))
+    table.add_columns(asked_columns(settings))
     held = None if known is None else known_by_formula(known, set(table["formula"]))
     hull = hull or (ReferenceHull.load() if settings.stability else None)
     if settings.stability:

@@ -22,7 +22,7 @@ from cfrl.screening.inputs import KnownCrystal
 from cfrl.screening.options import ScreeningOptions
 from cfrl.screening.phonons import PhononSettings, require_phonopy
 from cfrl.screening.pipeline import InProcess, match, relaxed_by, restore, run_stages
-from cfrl.screening.table import ELASTIC, PARENT, PHONONS, Table
+from cfrl.screening.table import DESCRIBED, ELASTIC, PARENT, PHONONS, Table
 
 if TYPE_CHECKING:
     from pymatgen.core import Structure
@@ -32,17 +32,18 @@ _FOLLOW = stages.Relaxation(fmax=0.02, steps=300, keep_symmetry=False)
 _FOLLOW_SYMPREC = 0.05  # angstrom; of the symmetry to which a successor has come
 
 
-def probe_columns(options: ScreeningOptions) -> tuple[str, ...]:
+def asked_columns(options: ScreeningOptions) -> tuple[str, ...]:
     """The columns that the options ask for. Raises UserError where phonopy is missing."""
+    columns = DESCRIBED * options.describe + ELASTIC * options.elastic
     if not options.phonons:
-        return ELASTIC * options.elastic
+        return columns
     require_phonopy()
-    return ELASTIC * options.elastic + PHONONS + (PARENT,) * options.follow
+    return columns + PHONONS + (PARENT,) * options.follow
 
 
 @dataclass
 class Probes:
-    """Fills the columns of `probe_columns`; table and structures grow by the successors.
+    """Fills the columns of `ELASTIC` and `PHONONS`; table and structures grow by the successors.
 
     work, table, structures, options, known, predictors: of the stages that are done.
     judge: notes stability and flags in the table.

@@ -20,6 +20,7 @@ from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
 from cfrl.crystals.refusal import composition_flags
 from cfrl.potentials.cells import reason_of
+from cfrl.rewards.chemistry import hhi_of
 from cfrl.runs.journal import Record
 from cfrl.stability.flags import APART, OVERLAP
 
@@ -209,6 +210,38 @@ def predict(structures: list[Structure], predictors: tuple[str, ...], device: st
         for record, m, s in zip(records, mean.tolist(), spread.tolist(), strict=True):
             record |= {predictor.target: m, f"{predictor.target}_std": s}
     return records
+
+
+def describe(structures: list[Structure]) -> list[Record]:
+    """What people filter by.
+
+    Records: `dimensionality` (0 molecules, 1 chains, 2 layers, 3; of pymatgen's CrystalNN bonds, counted as Larsen et
+    al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as "Ba2+ Ti4+ O2-"; ""
+    where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None: unknown.
+    """
+    return [
+        {"dimensionality": _dimensionality(structure), "oxidation_states": _oxidation_states(structure)}
+        | dict(zip(("hhi_production", "hhi_reserve"), hhi_of(structure.composition.reduced_formula), strict=True))
+        for structure in structures
+    ]
+
+
+def _dimensionality(structure: Structure) -> int | None:
+    from pymatgen.analysis.dimensionality import get_dimensionality_larsen
+    from pymatgen.analysis.graphs import StructureGraph
+    from pymatgen.analysis.local_env import CrystalNN
+
+    try:
+        return int(get_dimensionality_larsen(StructureGraph.from_local_env_strategy(structure, CrystalNN())))
+    except Exception:  # it meets crystals that nobody thought of
+        return None
+
+
+def _oxidation_states(structure: Structure) -> str:
+    from pymatgen.core import Species
+
+    guesses = structure.composition.oxi_state_guesses(max_sites=-1)
+    return " ".join(str(Species(symbol, state)) for symbol, state in guesses[0].items()) if guesses else ""
 
 
 def elastic(structures: list[Structure], potential: str, device: str) -> list[Record]:

@@ -27,20 +27,21 @@ if TYPE_CHECKING:
 
 ALIASES = {"ehull": "e_above_hull"}
 
-# Columns of what was asked of candidates; there where it was.
+# Columns of what is asked by flags; there where it was.
+DESCRIBED = ("dimensionality", "oxidation_states", "hhi_production", "hhi_reserve")
 ELASTIC = ("lowest_stiffness", "mechanically_stable", "bulk_modulus_vrh", "shear_modulus_vrh", "elastic_status")
 PHONONS = ("lowest_frequency", "dynamically_stable", "phonon_status")
 PARENT = "parent"  # id of the crystal whose imaginary mode led to this one
 
 TEXT = (
     *("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "flags", "status"),
-    *("elastic_status", "phonon_status", PARENT),
+    *("oxidation_states", "elastic_status", "phonon_status", PARENT),
 )
 WHOLE = (
     *("num_atoms", "wanted_space_group", "space_group", "space_group_relaxed", "num_references", "relax_steps"),
     *("no_overlap", "charge_neutral", "alloy", "valid", "as_wanted", "unique", "novel", "new_formula", "converged"),
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flagged", "held_back", "candidate"),
-    *("mechanically_stable", "dynamically_stable"),
+    *("dimensionality", "mechanically_stable", "dynamically_stable"),
 )
 # What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown.
 COLUMNS = (

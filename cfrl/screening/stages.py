@@ -216,8 +216,8 @@ def describe(structures: list[Structure]) -> list[Record]:
     """What people filter by.
 
     Records: `dimensionality` (0 molecules, 1 chains, 2 layers, 3; of pymatgen's CrystalNN bonds, counted as Larsen et
-    al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as "Ba2+ Ti4+ O2-"; ""
-    where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None: unknown.
+    al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as
+    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None: unknown.
     """
     return [
         {"dimensionality": _dimensionality(structure), "oxidation_states": _oxidation_states(structure)}

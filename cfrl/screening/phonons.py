@@ -3,7 +3,7 @@
 The crystal is relaxed further, its space group kept, and brought into the primitive standard cell. phonopy (Togo, J.
 Phys. Soc. Jpn. 92, 012001, 2023) finds the displacements that symmetry leaves, and makes force constants of the
 forces, which come in batches, folded by what symmetry a displaced atom leaves. Long-range dipoles (LO-TO splitting)
-are not in them: no potential here gives Born charges. Which crystals are asked is decided in `pipeline.py`.
+are not in them: no potential here gives Born charges. Which crystals are asked is decided in `probes.py`.
 """
 
 from __future__ import annotations

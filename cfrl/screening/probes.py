@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _ELASTIC_CHUNK = 4  # crystals that a worker gets at once
 _FOLLOW = stages.Relaxation(fmax=0.02, steps=300, keep_symmetry=False)
+_NOWHERE = "not followed: no supercell is small enough for its imaginary modes"
 _FOLLOW_SYMPREC = 0.05  # angstrom; of the symmetry to which a successor has come
 
 
@@ -115,8 +116,9 @@ class Probes:
         items = {row: (restore(mode["cell"]), mode["displacements"]) for row, mode in modes.items()}
         settings = self._settings() | {"supercell": self.options.supercell, "by": asdict(_FOLLOW)}
         records = self.work.run("follow", ask, items, settings, 1)
-        for row, record in records.items():
-            self.table["phonon_status"][row] = record["status"]
+        for row in self.phonons:
+            if self.table["dynamically_stable"][row] == 0:
+                self.table["phonon_status"][row] = records[row]["status"] if row in records else _NOWHERE
         return {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
 
     def _add_successors(self, found: dict[int, Structure]) -> None:

@@ -217,7 +217,8 @@ def describe(structures: list[Structure]) -> list[Record]:
 
     Records: `dimensionality` (0 molecules, 1 chains, 2 layers, 3; of pymatgen's CrystalNN bonds, counted as Larsen et
     al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as
-    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None: unknown.
+    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None:
+    unknown.
     """
     return [
         {"dimensionality": _dimensionality(structure), "oxidation_states": _oxidation_states(structure)}
@@ -240,7 +241,10 @@ def _dimensionality(structure: Structure) -> int | None:
 def _oxidation_states(structure: Structure) -> str:
     from pymatgen.core import Species
 
-    guesses = structure.composition.oxi_state_guesses(max_sites=-1)
+    try:
+        guesses = structure.composition.oxi_state_guesses(max_sites=-1)
+    except Exception:
+        return ""
     return " ".join(str(Species(symbol, state)) for symbol, state in guesses[0].items()) if guesses else ""
 
 

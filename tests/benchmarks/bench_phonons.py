@@ -1,9 +1,9 @@
 """Phonons and elastic tensors of candidates: minutes, and how many are stable.
 
-    python tests/benchmarks/bench_phonons.py [-n 100] [--phonons 10] [--supercell 10] [--follow]
+    python tests/benchmarks/bench_phonons.py [-n 100] [--phonons 10] [--supercell 10] [--follow] [--dataset prototypes]
 
-Draws `-n` crystals of the embedded model (known formulas and unbalanced charges drawn anew), screens them, and asks the
-first candidates. CPU minutes are given beside the clock, since other work on the machine stretches only the latter.
+Draws `-n` crystals of the embedded model (known formulas and unbalanced charges drawn anew), or takes real ones of a
+dataset, screens them, and asks the first candidates. CPU minutes are given beside the clock, since other work on the machine stretches only the latter.
 """
 
 import argparse
@@ -18,8 +18,10 @@ from rich.console import Console
 
 from cfrl.commands.screen import screen
 from cfrl.config import ScreenConfig
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import REFUSED, Refusal
+from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import write_crystals
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
@@ -32,12 +34,12 @@ def main() -> None:
     parser.add_argument("--phonons", type=int, default=10, help="candidates asked")
     parser.add_argument("--supercell", type=float, default=10.0, help="angstrom")
     parser.add_argument("--follow", action="store_true")
+    parser.add_argument("--dataset", help="crystals of this one in place of draws")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     with TemporaryDirectory() as folder:
         path, run = Path(folder) / "drawn.h5", Path(folder) / "run"
-        refusal = Refusal(REFUSED, KnownFormulas.embedded())
-        write_crystals(path, sample(load_model(), args.n, seed=0, wanted=refusal))
+        write_crystals(path, real(args.dataset, args.n) if args.dataset else drawn(args.n))
         config = ScreenConfig(workers=args.workers, report=False)
         screen(str(path), config, output=str(run), console=Console(width=120))
         for name, more in {
@@ -47,6 +49,15 @@ def main() -> None:
         }.items():
             if "followed" not in name or args.follow:
                 measure(name, run, ScreenConfig(workers=args.workers, report=False, **more))
+
+
+def drawn(n: int) -> CrystalBatch:
+    return sample(load_model(), n, seed=0, wanted=Refusal(REFUSED, KnownFormulas.embedded()))
+
+
+def real(dataset: str, n: int) -> CrystalBatch:
+    crystals = load_dataset(dataset)
+    return crystals[np.random.default_rng(0).permutation(len(crystals))[:n]]
 
 
 def measure(name: str, run: Path, config: ScreenConfig) -> None:

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_phonons.py [-n 100] [--phonons 10] [--supercell 10] [--follow] [--dataset prototypes]
 
 Draws `-n` crystals of the embedded model (known formulas and unbalanced charges drawn anew), or takes real ones of a
-dataset, screens them, and asks the first candidates. CPU minutes are given beside the clock, since other work on the machine stretches only the latter.
+dataset, screens them, and asks the first candidates. CPU minutes are given beside the clock, since other work on the
+machine stretches only the latter.
 """
 
 import argparse

@@ -72,9 +72,9 @@ def measure(name: str, run: Path, config: ScreenConfig) -> None:
     asked = np.isfinite(table[column].astype(float))
     status = table["elastic_status" if name == "elastic" else "phonon_status"]
     print(
-        f"{name}: {clock / 60:.1f} minutes by the clock, {used / 60:.1f} of CPU; {asked.sum()} crystals asked, ", end=""
+        f"{name}: {clock / 60:.1f} minutes by the clock, {used / 60:.1f} of CPU; {asked.sum()} crystals asked,", end=" "
     )
-    print(f"stable {(table[column] == 1).sum()}; failed: {[text for text in status if text]}")
+    print(f"stable {(table[column] == 1).sum()}; said: {[s for s in status if isinstance(s, str) and s]}", flush=True)
     for row in np.flatnonzero(asked):
         low = table["lowest_stiffness" if name == "elastic" else "lowest_frequency"][row]
         print(f"    {table['formula'][row]:16} no. {table['space_group'][row]:<5.0f} {low:8.2f}")

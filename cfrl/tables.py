@@ -19,7 +19,7 @@ from cfrl.errors import UserError
 from cfrl.files import atomic_file
 
 Columns = dict[str, np.ndarray]  # numbers, or strings as objects; NaN and "" are unknown
-TEXT = ("id", "formula", "known_as", "duplicate_of")  # also where each looks like a number: InF, NaN
+TEXT = ("id", "formula", "known_as", "duplicate_of", "parent")  # also where each looks like a number: InF, NaN
 
 
 def write_csv(path: str | Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:

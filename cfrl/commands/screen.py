@@ -15,6 +15,8 @@ on, so `--resume` computes what is missing, whatever was interrupted or changed,
         report.html        the same to look at, with plots beside it
         cifs/, dft/        the candidates
         crystals.h5        what was drawn, of a screening of a model
+        elastic.json       elastic tensors, by id (GPa, Voigt's notation)
+        phonons/           of each crystal asked NAME.yaml for phonopy, and bands and density of states in NAME.json
         stages/            the journals
 """
 
@@ -47,6 +49,7 @@ from cfrl.screening import protocol, stages
 from cfrl.screening.dft import Candidate, believed_gap, read_pseudos, replaced_folder, write_inputs
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
 from cfrl.screening.pipeline import run_stages
+from cfrl.screening.probes import Probes, asked_columns
 from cfrl.screening.protocol import read_tables
 from cfrl.screening.submission import SIZE, check_submission, write_submission
 from cfrl.screening.table import TEXT, Table, expression
@@ -70,6 +73,9 @@ _COLUMNS_SHOWN = {
     "num_references": "refs",
     "known_as": "known as",
     "rmsd": "rmsd",
+    "lowest_stiffness": "GPa",
+    "lowest_frequency": "THz",
+    "parent": "parent",
     "flags": "flags",
 }
 
@@ -125,6 +131,7 @@ def screen(
         table.add_columns(protocol.COLUMNS)
     if config.submission:
         check_submission(config.submission, len(samples.structures), Path(source).name)
+    table.add_columns(asked_columns(config))
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None
@@ -133,6 +140,7 @@ def screen(
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
+    phases = [*lists.values(), *filter(None, [hull])]
     run = run or RunFolder.create("screen", Path(source).stem, config, path=None if copy else output, source=source)
     try:
         workers = count_workers(config.workers, choose_device(config.device).type)
@@ -141,24 +149,29 @@ def screen(
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
+
+            def judge() -> None:
+                if hull is not None:
+                    table.judge_stability(hull, structures, config.metastable)
+                if phases or known is not None:
+                    table.note_new_formulas(known or {}, phases)
+                table.note_flags(allowed)
+
+            probes = Probes(work, table, structures, config, known, list(predictors), judge, rank, condition)
+            probes.run()
             figures = None
             if config.protocol:
                 compared = protocol.compared(sets) if known is not None else None
                 named = " and ".join(Path(name).name for name in sets)
                 reference = protocol.Reference(hull, known, compared, named, **tables)
                 submitted = samples.structures[: SIZE if config.submission else None]
-                total = len(submitted) if config.submission else len(table)
+                total = len(submitted) if config.submission else len(samples.ids)
                 figures = protocol.judge(work, submitted, structures, table, reference, config, total)
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
         raise
-    if hull is not None:
-        table.judge_stability(hull, samples.structures, config.metastable)
-    phases = [*lists.values(), *filter(None, [hull])]
-    if phases or known is not None:
-        table.note_new_formulas(known or {}, phases)
-    table.note_flags(allowed)
+    judge()
     judgement = _judgement(config, hull, sets if known is not None else [], lists)
     config = replace(config, rank=by)  # of the files of a run, config.toml alone keeps what was not set
     order = table.order(rank, condition)
@@ -167,6 +180,7 @@ def screen(
     if config.submission:
         chosen = protocol.geometries(samples.structures[:SIZE], structures, table)[config.submit]
         write_submission(config.submission, chosen, _about(config, source), figures)
+    _write_probes(run.path, table, probes)
     if copy:
         with atomic_file(copy) as temp:
             shutil.copyfile(run.path / ("table.csv" if copy.suffix == ".csv" else "screen.h5"), temp)
@@ -247,7 +261,7 @@ def _show(
 ) -> None:
     from rich.table import Table as Grid
 
-    grid = Grid(title=f"{len(table)} crystals", title_justify="left")
+    grid = Grid(title=f"{summary.crystals} crystals", title_justify="left")
     for head, justify in (("", "left"), ("crystals", "right"), ("rate", "right"), ("95% interval", "right")):
         grid.add_column(head, justify=justify)
     for rate in summary.rates:
@@ -267,11 +281,15 @@ def _show(
     for reason, count in summary.failures.items():
         console.print(f"{count} x {reason}")
     console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
+    if summary.followed:
+        counts = ", ".join(f"{count} {name}" for name, count in summary.followed.items())
+        console.print(f"Along imaginary modes: {counts}", highlight=False)
     for column, what in (("candidate", "candidates"), ("held_back", "held back by flags")):
         _show_rows(f"{what}, by {config.rank}", table, [row for row in order if table[column][row]], console)
     if summary.warning:
         console.print(f"Mind: {summary.warning}")
     written = ["table.csv", "flagged.csv", "screen.h5", "cifs/"]
+    written += ["elastic.json"] * (path / "elastic.json").exists() + ["phonons/"] * (path / "phonons").exists()
     written += ["dft/"] * bool(config.dft) + ["report.html"] * config.report
     console.print(f"Wrote {path}/: {', '.join(written)}")
 
@@ -313,9 +331,12 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     """The first rows of a ranking, and the columns that have something to say of them."""
     from rich.table import Table as Grid
 
-    names = [name for name in _COLUMNS_SHOWN if name in table.columns]
-    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in names}
-    shown = [name for name in names if any(texts[name])]
+    texts = {
+        name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]]
+        for name in _COLUMNS_SHOWN
+        if name in table.columns
+    }
+    shown = [name for name in texts if any(texts[name])]
     first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
     grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")
     for name in shown:
@@ -361,6 +382,26 @@ def _gap(table: Table, row: int, structure: Structure) -> float | None:
         for name in ("band_gap", "band_gap_std")
     )
     return believed_gap(structure, float(gap), float(spread)) if not isinstance(gap, str) else None
+
+
+def _write_probes(path: Path, table: Table, probes: Probes) -> None:
+    """Elastic tensors, force constants and what the report draws, of those that have them."""
+    tensors = {str(table["id"][row]): r["stiffness"] for row, r in probes.elastic.items() if "stiffness" in r}
+    found = {row: record for row, record in probes.phonons.items() if "bands" in record}
+    (path / "elastic.json").unlink(missing_ok=True)  # of settings before --resume
+    shutil.rmtree(path / "phonons", ignore_errors=True)
+    if tensors:
+        with atomic_file(path / "elastic.json") as temp:
+            temp.write_text(json.dumps(tensors) + "\n", encoding="utf-8")
+    if not found:
+        return
+    with replaced_folder(path / "phonons") as folder:
+        for place, (row, record) in enumerate(found.items(), 1):
+            name = f"{place:0{len(str(len(found)))}d}-{table['formula'][row]}"
+            (folder / f"{name}.yaml").write_text(record["phonopy"], encoding="utf-8")
+            facts = {key: record[key] for key in ("lowest_frequency", "bands", "dos")}
+            text = json.dumps({"id": str(table["id"][row]), "formula": str(table["formula"][row])} | facts)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _write_crystals(

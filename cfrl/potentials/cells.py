@@ -30,6 +30,12 @@ class UnusableCrystal(ValueError):
     """This one crystal cannot be evaluated; the message is its status."""
 
 
+def reason_of(error: Exception) -> str:
+    """The status of a crystal with which something failed."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, UnusableCrystal) else f"failed: {type(error).__name__}: {text}"[:200]
+
+
 @dataclass
 class SymmetricCell:
     """A cell of N atoms with its g symmetry operations as permutations of atoms.
@@ -64,7 +70,9 @@ class SymmetricCell:
         numbers = np.array([getattr(site.specie, "Z", 0) for site in structure])
         if not ((numbers > 0) & (numbers < len(SYMBOLS))).all():
             raise UnusableCrystal("a site holds something that is not an element")
-        matrix, frac = (np.array(a, dtype=np.float64) for a in (structure.lattice.matrix, structure.frac_coords))
+        matrix, frac = (
+            np.array(a, dtype=np.float64, order="C") for a in (structure.lattice.matrix, structure.frac_coords)
+        )
         operations = _operations(matrix, frac, numbers, symprec)
         matched = operations and _match_atoms(matrix, frac, numbers, *operations, 10 * symprec)
         if matched:

@@ -55,7 +55,10 @@ class Series:
 
 @dataclass
 class Figure:
-    """Series on two axes. `name` is the file's; labels carry their units; `note` is the caption."""
+    """Series on two axes. `name` is the file's; labels carry their units; `note` is the caption.
+
+    ticks: places on the x axis that have a name, in place of numbers.
+    """
 
     name: str
     title: str
@@ -66,17 +69,21 @@ class Figure:
     log_y: bool = False
     from_zero: bool = False
     note: str = ""
+    ticks: Mapping[float, str] | None = None
 
     def to_plotly(self) -> dict[str, Any]:
         traces = [trace for series in self.series for trace in _TRACES[series.kind](series)]
         layout = {
             **_layout(),
-            "xaxis": _axis(self.x, self.log_x),
+            "xaxis": _axis(self.x, self.log_x) | self._named_ticks(),
             "yaxis": _axis(self.y, self.log_y) | ({"rangemode": "tozero"} if self.from_zero else {}),
             "showlegend": sum(bool(series.name) for series in self.series) > 1,
             "barmode": "group",
         }
         return {"data": traces, "layout": layout}
+
+    def _named_ticks(self) -> dict[str, Any]:
+        return {} if self.ticks is None else {"tickvals": list(self.ticks), "ticktext": list(self.ticks.values())}
 
     def draw(self, axes: Any) -> None:
         """On matplotlib axes."""
@@ -84,6 +91,9 @@ class Figure:
         for series in self.series:
             _DRAW[series.kind](axes, series, words)
         axes.set(xlabel=_mathtext(self.x), ylabel=_mathtext(self.y))
+        if self.ticks is not None:
+            axes.set_xticks(list(self.ticks), [_mathtext(name) for name in self.ticks.values()])
+            axes.grid(axis="x", color=GRID, linewidth=0.6)
         if self.log_x:
             axes.set_xscale("log")
         if self.log_y:

@@ -40,6 +40,10 @@ LABELS = {
     "max_force": "largest force (eV/Å)",
     "num_references": "references in the system",
     "known_as": "known as",
+    "lowest_stiffness": "lowest eigenvalue of the stiffness (GPa)",
+    "bulk_modulus_vrh": "bulk modulus (GPa), elastic tensor",
+    "shear_modulus_vrh": "shear modulus (GPa), elastic tensor",
+    "lowest_frequency": "lowest frequency (THz)",
 }
 
 

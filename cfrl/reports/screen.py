@@ -11,6 +11,7 @@ from cfrl.reports.figures import BLUE, ORANGE, Figure, Series, histogram
 from cfrl.reports.groups import elements, systems
 from cfrl.reports.labels import label, slug, title
 from cfrl.reports.page import Page
+from cfrl.reports.phonons import phonon_figures
 from cfrl.reports.reading import crystals_if_any, read_result, settings
 from cfrl.runs.folder import RunFolder
 from cfrl.stability.flags import FLAGS
@@ -18,9 +19,21 @@ from cfrl.tables import read_csv
 
 SHOWN_CRYSTALS = 12
 SHOWN_ROWS = 1000
-_SCREENED = ("rmsd", "volume_change", "density", "energy_per_atom", "max_force")
+_SCREENED = (
+    *("lowest_frequency", "lowest_stiffness", "bulk_modulus_vrh", "shear_modulus_vrh"),
+    *("rmsd", "volume_change", "density", "energy_per_atom", "max_force"),
+)
 _FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
-_LAST = ("known_as", "new_formula", "status")
+_LAST = (
+    "dimensionality",
+    "oxidation_states",
+    "known_as",
+    "new_formula",
+    "parent",
+    "elastic_status",
+    "phonon_status",
+    "status",
+)
 
 
 def screen_page(run: RunFolder) -> Page:
@@ -32,7 +45,8 @@ def screen_page(run: RunFolder) -> Page:
     held_back = np.array(table["held_back"]) == 1 if "held_back" in table else np.zeros_like(candidate)
     page = Page.of(run, f"Screening of {summary['crystals']:,} crystals")
     condition = settings(run).get("screen", {}).get("filter", "")
-    page.verdict = verdict(_counts(summary), int(candidate.sum()), int(held_back.sum()), condition)
+    drawn = int(candidate.sum()) - summary.get("followed", {}).get("candidates", 0)  # successors are not of the input
+    page.verdict = verdict(_counts(summary), drawn, int(held_back.sum()), condition)
     rates = {rate["name"]: rate for rate in summary["rates"]}
     shown = ("valid", "unique", "novel", "stable", "metastable", "S.U.N.", "meta-S.U.N.")
     page.tiles({name: f"{rates[name]['share']:.1%}" for name in shown if name in rates})
@@ -57,6 +71,7 @@ def screen_page(run: RunFolder) -> Page:
     facts = [name for name in (*quantities[:4], "num_references") if name in known]
     page.crystals(first, [{label(name): known[name][row_of[crystal.ids[0]]] for name in facts} for crystal in first])
     _add_rows(page, table, columns, candidate)
+    _add_phonons(page, run, summary)
     if flags := summary.get("flags"):
         suspect = "that would be candidates but for what is suspect of them."
         page.heading("Held back by flags", f"{held_back.sum():,} {suspect}")
@@ -144,6 +159,17 @@ def _add_protocol(page: Page, protocol: Mapping[str, Any]) -> None:
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     values = {geometry: [found.get(name, np.nan) for name in names] for geometry, found in numbers.items()}
     page.table({"": names} | values, sortable=False)
+
+
+def _add_phonons(page: Page, run: RunFolder, summary: Mapping[str, Any]) -> None:
+    """Pictures of the first crystals that were asked, successors among them."""
+    files = sorted((run.path / "phonons").glob("*.json"))[:SHOWN_CRYSTALS]
+    if not files:
+        return
+    counts = ", ".join(f"{count:,} {name}" for name, count in summary.get("followed", {}).items())
+    page.heading("Phonons", f"Of the first candidates. Along imaginary modes: {counts}." if counts else "")
+    for path in files:
+        page.add_figures(*phonon_figures(path))
 
 
 def _add_rows(page: Page, table: Mapping[str, Sequence[Any]], columns: Sequence[str], chosen: np.ndarray) -> None:

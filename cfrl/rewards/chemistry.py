@@ -18,7 +18,7 @@ from cfrl.rewards.registry import register_reward
 @register_reward("hhi", goal="min")
 def hhi(crystals: Any, structures: list[Any], *, kind: Literal["reserve", "production"] = "reserve") -> Scored:
     """Supply risk: Herfindahl-Hirschman index, 0 (many sources) to 10,000 (one), by mass (Gaultois et al. 2013)."""
-    values = np.array([_hhi(formula)[kind == "reserve"] for formula in crystals.formulas()])
+    values = np.array([hhi_of(formula)[kind == "reserve"] for formula in crystals.formulas()])
     return Scored(values, ["no index for some element" if math.isnan(v) else "" for v in values])
 
 
@@ -44,8 +44,8 @@ def charge_neutral(crystals: Any, structures: list[Any], *, alloys: bool = False
 
 
 @cache
-def _hhi(formula: str) -> tuple[float, float]:
-    """Production and reserve."""
+def hhi_of(formula: str) -> tuple[float, float]:
+    """Herfindahl-Hirschman indices of production and reserve (pymatgen's table, Gaultois et al. 2013); NaN: none."""
     from pymatgen.analysis.hhi import HHIModel
 
     production, reserve = HHIModel().get_hhi(formula)

@@ -41,6 +41,10 @@ class Work:
         self.folder, self.engine, self.key, self.console = folder, engine, key, console
         folder.mkdir(parents=True, exist_ok=True)
 
+    def about(self, structures: Iterable[Structure]) -> Work:
+        """The same for other crystals: keys of theirs mean other items."""
+        return Work(self.folder, self.engine, digest(structures), self.console)
+
     def run(
         self,
         name: str,

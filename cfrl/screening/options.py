@@ -48,6 +48,29 @@ class ScreeningOptions(Settings):
     chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
+    describe: bool = option(
+        False, "Columns to filter by: dimensionality of the bonds, oxidation states, Herfindahl-Hirschman indices."
+    )
+    elastic: bool = option(
+        False, "Compute the elastic tensors of all candidates; what is mechanically unstable is none."
+    )
+    phonons: CountOrZero = option(
+        0,
+        "Compute the phonons of so many candidates, the first of the ranking (pip install 'cfrl[phonons]'); what is "
+        "dynamically unstable is none; 0: no phonons.",
+    )
+    supercell: Annotated[float, Range(1, 100)] = option(
+        10.0, "Angstrom; in the supercell of phonons no atom is nearer to its own image."
+    )
+    phonon_tolerance: Annotated[float, Range(0, 100)] = option(
+        0.1, "THz; frequencies that are imaginary by more make a crystal dynamically unstable."
+    )
+    follow: bool = option(
+        False,
+        "With phonons: displace what is dynamically unstable along its lowest mode, relax it without symmetry, and "
+        "screen what comes of it.",
+    )
+
 
 @dataclass(frozen=True)
 class ProtocolOptions(Settings):

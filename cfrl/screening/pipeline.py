@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,26 +52,28 @@ def run_stages(
     table.note_valid()
     if options.unique:
         table["unique"][:] = 0.0
-        _match(work, table, structures, known, {**checked, "known": _digest_of(known)})
+        match(work, table, structures, known, {**checked, "known": _digest_of(known)})
 
-    model, relaxed = {"potential": full_name(options.potential)}, {}
+    model, relaxed = {"potential": full_name(options.potential)}, relaxed_by(options)
     chunk = options.chunk or _RELAX_CHUNK[choose_device(options.device).type]
     if options.relax:
         how = stages.Relaxation(options.fmax, options.steps, not options.free)
         relax = partial(stages.relax, potential=options.potential, device=options.device, settings=how)
-        relaxed = model | asdict(how)
         records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
         structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
         table.fill(records)
         table.note_scale(records)
         table.fill(work.run("recheck", check, table.going_on(structures), checked | relaxed, _CHECK_CHUNK), "_relaxed")
         if options.unique:
-            _match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
+            match(work, table, structures, known, {**checked, **relaxed, "known": _digest_of(known)})
     elif options.stability:
         energies = partial(stages.energies, potential=options.potential, device=options.device)
         records = work.run("energy", energies, table.going_on(structures), model, chunk)
         table.fill(records)
         table.note_scale(records)
+    if options.describe:
+        going_on = table.going_on(structures)
+        table.fill(work.run("describe", stages.describe, going_on, relaxed, _CHECK_CHUNK))
     if predictors:
         predict = partial(stages.predict, predictors=tuple(predictors), device=options.device)
         settings = relaxed | {"predictors": predictors}
@@ -79,7 +81,15 @@ def run_stages(
     return structures
 
 
-def _match(
+def relaxed_by(options: ScreeningOptions) -> dict[str, Any]:
+    """What the final structures depend on."""
+    if not options.relax:
+        return {}
+    how = stages.Relaxation(options.fmax, options.steps, not options.free)
+    return {"potential": full_name(options.potential)} | asdict(how)
+
+
+def match(
     work: Work | InProcess,
     table: Table,
     structures: dict[int, Structure],
@@ -128,6 +138,10 @@ def _digest_of(known: dict[str, list[KnownCrystal]] | None) -> str:
 class InProcess:
     """Runs stages here and now, and keeps nothing: `Work` without workers and journals."""
 
+    def about(self, structures: Iterable[Structure]) -> InProcess:
+        """As `Work.about`."""
+        return self
+
     def run(
         self, name: str, function: Callable[..., list[Record]], items: Mapping[Any, Any], settings: Any, chunk: int
     ) -> dict[Any, Record]:
@@ -156,26 +170,36 @@ def screen(
         options: fields of `ScreeningOptions`, such as relax=False, metastable=0.05.
 
     Returns:
-        n rows; columns as in table.csv: e_above_hull (eV/atom), unique, novel, candidate, flags, status, ...
+        n rows, and one for each successor where `follow` asks for them; columns as in table.csv: e_above_hull
+        (eV/atom), unique, novel, candidate, flags, status, ...
 
     Raises:
         UserError: an option, or a potential whose energies do not fit the hull.
     """
     import pandas as pd
 
+    from cfrl.screening.probes import Probes, asked_columns  # which needs this file
+
     settings = ScreeningOptions(**options)
     structures = crystals.to_structures() if isinstance(crystals, CrystalBatch) else list(crystals)
     ids = getattr(crystals, "ids", None) or [str(i) for i in range(len(structures))]
     table = Table(ids, structures, [], {})
     table.add_columns(name for target in properties for name in (target, f"{target}_std"))
+    table.add_columns(asked_columns(settings))
     held = None if known is None else known_by_formula(known, set(table["formula"]))
     hull = hull or (ReferenceHull.load() if settings.stability else None)
     if settings.stability:
         check_scale(settings.potential, hull)
-    run_stages(InProcess(), structures, table, settings, held, list(properties))
-    if settings.stability:
-        table.judge_stability(hull, structures, settings.metastable)
-        table.note_new_formulas(held or {}, [hull])
-    table.note_flags(())
-    table.order(Expression("ehull" if settings.stability else "density"), Expression("1"))
+    ends = run_stages(InProcess(), structures, table, settings, held, list(properties))
+
+    def judge() -> None:
+        if settings.stability:
+            table.judge_stability(hull, ends, settings.metastable)
+            table.note_new_formulas(held or {}, [hull])
+        table.note_flags(())
+
+    rank, condition = Expression("ehull" if settings.stability else "density"), Expression("1")
+    Probes(InProcess(), table, ends, settings, held, list(properties), judge, rank, condition).run()
+    judge()
+    table.order(rank, condition)
     return pd.DataFrame(table.columns)

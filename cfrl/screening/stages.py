@@ -19,6 +19,8 @@ from cfrl.crystals.distances import contacts, shortest_distance
 from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
 from cfrl.crystals.refusal import composition_flags
+from cfrl.potentials.cells import reason_of
+from cfrl.rewards.chemistry import hhi_of
 from cfrl.runs.journal import Record
 from cfrl.stability.flags import APART, OVERLAP
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pymatgen.core import Structure
 
     from cfrl.potentials import Evaluation, Potential
+    from cfrl.screening.phonons import PhononSettings
 
 
 CHECKED = 2  # the edition of `check`: journals of an earlier one hold less, and are not taken for those of this one
@@ -227,6 +230,119 @@ def predict(structures: list[Structure], predictors: tuple[str, ...], device: st
         for record, m, s in zip(records, mean.tolist(), spread.tolist(), strict=True):
             record |= {predictor.target: m, f"{predictor.target}_std": s}
     return records
+
+
+def describe(structures: list[Structure]) -> list[Record]:
+    """What people filter by.
+
+    Records: `dimensionality` (0 molecules, 1 chains, 2 layers, 3; of pymatgen's CrystalNN bonds, counted as Larsen et
+    al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as
+    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None:
+    unknown.
+    """
+    return [
+        {"dimensionality": _dimensionality(structure), "oxidation_states": _oxidation_states(structure)}
+        | dict(zip(("hhi_production", "hhi_reserve"), hhi_of(structure.composition.reduced_formula), strict=True))
+        for structure in structures
+    ]
+
+
+def _dimensionality(structure: Structure) -> int | None:
+    from pymatgen.analysis.dimensionality import get_dimensionality_larsen
+    from pymatgen.analysis.graphs import StructureGraph
+    from pymatgen.analysis.local_env import CrystalNN
+
+    try:
+        return int(get_dimensionality_larsen(StructureGraph.from_local_env_strategy(structure, CrystalNN())))
+    except Exception:  # it meets crystals that nobody thought of
+        return None
+
+
+def _oxidation_states(structure: Structure) -> str:
+    from pymatgen.core import Species
+
+    try:
+        guesses = structure.composition.oxi_state_guesses(max_sites=-1)
+    except Exception:
+        return ""
+    return " ".join(str(Species(symbol, state)) for symbol, state in guesses[0].items()) if guesses else ""
+
+
+def elastic(structures: list[Structure], potential: str, device: str) -> list[Record]:
+    """Records: `stiffness` (6 x 6, GPa), `lowest_stiffness` (its lowest eigenvalue), `mechanically_stable`,
+    `bulk_modulus_vrh`, `shear_modulus_vrh` (GPa), `status`.
+    """
+    from cfrl.screening.elastic import compute_elasticity
+
+    return [
+        {"status": reason_of(found)}
+        if isinstance(found, Exception)
+        else {
+            "stiffness": found.stiffness.round(3).tolist(),
+            "lowest_stiffness": found.lowest,
+            "mechanically_stable": found.lowest > 0,
+            "bulk_modulus_vrh": found.bulk_modulus,
+            "shear_modulus_vrh": found.shear_modulus,
+            "status": "",
+        }
+        for found in compute_elasticity(structures, _potential(potential, device))
+    ]
+
+
+def phonons(structures: list[Structure], potential: str, device: str, settings: PhononSettings) -> list[Record]:
+    """Records: `lowest_frequency` (THz), `dynamically_stable`, `bands`, `dos` (as `Phonons` has them), `phonopy` (its
+    yaml), `mode` (an imaginary one, for `follow`: `frequency`, `q`, `cell`, `displacements`; or None), `status`.
+    """
+    from cfrl.screening.phonons import compute_phonons
+
+    model, records = _potential(potential, device), []
+    for structure in structures:
+        try:
+            found = compute_phonons(structure, model, settings)
+        except Exception as error:  # phonopy meets crystals that nobody thought of
+            records.append({"status": reason_of(error)})
+            continue
+        mode = found.softest and {
+            "frequency": found.softest.frequency,
+            "q": found.softest.q.round(6).tolist(),
+            "cell": _cell(found.softest.cell),
+            "displacements": found.softest.displacements.tolist(),
+        }
+        records.append(
+            {
+                "lowest_frequency": found.lowest,
+                "dynamically_stable": found.lowest >= -settings.tolerance,
+                "bands": {name: _rounded(values) for name, values in found.bands.items()},
+                "dos": {name: _rounded(values) for name, values in found.dos.items()},
+                "phonopy": found.yaml(),
+                "mode": mode,
+                "status": "",
+            }
+        )
+    return records
+
+
+def follow(
+    modes: list[tuple[Structure, list]], potential: str, device: str, settings: Relaxation, symprec: float
+) -> list[Record]:
+    """Where imaginary modes lead: supercells and the displacements of their atoms, as `phonons` records them.
+
+    Records: `structure`, a primitive cell of the symmetry (within symprec, angstrom) that it has come to; `status`.
+    """
+    from cfrl.screening.phonons import follow_mode, primitive_cell
+
+    model, records = _potential(potential, device), []
+    for cell, displacements in modes:
+        try:
+            end = follow_mode(cell, np.array(displacements), model, settings.fmax, settings.steps)
+            records.append({"structure": _cell(primitive_cell(end, symprec)[0].structure()), "status": ""})
+        except Exception as error:
+            records.append({"status": reason_of(error)})
+    return records
+
+
+def _rounded(values: Any) -> list[Any]:
+    return [value if isinstance(value, str) else np.round(value, 5).tolist() for value in values]
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,22 @@ if TYPE_CHECKING:
 
 ALIASES = {"ehull": "e_above_hull"}
 
-TEXT = ("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "flags", "status")
+# Columns of what is asked by flags; there where it was.
+DESCRIBED = ("dimensionality", "oxidation_states", "hhi_production", "hhi_reserve")
+ELASTIC = ("lowest_stiffness", "mechanically_stable", "bulk_modulus_vrh", "shear_modulus_vrh", "elastic_status")
+PHONONS = ("lowest_frequency", "dynamically_stable", "phonon_status")
+PARENT = "parent"  # id of the crystal whose imaginary mode led to this one
+
+TEXT = (
+    *("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "flags", "status"),
+    *("oxidation_states", "elastic_status", "phonon_status", PARENT),
+)
 WHOLE = (
     *("num_atoms", "wanted_space_group", "space_group", "space_group_relaxed", "num_references", "relax_steps"),
     *("no_overlap", "charge_neutral", "alloy", "valid", "as_wanted", "unique", "novel", "new_formula", "converged"),
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flagged", "held_back", "candidate"),
     *(f"lemat_{name}" for name in ("charge", "distances", "plausible", "valid", "unique", "novel", "sun", "msun")),
+    *("dimensionality", "mechanically_stable", "dynamically_stable"),
 )
 # What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown.
 COLUMNS = (
@@ -68,9 +79,7 @@ class Table:
         `columns` that stood beside the crystals go along, `prefix` before their names.
         """
         n = len(ids)
-        self.columns: dict[str, np.ndarray] = {
-            name: np.full(n, "", dtype=object) if name in TEXT else np.full(n, np.nan) for name in COLUMNS
-        }
+        self.columns: dict[str, np.ndarray] = {name: _blank(name, n) for name in COLUMNS}
         self["id"][:] = ids
         self["status"][len(structures) :] = [f"unreadable: {problem}" for problem in problems]
         self["valid"][:] = 0.0
@@ -92,18 +101,37 @@ class Table:
         """Those of the items whose row has no status yet."""
         return {row: item for row, item in items.items() if not self["status"][row]}
 
-    def fill(self, records: Mapping[int, Record], suffix: str = "") -> None:
-        """Take over what records say in columns of the table; `suffix` is added to their names."""
+    def fill(self, records: Mapping[int, Record], suffix: str = "", status: str = "status") -> None:
+        """Take over what records say in columns of the table.
+
+        `suffix` is added to their names; `status` is the column of theirs: any but the table's own drops no crystal.
+        """
         for row, record in records.items():
             for name, value in record.items():
-                column = name if name == "status" else name + suffix
+                column = status if name == "status" else name + suffix
                 if column in self.columns:
                     self[column][row] = value if value is not None else np.nan
 
     def add_columns(self, names: Iterable[str]) -> None:
-        """Columns of numbers, before the status."""
+        """Columns of numbers, or of texts (`TEXT`), before the status."""
         status = self.columns.pop("status")
-        self.columns |= {name: np.full(len(self), np.nan) for name in names} | {"status": status}
+        self.columns |= {name: _blank(name, len(self)) for name in names} | {"status": status}
+
+    def extend(self, other: Table) -> None:
+        """More rows; what the other table has no column for stays blank."""
+        for name, values in self.columns.items():
+            blank = np.full(len(other), "" if values.dtype == object else np.nan, dtype=values.dtype)
+            self.columns[name] = np.concatenate([values, other.columns.get(name, blank)])
+
+    def only(self, rows: np.ndarray) -> Table:
+        """These rows, (n,) bool, as a table."""
+        part = copy(self)
+        part.columns = {name: values[rows] for name, values in self.columns.items()}
+        return part
+
+    def column(self, name: str) -> np.ndarray:
+        """A column that may not be there; then all is unknown."""
+        return self.columns.get(name, _blank(name, len(self)))
 
     def note_valid(self) -> None:
         """Everything that has no status after the checks is valid."""
@@ -137,7 +165,7 @@ class Table:
             found |= reference.knows(formulas)
         self["new_formula"][rows] = ~found
 
-    def judge_stability(self, hull: ReferenceHull, structures: Sequence[Structure], threshold: float) -> None:
+    def judge_stability(self, hull: ReferenceHull, structures: Mapping[int, Structure], threshold: float) -> None:
         """Energy above the hull of every crystal that has an energy. A duplicate is as stable as its original.
 
         `threshold`: eV/atom above the hull up to which a crystal is metastable.
@@ -196,12 +224,13 @@ class Table:
     def order(self, rank: Expression, condition: Expression) -> np.ndarray:
         """Rows, best first, (n,): candidates, then the others, flagged ones last. Unknown values come last.
 
-        A candidate got through all stages, is not known, metastable (each where it was looked at), satisfies the
-        condition and has no flag. What only its flags keep from being one is held back, also what lies so far below
-        the hull that no distance is given.
+        A candidate got through all stages, is not known, metastable, mechanically and dynamically stable (each where it
+        was looked at), satisfies the condition and has no flag. What only its flags keep from being one is held back,
+        also what lies so far below the hull that no distance is given.
         """
         sound = self["status"] == ""
         fits = sound & (self["novel"] != 0) & (self.values(condition) == 1)
+        fits &= (self.column("mechanically_stable") != 0) & (self.column("dynamically_stable") != 0)
         near = self["metastable"] == 1 if self.stability else sound
         flagged = self["flagged"] == 1
         self["candidate"][:] = fits & near & ~flagged
@@ -213,8 +242,8 @@ class Table:
     # ---- output ----
 
     def has(self, name: str) -> bool:
-        """Whether any row has a value in this column."""
-        values = self[name]
+        """Whether there is this column, and a value in it."""
+        values = self.column(name)
         return bool((values != "").any() if name in TEXT else np.isfinite(values).any())
 
     def text(self, name: str, row: int, digits: int = 6) -> str:
@@ -228,6 +257,10 @@ class Table:
 
     def write_csv(self, path: Path, order: Iterable[int]) -> None:
         write_csv(path, {name: [self.text(name, row) for row in order] for name in self.columns})
+
+
+def _blank(name: str, n: int) -> np.ndarray:
+    return np.full(n, "", dtype=object) if name in TEXT else np.full(n, np.nan)
 
 
 def expression(text: str, flag: str) -> Expression:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cfrl.crystals.kinds import ANIONS, anion_of
-from cfrl.screening.table import Table
+from cfrl.screening.table import PARENT, Table
 from cfrl.stability.flags import FLAGS
 from cfrl.stability.hull import ReferenceHull
 
@@ -92,6 +92,10 @@ class Judgement:
             "S.U.N., unflagged": f"S.U.N. {unflagged}",
             "meta-S.U.N.": f"{metastable}; {new}",
             "meta-S.U.N., unflagged": f"meta-S.U.N. {unflagged}",
+            "mechanically stable": "of the candidates whose elastic tensor was computed: all eigenvalues of the "
+            f"stiffness matrix are positive, by {self.judge}",
+            "dynamically stable": "of the candidates whose phonons were computed: no frequency imaginary by more than "
+            f"--phonon-tolerance, by {self.judge}",
         }
 
 
@@ -104,6 +108,7 @@ class Summary:
     flags: flag -> how many crystals have it, and how many it holds back that else were candidates
     by_elements: "1", "2" and ">=3" elements -> how many crystals there are, and how many are what
     by_anion: classes of `kinds.ANIONS` -> the same
+    followed: of successors along imaginary modes, which no other count has: how many there are, and how many are what
     failures: statuses of crystals that did not reach the end, or have no distance to the hull -> how many
     protocol: figures by a protocol of the field (`protocol.Figures`), if they were asked for
     """
@@ -118,6 +123,7 @@ class Summary:
     averages: list[Average]
     failures: dict[str, int]
     warning: str
+    followed: dict[str, int] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -136,16 +142,22 @@ _COLUMN_OF = {
     "meta-S.U.N.": "sun",
     "meta-S.U.N., unflagged": "sun",
 }
+# A rate of those of which it was asked.
+_ASKED = {"mechanically stable": "mechanically_stable", "dynamically stable": "dynamically_stable"}
 
 
 def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) -> Summary:
     """Counts with their meaning; shares are of all crystals of the input, also the unreadable ones.
 
-    What was not looked at (novelty, stability) is left out.
+    What was not looked at (novelty, stability) is left out, and so are successors of unstable crystals.
     """
+    followed = table.column(PARENT) != ""
+    successors, table = table.only(followed), table.only(~followed)
     chosen = _conditions(table)
     totals = dict.fromkeys(chosen, len(table))
     totals["space group as wanted"] = int(np.isfinite(table["as_wanted"][chosen["valid"]]).sum())
+    for name, column in _ASKED.items():
+        totals[name] = int(np.isfinite(table.column(column)).sum())
     definitions = judgement.definitions()
     rates = [
         rate(name, int(mask.sum()), totals[name], definitions[name])
@@ -165,6 +177,7 @@ def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) ->
         averages=[_average(name, unit, table[name]) for name, unit in columns if table.has(name)],
         failures=dict(reasons.most_common(20)),
         warning=hull.mismatch(table.energy_scale) if hull and table.energy_scale else "",
+        followed=_followed(successors) if len(successors) else {},
     )
 
 
@@ -188,6 +201,15 @@ def _conditions(table: Table) -> dict[str, np.ndarray]:
         "S.U.N., unflagged": sun & unflagged,
         "meta-S.U.N.": meta_sun,
         "meta-S.U.N., unflagged": meta_sun & unflagged,
+        **{name: table.column(column) == 1 for name, column in _ASKED.items()},
+    }
+
+
+def _followed(successors: Table) -> dict[str, int]:
+    return {
+        "successors": len(successors),
+        "dynamically stable": int((successors["dynamically_stable"] == 1).sum()),
+        "candidates": int((successors["candidate"] == 1).sum()),
     }
 
 
@@ -200,11 +222,14 @@ def _funnel(table: Table, threshold: float) -> dict[str, int]:
         "novel": table["novel"] != 0,
         f"within {threshold:g} eV/atom": table["metastable"] == 1,
         "unflagged": table["flagged"] == 0,
+        "not mechanically unstable": table.column("mechanically_stable") != 0,
+        "not dynamically unstable": table.column("dynamically_stable") != 0,
         "candidates": table["candidate"] == 1,
         "stable": table["stable"] == 1,
     }
-    for name in ("unique", "novel"):
-        if not table.has(name):
+    asked = {"unique": "unique", "novel": "novel", "not mechanically unstable": "mechanically_stable"}
+    for name, column in (asked | {"not dynamically unstable": "dynamically_stable"}).items():
+        if not table.has(column):
             del conditions[name]
     if not table.stability:
         del conditions[f"within {threshold:g} eV/atom"], conditions["stable"]

@@ -340,6 +340,7 @@ class ScreenConfig(ScreeningOptions, ScreenInputs):
         "Stages": ("validity", "unique", "relax", "stability"),
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
+        "Second opinion": ("judge", "judge_steps", "need_both"),
         "What is written": ("top", "report"),
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),
     }

@@ -40,8 +40,8 @@ from cfrl.runs.journal import Work, digest
 from cfrl.screening import stages
 from cfrl.screening.dft import replaced_folder, write_vasp
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
-from cfrl.screening.pipeline import run_stages
-from cfrl.screening.table import TEXT, Table, expression
+from cfrl.screening.pipeline import check_judge, run_stages, second_opinion
+from cfrl.screening.table import JUDGED, TEXT, Table, expression
 from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
@@ -59,6 +59,7 @@ _COLUMNS_SHOWN = {
     "formula": "formula",
     "space_group": "group",
     "e_above_hull": "ehull",
+    "judge_e_above_hull": "by judge",
     "num_references": "refs",
     "known_as": "known as",
     "rmsd": "rmsd",
@@ -102,11 +103,13 @@ def screen(
     table = Table(samples.ids, samples.structures, samples.problems, samples.columns)
     predictors = _predictors(config.properties)
     table.add_columns(column for target in predictors.values() for column in (target, f"{target}_std"))
+    table.add_columns(JUDGED if config.judge else ())
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None
     if hull is not None:
         check_scale(config.potential, hull)
+    check_judge(config, hull)
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
@@ -118,12 +121,16 @@ def screen(
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
+            if hull is not None:
+                table.judge_stability(hull, samples.structures, config.metastable)
+            if config.judge:
+                second_opinion(work, structures, table, config, hull)
+    except UserError as error:
+        raise UserError(f"{error}; what is done is kept: cfrl screen --resume {run.path}") from error
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
         raise
-    if hull is not None:
-        table.judge_stability(hull, samples.structures, config.metastable)
     phases = [*lists.values(), *filter(None, [hull])]
     if phases or known is not None:
         table.note_new_formulas(known or {}, phases)
@@ -154,6 +161,8 @@ def _judgement(
     return Judgement(
         reference=f"{reference} ({len(hull):,} phases)" if hull else "",
         judge=f"{model_name(config.potential)}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
+        second=f"{model_name(config.judge)}, relaxed by it for {config.judge_steps} steps" if config.judge else "",
+        need_both=config.need_both,
         threshold=config.metastable,
         known=" or ".join(known),
         formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),
@@ -202,6 +211,8 @@ def _show(
             f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
             f"({average.count} crystals)"
         )
+    if summary.opinion:
+        console.print(summary.opinion, highlight=False)
     for reason, count in summary.failures.items():
         console.print(f"{count} x {reason}")
     console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
@@ -229,7 +240,8 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     """The first rows of a ranking, and the columns that have something to say of them."""
     from rich.table import Table as Grid
 
-    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in _COLUMNS_SHOWN}
+    there = [name for name in _COLUMNS_SHOWN if name in table.columns]
+    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in there}
     shown = [name for name in texts if any(texts[name])]
     first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
     grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")

@@ -66,8 +66,10 @@ def _adapter(name: str) -> tuple[type[Potential], str]:
 
         return MACEPotential, version
     if is_outside(name):
+        from cfrl.potentials.environments import find
         from cfrl.potentials.outside import OutsidePotential
 
+        find(name)
         return OutsidePotential, name
     raise UserError(
         f"unknown potential {name!r}: use chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; `cfrl potentials list` "

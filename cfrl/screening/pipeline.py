@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import group_by
+from cfrl.errors import UserError
 from cfrl.potentials import full_name
 from cfrl.rewards.expression import Expression
 from cfrl.runs.devices import choose_device
@@ -17,7 +18,7 @@ from cfrl.runs.journal import Record, Work, digest
 from cfrl.screening import stages
 from cfrl.screening.inputs import KnownCrystal, known_by_formula
 from cfrl.screening.options import ScreeningOptions
-from cfrl.screening.table import Table
+from cfrl.screening.table import JUDGED, Table
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale
 
@@ -33,6 +34,9 @@ _MATCH_CHUNK = 8  # formulas
 
 
 _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+
+
+_JUDGE_CHUNK = {"cpu": 4, "cuda": 256}  # the best potentials are slow
 
 
 def run_stages(
@@ -77,6 +81,36 @@ def run_stages(
         settings = relaxed | {"predictors": predictors}
         table.fill(work.run("properties", predict, table.going_on(structures), settings, chunk))
     return structures
+
+
+def second_opinion(
+    work: Work | InProcess,
+    structures: Mapping[int, Structure],
+    table: Table,
+    options: ScreeningOptions,
+    hull: ReferenceHull,
+) -> None:
+    """What the second judge says of the metastable rows, from their final structures on: columns `JUDGED`."""
+    near = {row: s for row, s in table.going_on(structures).items() if table["metastable"][row] == 1}
+    first = {"potential": full_name(options.potential), "relax": options.relax}
+    first |= {"fmax": options.fmax, "steps": options.steps, "free": options.free} if options.relax else {}
+    settings = {"first": first, "judge": full_name(options.judge), "steps": options.judge_steps, "fmax": options.fmax}
+    how = stages.Relaxation(options.fmax, options.judge_steps, not options.free)
+    ask = partial(stages.judge, potential=options.judge, device=options.device, settings=how)
+    chunk = options.chunk or _JUDGE_CHUNK[choose_device(options.device).type]
+    table.need_both = options.need_both
+    table.note_second_opinion(hull, near, work.run("judge", ask, near, settings, chunk), options.metastable)
+
+
+def check_judge(options: ScreeningOptions, hull: ReferenceHull | None) -> None:
+    """Raises UserError where a second judge is asked for that cannot be asked, before any work is done."""
+    if not options.judge:
+        return
+    if hull is None:
+        raise UserError("--judge gives a second opinion on the distance to the hull: leave --stability on")
+    if full_name(options.judge) == full_name(options.potential):
+        raise UserError(f"--judge {options.judge} is the potential itself; name another")
+    check_scale(options.judge, hull)
 
 
 def _match(
@@ -168,13 +202,17 @@ def screen(
     ids = getattr(crystals, "ids", None) or [str(i) for i in range(len(structures))]
     table = Table(ids, structures, [], {})
     table.add_columns(name for target in properties for name in (target, f"{target}_std"))
+    table.add_columns(JUDGED if settings.judge else ())
     held = None if known is None else known_by_formula(known, set(table["formula"]))
     hull = hull or (ReferenceHull.load() if settings.stability else None)
     if settings.stability:
         check_scale(settings.potential, hull)
-    run_stages(InProcess(), structures, table, settings, held, list(properties))
+    check_judge(settings, hull)
+    final = run_stages(InProcess(), structures, table, settings, held, list(properties))
     if settings.stability:
         table.judge_stability(hull, structures, settings.metastable)
+        if settings.judge:
+            second_opinion(InProcess(), final, table, settings, hull)
         table.note_new_formulas(held or {}, [hull])
     table.note_flags(())
     table.order(Expression("ehull" if settings.stability else "density"), Expression("1"))

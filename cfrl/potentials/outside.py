@@ -115,7 +115,7 @@ class OutsidePotential(Potential[_Reduced]):
             if fault and alone:
                 self._lost += 1
                 answers.append((f"the worker was lost: {fault}", {}))
-            if self._lost == GIVEN_UP:
+            if self._lost >= GIVEN_UP:
                 raise UserError(
                     f"{self._full}: the worker was lost on {GIVEN_UP} crystals in a row: {fault}; "
                     f"is it whole? cfrl potentials add {self._full}"

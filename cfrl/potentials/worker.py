@@ -91,6 +91,7 @@ class Model:
     def evaluate(self, crystals, forces, stress):
         """Yield for each ASE Atoms the energy (eV), forces (eV/angstrom) and stress (eV/angstrom^3), where wanted."""
         for atoms in crystals:
+            getattr(self.calculator, "reset", int)()  # one that failed believes that it has seen the crystal
             atoms.calc = self.calculator
             found = {"energy": atoms.get_potential_energy()}
             if forces:

@@ -16,17 +16,13 @@ from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.potentials import environments, load_potential
 from cfrl.potentials.families import ASE, FAMILIES, Model, split_name
-from cfrl.potentials.scales import CORRECTED, OMAT24, RAW, split_scale
+from cfrl.potentials.scales import CORRECTED, RAW, split_scale
 from cfrl.runs.devices import choose_device
 from cfrl.runs.progress import progress_bar
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.measured import NEAR, Measured, known_crystals, measure
 
-_TO_HULL = {
-    CORRECTED: "as the hull's",
-    RAW: "MP2020 corrections are added",
-    OMAT24: "none: a hull of its own (cfrl data hull)",
-}
+_TO_HULL = {CORRECTED: "the hull's", RAW: "MP2020 corrections bring it to the hull's"}
 
 
 def add(
@@ -134,36 +130,31 @@ def remove(name: str, console: Any) -> None:
 
 
 def show(console: Any) -> None:
-    """Potentials that there are, and those that can be added: a card each."""
-    from rich.table import Table
-
+    """Every potential's card: training data, energy scale, licence, weights; which are here, and what was measured."""
     there = {environment.name: environment for environment in environments.environments()}
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    for head in ("potential", "training data", "energy scale", "to the hull's", "licence of the weights", "weights"):
-        table.add_column(head, overflow="fold")
-    for name, model in _cards():
-        table.add_row(name, model.data, model.scale, _to_hull(model.scale), model.licence, model.weights)
-    console.print(table)
-    console.print()
-    for name in FAMILIES:
-        if name not in there:
-            console.print(f"{name}: not here; cfrl potentials add {name}", highlight=False)
+    for name, (place, models) in _cards().items():
+        console.print(f"[bold]{name}[/]: {_place(name, there.pop(name, None)) or place}", highlight=False)
+        for model, card in models.items():
+            to_hull = _TO_HULL.get(card.scale, "a hull of its own is needed: cfrl data hull")
+            text = f"{card.data}; scale {card.scale} ({to_hull}); {card.licence}; weights {card.weights}"
+            console.print(f"  {model}: {text}", highlight=False)
     for name, environment in there.items():
-        console.print(f"{name}: {environment.python}", highlight=False)
-        for model, found in environment.measured.items():
-            console.print(f"  {model}: {_found(found)}", highlight=False)
+        console.print(f"[bold]{name}[/]: {_place(name, environment)}", highlight=False)
 
 
-def _cards() -> list[tuple[str, Model]]:
-    """Name and card of every potential that has one."""
-    cards = [
-        ("chgnet", Model("MPtrj", CORRECTED, "BSD-3-Clause", "in the package")),
-        ("mace:medium-mpa-0", Model("MPtrj, sAlex", RAW, "MIT")),
-    ]
-    for name, family in FAMILIES.items():
-        cards += [(f"{name}:{model}", card) for model, card in family.models.items()]
-    return cards
+def _place(name: str, environment: environments.Environment | None) -> str:
+    """Where an environment is and what was measured there; "" if there is none."""
+    if environment is None:
+        return ""
+    measured = [f"\n  measured, {model}: {_found(found)}" for model, found in environment.measured.items()]
+    return f"here ({environment.python})" + "".join(measured)
 
 
-def _to_hull(scale: str) -> str:
-    return _TO_HULL.get(scale, _TO_HULL[OMAT24])
+def _cards() -> dict[str, tuple[str, dict[str, Model]]]:
+    """Name -> what it takes to have it, and its models, of every potential."""
+    at_home = {
+        "chgnet": {"0.3.0": Model("MPtrj", CORRECTED, "BSD-3-Clause", "in the package")},
+        "mace": {"medium-mpa-0": Model("MPtrj, sAlex", RAW, "MIT")},
+    }
+    cards = {name: ("in this environment", models) for name, models in at_home.items()}
+    return cards | {name: (f"cfrl potentials add {name}", family.models) for name, family in FAMILIES.items()}

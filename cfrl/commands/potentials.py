@@ -117,7 +117,7 @@ def _found(found: Measured | dict[str, Any]) -> str:
     if not found.crystals:
         return f"scale {found.scale}: not the hull's; units right; {speed}"
     return (
-        f"{found.crystals} known crystals: median {1000 * found.median:.0f} meV/atom above the hull, 95% below "
+        f"{found.crystals} known crystals: median {1000 * found.median:.1f} meV/atom above the hull, 95% below "
         f"{1000 * found.tail:.0f}, {found.near:.1%} within {NEAR:g} eV/atom; {speed}"
     )
 

@@ -20,7 +20,7 @@ import typer
 from cfrl import __version__, config, files
 from cfrl.commands.streams import patient_streams
 from cfrl.errors import UserError
-from cfrl.settings import RUNS, choices, set_kind
+from cfrl.settings import POTENTIALS, RUNS, choices, set_kind
 
 HELP = """Crystals with wanted properties: a crystal-generating transformer, tuned by reinforcement learning.
 
@@ -48,8 +48,13 @@ REWARDS_HELP = """Rewards: list them (no argument), with units and how to combin
 
 Example: cfrl rewards
 """
+POTENTIALS_HELP = """Potentials that need an environment of their own: add, list, remove.
+
+Example: cfrl potentials add sevennet
+"""
 data_app = typer.Typer(help=DATA_HELP, no_args_is_help=True)
 model_app = typer.Typer(help=MODEL_HELP, no_args_is_help=True)
+potentials_app = typer.Typer(help=POTENTIALS_HELP, no_args_is_help=True)
 rewards_app = typer.Typer(help=REWARDS_HELP, invoke_without_command=True)
 
 
@@ -147,9 +152,7 @@ def _options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere).")] = False,
 ) -> None:
-    from cfrl.io.fetch import cache_folder
-
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder() / "matplotlib"))  # else it writes to the home folder
+    os.environ.setdefault("MPLCONFIGDIR", str(files.cache_folder() / "matplotlib"))  # else it writes to the home folder
 
 
 def main() -> None:
@@ -534,6 +537,84 @@ def _console() -> Any:
     return Console()
 
 
+@potentials_app.command("add")
+def potentials_add(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="sevennet, orb, mattersim, fairchem, nequip, matgl, grace, one of their models (sevennet:7net-0), or "
+            "ase:package.module:factory; with @mp-raw or @mp2020 behind it where its energy scale is to be declared.",
+            autocompletion=_offer(*POTENTIALS),
+        ),
+    ],
+    python: Annotated[
+        str | None,
+        typer.Option(help="A Python that has the package already, e.g. of a conda environment; nothing is installed."),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option(help="Let the environment see the packages of this one, so that torch is not there twice.")
+    ] = True,
+    again: Annotated[bool, typer.Option("--again", help="Make the environment anew.")] = False,
+    patience: Annotated[
+        float, typer.Option(min=1, max=1e6, help="Seconds for a crystal, after which the potential counts as hung.")
+    ] = 120.0,
+    check: Annotated[int, typer.Option(min=0, max=10000, help="Known crystals to measure it on; 0: none.")] = 200,
+    known: Annotated[str, typer.Option(help="Dataset of known crystals.", autocompletion=_offer("prototypes"))] = (
+        "prototypes"
+    ),
+    hull: Annotated[
+        str | None, typer.Option(help="Reference hull: .h5, .csv or .json of entries; empty: the embedded one.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Install a potential into an environment of its own, and measure it: units, distance of known crystals to the
+    hull, speed.
+
+    From then on its name works wherever a potential is named. Environments are kept in the cache folder (`cfrl doctor`
+    shows which).
+
+    Example: cfrl potentials add sevennet
+    """
+    from cfrl.commands.potentials import add
+
+    add(
+        name,
+        _console(),
+        python=python,
+        share=share,
+        again=again,
+        patience=patience,
+        check=check,
+        known=known,
+        hull=hull or None,
+        device=device,
+    )
+
+
+@potentials_app.command("list")
+def potentials_list() -> None:
+    """Show every potential: training data, energy scale, licence; which are here, and what was measured.
+
+    Example: cfrl potentials list
+    """
+    from cfrl.commands.potentials import show
+
+    show(_console())
+
+
+@potentials_app.command("remove")
+def potentials_remove(
+    name: Annotated[str, typer.Argument(help="As it was added.", autocompletion=_offer(*POTENTIALS))],
+) -> None:
+    """Delete the environment of a potential.
+
+    Example: cfrl potentials remove sevennet
+    """
+    from cfrl.commands.potentials import remove
+
+    remove(name, _console())
+
+
 @rewards_app.callback()
 def rewards(ctx: typer.Context) -> None:
     if ctx.invoked_subcommand is None:
@@ -562,7 +643,8 @@ def rewards_train(
     run_train(data, output, config, Console())
 
 
-for name, group in (("data", data_app), ("model", model_app), ("rewards", rewards_app)):
+GROUPS = (("data", data_app), ("model", model_app), ("potentials", potentials_app), ("rewards", rewards_app))
+for name, group in GROUPS:
     app.add_typer(group, name=name, rich_help_panel=OTHERS)
 
 if __name__ == "__main__":

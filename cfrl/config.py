@@ -369,6 +369,7 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
         "Stages": ("validity", "unique", "relax", "stability"),
         "What is valid": ("min_distance", "max_density", "symprec"),
         "Relaxation": ("free", "fmax", "steps"),
+        "Second opinion": ("judge", "judge_steps", "need_both"),
         "Stiffness and phonons": ("elastic", "phonons", "supercell", "phonon_tolerance", "follow"),
         "What is written": ("top", "report", "pseudos", "describe"),
         "Where it runs": ("workers", "chunk", "engine", "address", "device"),

@@ -104,6 +104,15 @@ def check_writable(path: str | Path, endings: Sequence[str] = ()) -> None:
         raise UserError(f"{path}: cannot be written: {path.parent} {state}")
 
 
+def cache_folder() -> Path:
+    """Where downloads, prepared datasets and environments are kept: `$CFRL_CACHE`, or the user's cache folder."""
+    if os.environ.get("CFRL_CACHE"):
+        return Path(os.environ["CFRL_CACHE"])
+    import platformdirs
+
+    return platformdirs.user_cache_path("cfrl")
+
+
 def provenance() -> dict[str, str]:
     """Where a result comes from: `command` line, package `version`, `git_revision` ("" if none), `date` (UTC)."""
     return {

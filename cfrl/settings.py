@@ -42,9 +42,10 @@ class Range:
 
 
 # What the Tab key offers for settings of several rooms.
-POTENTIALS = ("chgnet", "mace")
+POTENTIALS = ("chgnet", "mace", "sevennet", "orb", "mattersim", "fairchem", "nequip", "matgl", "grace")
 POTENTIAL_HELP = (
-    "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies."
+    "chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; PATH.model@mp-raw if trained on uncorrected MP energies; "
+    "sevennet:7net-l3i5 and others once added (cfrl potentials)."
 )
 DEVICES = ("auto", "cpu", "cuda")
 RUNS = "runs/*"  # the run folders that there are

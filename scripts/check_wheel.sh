@@ -36,7 +36,7 @@ cfrl sample -n 20 --model last
 cfrl retrieve --samples 20 --reward-crystals 20
 
 echo "== what was written"
-cache=$(python -c 'from cfrl.io.fetch import cache_folder; print(cache_folder())')
+cache=$(python -c 'from cfrl.files import cache_folder; print(cache_folder())')
 find "$work/here" "$work/home" -type f | sed "s|$work/||" | sort
 stray=$(find "$work/here" "$work/home" -type f -not -path "$work/here/runs/*" -not -path "$cache/*")
 [[ -z $stray ]] || { echo "written outside runs/ and the cache folder: $stray"; exit 1; }

@@ -13,7 +13,7 @@ from cfrl.config import DataConfig
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.symmetry import CRYSTAL_SYSTEMS
 from cfrl.errors import UserError
-from cfrl.files import check_writable
+from cfrl.files import cache_folder, check_writable
 from cfrl.io import fetch, storage
 from cfrl.io.catalogue import HDF5, dataset_path, prepared_path
 from cfrl.io.datasets import summarise
@@ -73,7 +73,7 @@ def run_fetch(name: str, config: DataConfig, console: Console | None = None) -> 
         UserError: unknown name, no connection, wrong checksum, or as `run_import`.
     """
     files = fetch.source_files(name, config.sources)
-    folder = fetch.cache_folder() / name
+    folder = cache_folder() / name
     paths = []
     for file in files:
         with progress_bar(f"download {Path(file.url).name}", None, console, download=True) as advance:

@@ -23,7 +23,7 @@ from typing import Any
 
 from cfrl import config
 from cfrl.errors import UserError
-from cfrl.io.fetch import cache_folder
+from cfrl.files import cache_folder
 
 PACKAGE = Path(__file__).parents[1]
 LISTED = 8  # files of the cache that are named

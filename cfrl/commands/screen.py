@@ -48,11 +48,11 @@ from cfrl.runs.journal import Work, digest
 from cfrl.screening import protocol, stages
 from cfrl.screening.dft import Candidate, believed_gap, read_pseudos, replaced_folder, write_inputs
 from cfrl.screening.inputs import is_formula_list, read_formulas, read_known, read_samples
-from cfrl.screening.pipeline import run_stages
+from cfrl.screening.pipeline import check_judge, run_stages, second_opinion
 from cfrl.screening.probes import Probes, asked_columns
 from cfrl.screening.protocol import read_tables
 from cfrl.screening.submission import SIZE, check_submission, write_submission
-from cfrl.screening.table import TEXT, Table, expression
+from cfrl.screening.table import JUDGED, TEXT, Table, expression
 from cfrl.screening.tally import Judgement, Summary, summarise
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
@@ -70,6 +70,7 @@ _COLUMNS_SHOWN = {
     "reward": "reward",
     "space_group": "group",
     "e_above_hull": "ehull",
+    "judge_e_above_hull": "by judge",
     "num_references": "refs",
     "known_as": "known as",
     "rmsd": "rmsd",
@@ -132,11 +133,13 @@ def screen(
     if config.submission:
         check_submission(config.submission, len(samples.structures), Path(source).name)
     table.add_columns(asked_columns(config))
+    table.add_columns(JUDGED if config.judge else ())
     table.check_names(rank, condition)
     allowed = check_flags(config.allow or "")
     hull = ReferenceHull.load(config.hull) if config.stability else None
     if hull is not None:
         check_scale(config.potential, hull)
+    check_judge(config, hull)
     lists = {name: read_formulas(name) for name in config.known if is_formula_list(name)}
     sets = [name for name in config.known if name not in lists]
     known = read_known(sets, set(table["formula"])) if config.unique and sets else None
@@ -150,15 +153,18 @@ def screen(
             work = Work(run.path / "stages", engine, digest(samples.structures), console)
             structures = run_stages(work, samples.structures, table, config, known, list(predictors))
 
-            def judge() -> None:
+            def judge(work: Work) -> None:
                 if hull is not None:
                     table.judge_stability(hull, structures, config.metastable)
+                if config.judge:
+                    second_opinion(work, structures, table, config, hull)
                 if phases or known is not None:
                     table.note_new_formulas(known or {}, phases)
                 table.note_flags(allowed)
 
             probes = Probes(work, table, structures, config, known, list(predictors), judge, rank, condition)
             probes.run()
+            judge(probes.work)
             figures = None
             if config.protocol:
                 compared = protocol.compared(sets) if known is not None else None
@@ -167,11 +173,12 @@ def screen(
                 submitted = samples.structures[: SIZE if config.submission else None]
                 total = len(submitted) if config.submission else len(samples.ids)
                 figures = protocol.judge(work, submitted, structures, table, reference, config, total)
+    except UserError as error:
+        raise UserError(f"{error}; what is done is kept: cfrl screen --resume {run.path}") from error
     except KeyboardInterrupt:
         if console:
             console.print(f"Stopped; what is done is kept. Go on with: cfrl screen --resume {run.path}")
         raise
-    judge()
     judgement = _judgement(config, hull, sets if known is not None else [], lists)
     config = replace(config, rank=by)  # of the files of a run, config.toml alone keeps what was not set
     order = table.order(rank, condition)
@@ -219,6 +226,8 @@ def _judgement(
     return Judgement(
         reference=f"{reference} ({len(hull):,} phases)" if hull else "",
         judge=f"{model_name(config.potential)}, {'relaxed by it' if config.relax else 'as the crystals stand'}",
+        second=f"{model_name(config.judge)}, relaxed by it for {config.judge_steps} steps" if config.judge else "",
+        need_both=config.need_both,
         threshold=config.metastable,
         known=" or ".join(known),
         formulas=" or ".join([*known, *listed, *[reference] * bool(hull)]),
@@ -278,6 +287,8 @@ def _show(
             f"{average.name}: mean {average.mean:.3f}, median {average.median:.3f} {average.unit} "
             f"({average.count} crystals)"
         )
+    if summary.opinion:
+        console.print(summary.opinion, highlight=False)
     for reason, count in summary.failures.items():
         console.print(f"{count} x {reason}")
     console.print("Left: " + " > ".join(f"{count} {name}" for name, count in summary.funnel.items()), highlight=False)
@@ -331,11 +342,8 @@ def _show_rows(title: str, table: Table, rows: list[int], console: Console) -> N
     """The first rows of a ranking, and the columns that have something to say of them."""
     from rich.table import Table as Grid
 
-    texts = {
-        name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]]
-        for name in _COLUMNS_SHOWN
-        if name in table.columns
-    }
+    there = [name for name in _COLUMNS_SHOWN if name in table.columns]
+    texts = {name: [table.text(name, row, digits=3) for row in rows[:_SHOWN]] for name in there}
     shown = [name for name in texts if any(texts[name])]
     first = f", the first {_SHOWN}" if len(rows) > _SHOWN else ""
     grid = Grid(title=f"{len(rows)} {title}{first}", title_justify="left")

@@ -7,6 +7,7 @@ from pathlib import Path
 from cfrl import __version__
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError, nearest
+from cfrl.files import cache_folder
 from cfrl.io import fetch, storage
 from cfrl.io.options import ImportOptions
 from cfrl.io.splits import assign_splits
@@ -58,7 +59,7 @@ def at_hand(name: str | Path) -> bool:
 
 
 def prepared_path(name: str) -> Path:
-    return fetch.cache_folder() / f"{name}.h5"
+    return cache_folder() / f"{name}.h5"
 
 
 def _prototypes() -> Path:

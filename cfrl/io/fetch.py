@@ -52,15 +52,6 @@ SOURCES: dict[str, tuple[SourceFile, ...]] = {
 }
 
 
-def cache_folder() -> Path:
-    """Where downloads and prepared datasets are kept: `$CFRL_CACHE`, or the user's cache folder."""
-    if os.environ.get("CFRL_CACHE"):
-        return Path(os.environ["CFRL_CACHE"])
-    import platformdirs
-
-    return platformdirs.user_cache_path("cfrl")
-
-
 def source_files(name: str, extra: Mapping[str, dict | list[dict]]) -> tuple[SourceFile, ...]:
     """The files of a named source, of those built in or of `extra`: name -> {url, sha256, split}, or a list of them.
 

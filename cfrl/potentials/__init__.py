@@ -1,4 +1,4 @@
-"""Interatomic potentials by name: `load_potential("chgnet")`, `load_potential("mace:medium-mpa-0")`."""
+"""Interatomic potentials by name: `load_potential("chgnet")`, `load_potential("sevennet:7net-l3i5")`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from cfrl.errors import UserError
 from cfrl.potentials.base import Evaluation, Potential
+from cfrl.potentials.families import is_outside
 from cfrl.potentials.scales import RAW, split_scale
 
 __all__ = ["Evaluation", "Potential", "energy_scale", "full_name", "load_potential", "model_name"]
@@ -18,7 +19,9 @@ def load_potential(name: str = "chgnet", device: str | torch.device | None = Non
         name: "chgnet" (0.3.0, its weights come with its package), "chgnet:0.2.0", "mace:medium-mpa-0" (a MACE
             foundation model, downloaded on first use) or "mace:PATH.model" (a local file). What a file was trained on
             it does not say: "mace:PATH.model@mp-raw" declares uncorrected Materials Project energies, which then get
-            the MP2020 corrections, and "@mp2020" corrected ones (scales.py).
+            the MP2020 corrections, and "@mp2020" corrected ones (scales.py). "sevennet:7net-l3i5" and others
+            (families.py), or "ase:package.module:factory", live in an environment of their own, which `cfrl potentials
+            add` has made.
         device: "cpu", "cuda", ...; None: the GPU if there is one.
 
     Raises:
@@ -62,4 +65,13 @@ def _adapter(name: str) -> tuple[type[Potential], str]:
         from cfrl.potentials.mace import MACEPotential
 
         return MACEPotential, version
-    raise UserError(f"unknown potential {name!r}: use chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model")
+    if is_outside(name):
+        from cfrl.potentials.environments import find
+        from cfrl.potentials.outside import OutsidePotential
+
+        find(name)
+        return OutsidePotential, name
+    raise UserError(
+        f"unknown potential {name!r}: use chgnet, chgnet:0.2.0, mace:NAME or mace:PATH.model; `cfrl potentials list` "
+        "shows those that can be added"
+    )

@@ -2,7 +2,7 @@
 
 This file owns what all potentials share: batching by atoms, building graphs while the
 model works, halving batches when memory runs out, and confining a failure to the crystal that caused it.
-What a graph is and how a model reads it is left to the adapters (chgnet.py, mace.py).
+What a graph is and how a model reads it is left to the adapters (chgnet.py, mace.py, outside.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 import torch
 
+from cfrl.errors import UserError
 from cfrl.potentials.cells import SymmetricCell, UnusableCrystal
 from cfrl.potentials.scales import CORRECTED, RAW, mp2020_correction
 
@@ -243,6 +244,8 @@ class Potential(ABC, Generic[Graph]):
                 result.stress is not None,
                 result.features is not None,
             )
+        except UserError:  # the potential itself is of no use any more
+            raise
         except Exception as error:  # whatever a model raises belongs to one crystal, or to memory
             no_memory = _out_of_memory(error)
             if len(batch) == 1:

@@ -179,6 +179,32 @@ def neighbours(
     return center[order], neighbour[order], translation[order], distance[order]
 
 
+def primitive(cell: SymmetricCell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A smallest cell of the same crystal: without what its centring translations repeat.
+
+    Returns:
+        Its matrix (3, 3), angstrom, rows are lattice vectors; an atom (r,) for each of its atoms; which of these each
+        atom of the whole cell is (N,).
+    """
+    cell = cell.translations_only()
+    first, _, orbit = cell.orbits()
+    g = len(cell.rotations)
+    steps = np.rint((cell.frac[cell.image[:, 0]] + cell.shift[:, 0] - cell.frac[0]) * g) / g  # exact: g steps are whole
+    around = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), -1).reshape(-1, 1, 3)
+    vectors = (steps + around).reshape(-1, 3)
+    chosen = np.empty((0, 3))
+    for vector in vectors[np.argsort(np.linalg.norm(vectors @ cell.matrix, axis=1), kind="stable")]:
+        grown = np.vstack([chosen, vector])
+        if np.linalg.matrix_rank(grown, tol=1e-6) == len(grown):
+            chosen = grown
+        if len(chosen) == 3:
+            break
+    determinant = np.linalg.det(chosen)
+    if abs(abs(determinant) * g - 1) > 1e-6:  # a cell so skew that its shortest vectors are not among these
+        return cell.matrix, np.arange(len(cell)), np.arange(len(cell))
+    return np.sign(determinant) * chosen @ cell.matrix, first, orbit
+
+
 def _operations(
     matrix: np.ndarray, frac: np.ndarray, numbers: np.ndarray, symprec: float
 ) -> tuple[np.ndarray, np.ndarray] | None:

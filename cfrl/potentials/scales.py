@@ -2,8 +2,8 @@
 
 "mp2020" is what the Materials Project publishes: GGA and GGA+U, mixed and corrected (Wang et al., Sci. Rep. 11, 15496,
 2021). "mp-raw" is the same without corrections, as in MPtrj's total energies; what is trained on it gets pymatgen's
-`MaterialsProject2020Compatibility` added, and is then on "mp2020". Anything else is a scale of its own, named after the
-potential.
+`MaterialsProject2020Compatibility` added, and is then on "mp2020". Anything else is a scale of its own, named after its
+training data ("omat24", whose pseudopotentials are newer ones: MP2020's corrections do not fit it) or the potential.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 
 CORRECTED, RAW = "mp2020", "mp-raw"
+OMAT24 = "omat24"
 DECLARED = (CORRECTED, RAW)
 
 

@@ -14,6 +14,8 @@ from cfrl.crystals import display
 LABELS = {
     "ehull": "energy above hull (eV/atom)",
     "e_above_hull": "energy above hull (eV/atom)",
+    "judge_e_above_hull": "above hull, second judge (eV/atom)",
+    "judge_status": "second judge",
     "band_gap": "band gap (eV)",
     "gap": "band gap (eV)",
     "dielectric": "dielectric constant",

@@ -23,16 +23,10 @@ _SCREENED = (
     *("lowest_frequency", "lowest_stiffness", "bulk_modulus_vrh", "shear_modulus_vrh"),
     *("rmsd", "volume_change", "density", "energy_per_atom", "max_force"),
 )
-_FIRST = ("id", "formula", "space_group", "e_above_hull", "num_references", "flags")
+_FIRST = ("id", "formula", "space_group", "e_above_hull", "judge_e_above_hull", "num_references", "flags")
 _LAST = (
-    "dimensionality",
-    "oxidation_states",
-    "known_as",
-    "new_formula",
-    "parent",
-    "elastic_status",
-    "phonon_status",
-    "status",
+    *("dimensionality", "oxidation_states", "known_as", "new_formula", "parent"),
+    *("judge_status", "elastic_status", "phonon_status", "status"),
 )
 
 
@@ -60,10 +54,15 @@ def screen_page(run: RunFolder) -> Page:
     numbers = {name: np.array(column) for name, column in table.items() if column and isinstance(column[0], float)}
     known = {name: values for name, values in numbers.items() if np.isfinite(values).any()}
     predicted = [name.removesuffix("_std") for name in known if name.endswith("_std")]
-    quantities = [name for name in ("reward", "e_above_hull", *predicted, *_SCREENED) if name in known]
+    measured = ("reward", "e_above_hull", "judge_e_above_hull", *predicted, *_SCREENED)
+    quantities = [name for name in measured if name in known]
     terms = [name for name in known if name.startswith("reward/")]
     columns = [*_FIRST, *quantities, *terms, *(f"{name}_std" for name in predicted), *_LAST]
     columns = [name for name in dict.fromkeys(columns) if name in table and (name not in numbers or name in known)]
+
+    if opinion := summary.get("opinion"):
+        page.heading("Second opinion", opinion)
+        page.add_figures(_opinions(table, known))
 
     page.heading("Candidates", f"{candidate.sum():,}, in the order of the ranking.")
     row_of = {str(name): row for row, name in enumerate(table["id"])}
@@ -185,6 +184,21 @@ def _funnel(summary: Mapping[str, Any]) -> Figure:
     bars = Series(list(counts), list(counts.values()), "", "bars", BLUE)
     note = "Crystals that satisfy each condition and all before it."
     return Figure("funnel", "The funnel", "", "crystals", [bars], note=note)
+
+
+def _opinions(table: Mapping[str, Sequence[Any]], known: Mapping[str, np.ndarray]) -> Figure | None:
+    """Distances to the hull by both judges."""
+    if "judge_e_above_hull" not in known:
+        return None
+    first, second = known["e_above_hull"], known["judge_e_above_hull"]
+    rows = np.flatnonzero(np.isfinite(first) & np.isfinite(second))
+    ends = [min(first[rows].min(), second[rows].min()), max(first[rows].max(), second[rows].max())]
+    points = Series(first[rows], second[rows], "", "points", BLUE, text=[table["formula"][row] for row in rows])
+    equal = Series(ends, ends, "", "line", ORANGE, dash=True)
+    note = "Energy above hull of what the first judge finds metastable; on the line both say the same."
+    return Figure(
+        "second-opinion", "Both judges", label("e_above_hull"), label("judge_e_above_hull"), [points, equal], note=note
+    )
 
 
 def _failures(summary: Mapping[str, Any], most: int = 8) -> Figure | None:

@@ -45,6 +45,15 @@ class ScreeningOptions(Settings):
     metastable: Annotated[float, Range(0, 10)] = option(
         0.1, "eV/atom above the hull up to which a crystal is metastable, and a candidate."
     )
+    judge: str | None = option(
+        None,
+        "Another potential, which relaxes what is metastable a little and gives a second opinion on its energy, e.g. "
+        "`sevennet:7net-l3i5` (cfrl potentials add sevennet); empty: none.",
+        choices=POTENTIALS,
+        unset="",
+    )
+    judge_steps: CountOrZero = option(20, "Steps of the judge's own relaxation at most; 0: its energy as they stand.")
+    need_both: bool = option(True, "Candidates must be metastable by the judge too; else it only adds its columns.")
     chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 

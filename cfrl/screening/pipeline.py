@@ -7,9 +7,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import group_by
+from cfrl.errors import UserError
 from cfrl.potentials import full_name
 from cfrl.rewards.expression import Expression
 from cfrl.runs.devices import choose_device
@@ -17,7 +20,7 @@ from cfrl.runs.journal import Record, Work, digest
 from cfrl.screening import stages
 from cfrl.screening.inputs import KnownCrystal, known_by_formula
 from cfrl.screening.options import ScreeningOptions
-from cfrl.screening.table import Table
+from cfrl.screening.table import JUDGED, Table
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.scales import check_scale
 
@@ -33,6 +36,9 @@ _MATCH_CHUNK = 8  # formulas
 
 
 _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+
+
+_JUDGE_CHUNK = {"cpu": 4, "cuda": 256}  # the best potentials are slow
 
 
 def run_stages(
@@ -87,6 +93,39 @@ def relaxed_by(options: ScreeningOptions) -> dict[str, Any]:
         return {}
     how = stages.Relaxation(options.fmax, options.steps, not options.free)
     return {"potential": full_name(options.potential)} | asdict(how)
+
+
+def second_opinion(
+    work: Work | InProcess,
+    structures: Mapping[int, Structure],
+    table: Table,
+    options: ScreeningOptions,
+    hull: ReferenceHull,
+) -> None:
+    """What the second judge says of the metastable rows, from their final structures on: columns `JUDGED`.
+
+    Of those that it has not been asked about: there may be more rows than the last time.
+    """
+    table.need_both = options.need_both
+    unasked = (table["metastable"] == 1) & (table["judge_status"] == "") & np.isnan(table["judge_energy_per_atom"])
+    near = {row: structure for row, structure in table.going_on(structures).items() if unasked[row]}
+    settings = {"of": relaxed_by(options), "judge": full_name(options.judge)}
+    settings |= {"steps": options.judge_steps, "fmax": options.fmax}
+    how = stages.Relaxation(options.fmax, options.judge_steps, not options.free)
+    ask = partial(stages.judge, potential=options.judge, device=options.device, settings=how)
+    chunk = options.chunk or _JUDGE_CHUNK[choose_device(options.device).type]
+    table.note_second_opinion(hull, near, work.run("judge", ask, near, settings, chunk), options.metastable)
+
+
+def check_judge(options: ScreeningOptions, hull: ReferenceHull | None) -> None:
+    """Raises UserError where a second judge is asked for that cannot be asked, before any work is done."""
+    if not options.judge:
+        return
+    if hull is None:
+        raise UserError("--judge gives a second opinion on the distance to the hull: leave --stability on")
+    if full_name(options.judge) == full_name(options.potential):
+        raise UserError(f"--judge {options.judge} is the potential itself; name another")
+    check_scale(options.judge, hull)
 
 
 def match(
@@ -186,20 +225,24 @@ def screen(
     table = Table(ids, structures, [], {})
     table.add_columns(name for target in properties for name in (target, f"{target}_std"))
     table.add_columns(asked_columns(settings))
+    table.add_columns(JUDGED if settings.judge else ())
     held = None if known is None else known_by_formula(known, set(table["formula"]))
     hull = hull or (ReferenceHull.load() if settings.stability else None)
     if settings.stability:
         check_scale(settings.potential, hull)
+    check_judge(settings, hull)
     ends = run_stages(InProcess(), structures, table, settings, held, list(properties))
 
-    def judge() -> None:
+    def judge(work: Work | InProcess) -> None:
         if settings.stability:
             table.judge_stability(hull, ends, settings.metastable)
             table.note_new_formulas(held or {}, [hull])
+        if settings.judge:
+            second_opinion(work, ends, table, settings, hull)
         table.note_flags(())
 
     rank, condition = Expression("ehull" if settings.stability else "density"), Expression("1")
     Probes(InProcess(), table, ends, settings, held, list(properties), judge, rank, condition).run()
-    judge()
+    judge(InProcess())
     table.order(rank, condition)
     return pd.DataFrame(table.columns)

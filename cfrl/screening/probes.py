@@ -47,7 +47,7 @@ class Probes:
     """Fills the columns of `ELASTIC` and `PHONONS`; table and structures grow by the successors.
 
     work, table, structures, options, known, predictors: of the stages that are done.
-    judge: notes stability and flags in the table.
+    judge: notes stability, what a second judge says, and flags in the table.
     rank, condition: of candidates, as `Table.order` takes them. What names a column that is about to be filled waits
         for it, and candidates are chosen without it.
     elastic, phonons: row -> record of `stages.elastic`, of `stages.phonons`.
@@ -59,7 +59,7 @@ class Probes:
     options: ScreeningOptions
     known: dict[str, list[KnownCrystal]] | None
     predictors: list[str]
-    judge: Callable[[], None]
+    judge: Callable[[Work | InProcess], None]
     rank: Expression
     condition: Expression
     elastic: dict[int, Record] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Probes:
 
     def _candidates(self, unknown: tuple[str, ...], first: int = 0) -> list[int]:
         """Rows from `first` on, best first, chosen without the unknown columns."""
-        self.judge()
+        self.judge(self.work)
         rank, condition = self.rank, self.condition
         if any(term.name in unknown for term in rank.terms):
             rank = Expression("ehull" if self.table.stability else "density")

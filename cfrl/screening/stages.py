@@ -215,6 +215,14 @@ def embed(structures: list[Structure], potential: str, device: str) -> list[Reco
     ]
 
 
+def judge(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
+    """Records of `relax`, or of `energies` where no step is allowed, without the structure: only the energy counts."""
+    if not settings.steps:
+        return energies(structures, potential, device)
+    records = relax(structures, potential, device, settings)
+    return [{name: value for name, value in record.items() if name != "structure"} for record in records]
+
+
 def predict(structures: list[Structure], predictors: tuple[str, ...], device: str) -> list[Record]:
     """Records: for each predictor its target and `<target>_std`, one standard deviation."""
     from cfrl.rewards.predictors import load_predictor

@@ -34,7 +34,7 @@ PHONONS = ("lowest_frequency", "dynamically_stable", "phonon_status")
 PARENT = "parent"  # id of the crystal whose imaginary mode led to this one
 
 TEXT = (
-    *("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "flags", "status"),
+    *("id", "formula", "fingerprint", "duplicate_of", "known_as", "hull_status", "judge_status", "flags", "status"),
     *("oxidation_states", "elastic_status", "phonon_status", PARENT),
 )
 WHOLE = (
@@ -43,6 +43,7 @@ WHOLE = (
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flagged", "held_back", "candidate"),
     *(f"lemat_{name}" for name in ("charge", "distances", "plausible", "valid", "unique", "novel", "sun", "msun")),
     *("dimensionality", "mechanically_stable", "dynamically_stable"),
+    *("judge_stable", "judge_metastable"),
 )
 # What a stage may fill, in the order of the columns. Yes and no are 1 and 0; NaN is unknown.
 COLUMNS = (
@@ -54,17 +55,20 @@ COLUMNS = (
     *("energy_per_atom", "max_force", "e_above_hull", "num_references", "hull_status"),
     *("stable", "metastable", "sun", "meta_sun", *FLAGS, "flags", "flagged", "held_back", "candidate", "status"),
 )
+# What a second judge adds: its energy (eV/atom), its distance to the hull, and why it could say nothing.
+JUDGED = ("judge_energy_per_atom", "judge_e_above_hull", "judge_stable", "judge_metastable", "judge_status")
 
 
 class Table:
     """Columns of n rows: float64 with NaN for unknown, or strings (`TEXT`).
 
     `status` is "" as long as a crystal goes on, else the reason why it does not. `energy_scale` is the potential
-    that the energies come from, `stability` whether it was judged.
+    that the energies come from, `stability` whether it was judged, `need_both` whether by two who must agree.
     """
 
     energy_scale = ""
     stability = False
+    need_both = False
 
     def __init__(
         self,
@@ -180,8 +184,7 @@ class Table:
         self["e_above_hull"][rows] = found.e_above_hull
         self["num_references"][rows] = found.num_references
         self["hull_status"][rows] = found.status
-        place = {name: row for row, name in enumerate(self["id"])}
-        own = np.array([place.get(name, row) for row, name in enumerate(self["duplicate_of"])], dtype=np.int64)
+        own = self._originals()
         for name in hull_flags(np.empty(0), np.empty(0)):
             self[name][:] = self[name][own]
         distance = self["e_above_hull"][own]
@@ -192,6 +195,33 @@ class Table:
         if np.isfinite(self["novel"]).any():
             self["sun"][:] = new & (distance <= 0)
             self["meta_sun"][:] = new & (distance <= threshold)
+
+    def _originals(self) -> np.ndarray:
+        """(n,) the row that each is a duplicate of; its own where it is none."""
+        place = {name: row for row, name in enumerate(self["id"])}
+        return np.array([place.get(name, row) for row, name in enumerate(self["duplicate_of"])], dtype=np.int64)
+
+    def note_second_opinion(
+        self, hull: ReferenceHull, structures: Mapping[int, Structure], records: Mapping[int, Record], threshold: float
+    ) -> None:
+        """What another potential says of some rows: the columns `JUDGED`. A duplicate is as stable as its original.
+
+        Args:
+            records: its energies and statuses, by row.
+            threshold: eV/atom above the hull, as in `judge_stability`.
+        """
+        rows = list(records)
+        energy = np.array([records[row].get("energy_per_atom", np.nan) for row in rows], dtype=np.float64)
+        found = hull.e_above_hull([structures[row].composition for row in rows], energy).credible()
+        self["judge_energy_per_atom"][rows] = energy
+        self["judge_e_above_hull"][rows] = found.e_above_hull
+        self["judge_status"][rows] = [
+            records[row]["status"] or reason for row, reason in zip(rows, found.status, strict=True)
+        ]
+        distance = self["judge_e_above_hull"][self._originals()]
+        known = np.isfinite(distance)
+        self["judge_stable"][known] = distance[known] <= 0
+        self["judge_metastable"][known] = distance[known] <= threshold
 
     def note_flags(self, allowed: Iterable[str]) -> None:
         """What is suspect of each crystal (flags.py); `allowed` flags keep their columns but hold nothing back."""
@@ -224,14 +254,16 @@ class Table:
     def order(self, rank: Expression, condition: Expression) -> np.ndarray:
         """Rows, best first, (n,): candidates, then the others, flagged ones last. Unknown values come last.
 
-        A candidate got through all stages, is not known, metastable, mechanically and dynamically stable (each where it
-        was looked at), satisfies the condition and has no flag. What only its flags keep from being one is held back,
-        also what lies so far below the hull that no distance is given.
+        A candidate got through all stages, is not known, metastable (by both judges if they must agree), mechanically
+        and dynamically stable (each where it was looked at), satisfies the condition and has no flag. What only its flags
+        keep from being one is held back, also what lies so far below the hull that no distance is given.
         """
         sound = self["status"] == ""
         fits = sound & (self["novel"] != 0) & (self.values(condition) == 1)
         fits &= (self.column("mechanically_stable") != 0) & (self.column("dynamically_stable") != 0)
         near = self["metastable"] == 1 if self.stability else sound
+        if self.need_both:
+            near &= self["judge_metastable"] == 1
         flagged = self["flagged"] == 1
         self["candidate"][:] = fits & near & ~flagged
         self["held_back"][:] = fits & (near | (self["far_below_hull"] == 1)) & flagged

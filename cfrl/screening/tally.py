@@ -49,6 +49,7 @@ class Judgement:
 
     reference: the hull, "" if none. judge: the potential, and on which geometry. threshold: eV/atom, of metastable.
     known: the sets of known crystals. formulas: where known formulas were looked up. Both "" if none.
+    second: another potential with an opinion, "" if none; need_both: whether candidates need that too.
     """
 
     reference: str
@@ -56,6 +57,8 @@ class Judgement:
     threshold: float
     known: str
     formulas: str
+    second: str = ""
+    need_both: bool = True
 
     def __str__(self) -> str:
         sentences = []
@@ -64,6 +67,9 @@ class Judgement:
                 f"Stable: on or below the hull of {self.reference} by {self.judge}; metastable: at most "
                 f"{self.threshold:g} eV/atom above it; no DFT was run."
             )
+        if self.second:
+            needed = "candidates need both" if self.need_both else "candidates do not need it"
+            sentences.append(f"Second judge of what is metastable: {self.second}; {needed}.")
         if self.known:
             sentences.append(f"Novel: no equal in {self.known}.")
         if self.formulas:
@@ -96,7 +102,7 @@ class Judgement:
             f"stiffness matrix are positive, by {self.judge}",
             "dynamically stable": "of the candidates whose phonons were computed: no frequency imaginary by more than "
             f"--phonon-tolerance, by {self.judge}",
-        }
+        } | {f"{name}, by both": f"{name}, and {name.split(',')[0]} by {self.second} too" for name in _BY_BOTH}
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Summary:
     followed: of successors along imaginary modes, which no other count has: how many there are, and how many are what
     failures: statuses of crystals that did not reach the end, or have no distance to the hull -> how many
     protocol: figures by a protocol of the field (`protocol.Figures`), if they were asked for
+    agreement: of the second judge with the first, see `_agreement`, and opinion the same in words; empty if none was
+        asked
     """
 
     crystals: int
@@ -123,12 +131,24 @@ class Summary:
     averages: list[Average]
     failures: dict[str, int]
     warning: str
+    agreement: dict[str, float]
+    opinion: str
     followed: dict[str, int] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+
+# Rates that a second judge is asked about, and the column of its that decides.
+_BY_BOTH = {
+    "stable": "judge_stable",
+    "metastable": "judge_metastable",
+    "S.U.N.": "judge_stable",
+    "S.U.N., unflagged": "judge_stable",
+    "meta-S.U.N.": "judge_metastable",
+    "meta-S.U.N., unflagged": "judge_metastable",
+}
 
 # A rate is given where this column was filled; the others always are.
 _COLUMN_OF = {
@@ -144,6 +164,7 @@ _COLUMN_OF = {
 }
 # A rate of those of which it was asked.
 _ASKED = {"mechanically stable": "mechanically_stable", "dynamically stable": "dynamically_stable"}
+_COLUMN_OF |= {f"{name}, by both": _COLUMN_OF[name] for name in _BY_BOTH}
 
 
 def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) -> Summary:
@@ -164,6 +185,7 @@ def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) ->
         for name, mask in chosen.items()
         if totals[name] and table.has(_COLUMN_OF.get(name, "id"))
     ]
+    agreement = _agreement(table, judgement.threshold) if judgement.second else {}
     columns = [("e_above_hull", "eV/atom"), ("rmsd", "angstrom"), ("volume_change", "of the volume")]
     reasons = Counter(_kind(a or b) for a, b in zip(table["status"], table["hull_status"], strict=True) if a or b)
     return Summary(
@@ -177,6 +199,8 @@ def summarise(table: Table, hull: ReferenceHull | None, judgement: Judgement) ->
         averages=[_average(name, unit, table[name]) for name, unit in columns if table.has(name)],
         failures=dict(reasons.most_common(20)),
         warning=hull.mismatch(table.energy_scale) if hull and table.energy_scale else "",
+        agreement=agreement,
+        opinion=_opinion(agreement) if agreement else "",
         followed=_followed(successors) if len(successors) else {},
     )
 
@@ -185,7 +209,7 @@ def _conditions(table: Table) -> dict[str, np.ndarray]:
     """Name of a rate -> which crystals count, (n,) bool."""
     valid, unflagged = table["valid"] == 1, table["flagged"] == 0
     sun, meta_sun = table["sun"] == 1, table["meta_sun"] == 1
-    return {
+    found = {
         "valid": valid,
         "valid, no overlap": valid & (table["no_overlap"] == 1),
         "valid, charge neutral": valid & (table["charge_neutral"] == 1),
@@ -203,6 +227,9 @@ def _conditions(table: Table) -> dict[str, np.ndarray]:
         "meta-S.U.N., unflagged": meta_sun & unflagged,
         **{name: table.column(column) == 1 for name, column in _ASKED.items()},
     }
+    if "judge_status" in table.columns:
+        found |= {f"{name}, by both": found[name] & (table[column] == 1) for name, column in _BY_BOTH.items()}
+    return found
 
 
 def _followed(successors: Table) -> dict[str, int]:
@@ -213,6 +240,42 @@ def _followed(successors: Table) -> dict[str, int]:
     }
 
 
+def _agreement(table: Table, threshold: float) -> dict[str, float]:
+    """What a second judge says of the crystals that the first finds metastable.
+
+    asked, judged: how many. metastable: by both. stable, stable_both: by the first, by both, of the judged. difference,
+    deviation: eV/atom, median of second less first, and of its absolute value; missing if none was judged.
+    """
+    asked = (table["metastable"] == 1) & (table["status"] == "")
+    first, second = table["e_above_hull"], table["judge_e_above_hull"]
+    judged = asked & np.isfinite(second)
+    difference = (second - first)[judged]
+    return {
+        "threshold": threshold,
+        "asked": int(asked.sum()),
+        "judged": int(judged.sum()),
+        "metastable": int((judged & (second <= threshold)).sum()),
+        "stable": int((judged & (first <= 0)).sum()),
+        "stable_both": int((judged & (first <= 0) & (second <= 0)).sum()),
+        **({"difference": float(np.median(difference))} if len(difference) else {}),
+        **({"deviation": float(np.median(np.abs(difference)))} if len(difference) else {}),
+    }
+
+
+def _opinion(found: Mapping[str, float]) -> str:
+    """`_agreement` as a sentence."""
+    asked, judged = found["asked"], found["judged"]
+    if not judged:
+        return f"The second judge could judge none of {asked} crystals."
+    unjudged = f" {asked - judged} could not be judged." if asked > judged else ""
+    return (
+        f"The second judge agrees that {found['metastable']} of {judged} crystals ({found['metastable'] / judged:.0%}) "
+        f"are within {found['threshold']:g} eV/atom, and {found['stable_both']} of {found['stable']} on the hull; its "
+        f"distances differ by {1000 * found['difference']:+.0f} meV/atom in the median, "
+        f"{1000 * found['deviation']:.0f} without the sign.{unjudged}"
+    )
+
+
 def _funnel(table: Table, threshold: float) -> dict[str, int]:
     """How many crystals are left after each condition that was looked at."""
     conditions = {
@@ -221,6 +284,7 @@ def _funnel(table: Table, threshold: float) -> dict[str, int]:
         "unique": table["unique"] == 1,
         "novel": table["novel"] != 0,
         f"within {threshold:g} eV/atom": table["metastable"] == 1,
+        **({"by both judges": table["judge_metastable"] == 1} if table.need_both else {}),
         "unflagged": table["flagged"] == 0,
         "not mechanically unstable": table.column("mechanically_stable") != 0,
         "not dynamically unstable": table.column("dynamically_stable") != 0,
@@ -260,7 +324,7 @@ def _by_group(
     table: Table, conditions: Mapping[str, np.ndarray], groups: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, int]]:
     """What the rates of stability are made of: for each group (n,) bool how many crystals are what."""
-    shown = [name for name, column in _COLUMN_OF.items() if name != "unique" and table.has(column)]
+    shown = [n for n, column in _COLUMN_OF.items() if n != "unique" and n in conditions and table.has(column)]
     return {
         label: {"crystals": int(rows.sum())} | {name: int((conditions[name] & rows).sum()) for name in shown}
         for label, rows in groups.items()

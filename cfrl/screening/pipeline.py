@@ -30,14 +30,8 @@ if TYPE_CHECKING:
 
 
 _CHECK_CHUNK = 64  # crystals that a worker gets at once
-
-
 _MATCH_CHUNK = 8  # formulas
-
-
 _RELAX_CHUNK = {"cpu": 16, "cuda": 512}
-
-
 _JUDGE_CHUNK = {"cpu": 4, "cuda": 256}  # the best potentials are slow
 
 

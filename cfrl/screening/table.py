@@ -255,8 +255,8 @@ class Table:
         """Rows, best first, (n,): candidates, then the others, flagged ones last. Unknown values come last.
 
         A candidate got through all stages, is not known, metastable (by both judges if they must agree), mechanically
-        and dynamically stable (each where it was looked at), satisfies the condition and has no flag. What only its flags
-        keep from being one is held back, also what lies so far below the hull that no distance is given.
+        and dynamically stable (each where it was looked at), satisfies the condition and has no flag. What only its
+        flags keep from being one is held back, also what lies so far below the hull that no distance is given.
         """
         sound = self["status"] == ""
         fits = sound & (self["novel"] != 0) & (self.values(condition) == 1)

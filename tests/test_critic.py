@@ -127,8 +127,8 @@ def test_it_learns_what_a_crystal_is_worth_beside_what_it_earns():
         critic.learn(many()[rows], earned[rows], rng)
     earns, is_worth = critic(many()[1000:]), critic.worth(many()[1000:])
     assert float(torch.corrcoef(torch.stack([is_worth, worth[1000:]]))[0, 1]) > 0.8
-    assert float(earns.mean()) == pytest.approx(float(worth.mean()) / 2, abs=0.05)
-    assert float(is_worth.mean()) == pytest.approx(float(worth.mean()), abs=0.05)
+    assert float(is_worth.mean()) == pytest.approx(float(worth.mean()), rel=0.15)
+    assert 0.35 < float(earns.mean() / is_worth.mean()) < 0.65
 
 
 def test_a_model_file_keeps_it_and_a_damaged_one_says_so(tmp_path):

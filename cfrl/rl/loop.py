@@ -34,7 +34,7 @@ from cfrl.rl.tuning import CRYSTAL, SPACE_GROUP, Tuning, settled
 UNSCORED_SEED = 1  # of the crystals of the starting model that are not scored, the same for all runs
 MANY = 256  # crystals whose log-probabilities are computed at once
 PASSES, FIRST_PASSES = 8, 16  # of the critic, over as many crystals as a step scores, and over all before the first
-OWN = 0.5  # weight of a crystal's own score, beside the critic's word of it
+OWN = 0.75  # weight of a crystal's own score, beside the critic's word of it
 WATCHED = ("loss", "ratio", "clip_fraction", "step_kl")  # of an update
 ROUNDING = 1e-6  # scores that differ by less, in units of the largest, are equal
 

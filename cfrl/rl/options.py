@@ -103,7 +103,9 @@ class TuningOptions(Wishes):
         "diversity_window crystals earns less; 0: never.",
         unset=0,
     )
-    diversity_window: Count = option(8192, "Among how many of the last crystals fingerprints are counted.")
+    diversity_window: Count | None = option(
+        None, "Among how many of the last crystals fingerprints are counted; 0: those of 64 steps.", unset=0
+    )
     factors: str = option(
         "wyckoff,species",
         "What the reward moves: some of wyckoff, species, coords, lattice; the others stay where the model has them.",
@@ -168,6 +170,11 @@ class TuningOptions(Wishes):
     def repeats(self) -> int:
         """How many crystals are drawn for each space group that is drawn."""
         return self.group_size or (8 if self.algorithm in ("grpo", "dpo", "rebel") else 1)
+
+    @property
+    def window(self) -> int:
+        """Among how many of the last crystals fingerprints are counted: not among all, lest what is best be left."""
+        return self.diversity_window or 64 * self.per_step
 
     @property
     def kl_weight(self) -> float:

@@ -135,7 +135,7 @@ class Tuning:
         best = options.algorithm != "vargrad"
         self.critic = Critic(options.seed) if options.criticised and not offline else None
         kept, balanced = options.replayed[1], self.critic is not None
-        self.memory = Memory(options.penalty, diversity, options.diversity_window, kept, best, balanced)
+        self.memory = Memory(options.penalty, diversity, options.window, kept, best, balanced)
         moved = (*parse_factors(options.factors), "space_group")
         self.learned = torch.tensor([name in moved for name in (*FACTORS, "space_group")], device=device)  # (5,)
         self.beta, self.step, self.seconds = options.kl_weight, 0, 0.0

@@ -170,6 +170,9 @@ def main() -> None:
             f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
+        for place, crystals in zip(known, places, strict=True):
+            told = ", ".join(f"{arm} {bench.error(predictor[arm], crystals):.3f}" for arm in errors)
+            print(f"  those where tuning by {place} led: {told}", flush=True)
         if round < size.rounds:
             new = {"loop": bench.draw(tuned["loop"], size.each, seed + 50, known["loop"].formulas())}
             new["random"] = bench.draw(bench.model, size.each, seed + 51, known["random"].formulas())

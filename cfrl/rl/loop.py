@@ -92,10 +92,8 @@ def step(tuning: Tuning, source: Source) -> tuple[CrystalBatch, list[str], dict[
         own, word = tuning.memory.with_penalty(reward), tuning.scale * tuning.critic(crystals)
         explained = _explained(own[:n], word[:n])
         # Of what the policy drew the score counts too: where a critic errs is where a policy that believes it goes.
-        # What has none, above all what falls apart, earns nothing, whatever the critic hoped.
         drawn = torch.cat([torch.ones(n, dtype=torch.bool), replayed.asked & ~replayed.first])
-        both = torch.where(torch.isnan(reward), own, OWN * own + (1 - OWN) * word)
-        reward = torch.where(drawn, both, word)
+        reward = torch.where(drawn, OWN * own + (1 - OWN) * word, word)
     earned = tuning.memory.earned(reward, alike + replayed.keys)
     learned = torch.cat([~rollout.abstained, replayed.asked | told])
     batch = _prepare(tuning, crystals, earned.to(old.device), old, base, nuclei, replayed, learned, generator)

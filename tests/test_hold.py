@@ -100,7 +100,7 @@ def test_a_kind_that_is_easy_to_score_is_not_drawn_more_often(model, algorithm, 
         return SimpleNamespace(total=values, terms={}, status=[""] * len(values))
 
     settings = dict(algorithm=algorithm, critic=critic, steps=30, n=96, batch_size=48, lr=2e-3, beta=0.1,
-                    diversity=0, seed=1, scale_crystals=400, epochs=1, max_step_kl=None, **WHERE)  # fmt: skip
+                    diversity=None, seed=1, scale_crystals=400, epochs=1, max_step_kl=None, **WHERE)  # fmt: skip
     before = share_of_oxides(cfrl.sample(model, n=800, elements=WHERE["elements"].split(","), max_atoms=16, seed=5,
                                          min_distance=0.0))  # fmt: skip
     drawn = {}
@@ -137,7 +137,7 @@ def test_factors_that_the_reward_does_not_move_stay_where_they_are(model):
         values = -crystals.lattice[:, 0].double().numpy()
         return SimpleNamespace(total=values, terms={}, status=[""] * len(values))
 
-    settings = dict(algorithm="vargrad", steps=25, n=96, batch_size=96, lr=2e-3, beta=0.2, hold=None, diversity=0,
+    settings = dict(algorithm="vargrad", steps=25, n=96, batch_size=96, lr=2e-3, beta=0.2, hold=None, diversity=None,
                     scale_crystals=200, max_step_kl=None, **WHERE)  # fmt: skip
     free, held = (
         finetune(model, short, factors=factors, **settings).metrics

@@ -97,11 +97,11 @@ class TuningOptions(Wishes):
     entropy_coords: SignedWeight = option(0.0, "Bonus for the entropy of coordinates, in units of the reward per nat.")
     entropy_lattice: SignedWeight = option(0.0, "Bonus for the entropy of the lattice, in units of the reward per nat.")
     penalty: str = option("5%", "Reward of a crystal that cannot be scored: a number or a percentile of recent scores.")
-    diversity: CountOrZero | None = option(
-        None,
+    diversity: Count | None = option(
+        1,
         "A fingerprint (formula, space group, Wyckoff letters) that came more often than this among the last "
-        "diversity_window crystals earns less; 0: never; negative: 2 where a critic takes part, else 1.",
-        unset=-1,
+        "diversity_window crystals earns less; 0: never.",
+        unset=0,
     )
     diversity_window: Count | None = option(
         None, "Among how many of the last crystals fingerprints are counted; 0: those of 64 steps.", unset=0
@@ -170,11 +170,6 @@ class TuningOptions(Wishes):
     def repeats(self) -> int:
         """How many crystals are drawn for each space group that is drawn."""
         return self.group_size or (8 if self.algorithm in ("grpo", "dpo", "rebel") else 1)
-
-    @property
-    def comings(self) -> int:
-        """How often a fingerprint may come before it earns less; 0: as often as it likes."""
-        return self.diversity if self.diversity is not None else 2 if self.critic == "on" else 1
 
     @property
     def window(self) -> int:

@@ -131,7 +131,7 @@ class Tuning:
             rate = options.space_group_lr
             groups.append({"params": [self.prior.logits], "lr": rate, "peak": rate})
         self.optimiser = torch.optim.Adam(groups)
-        diversity = 0 if offline else options.comings
+        diversity = None if offline else options.diversity
         best = options.algorithm != "vargrad"
         self.critic = Critic(options.seed) if options.criticised and not offline else None
         kept, balanced = options.replayed[1], self.critic is not None

@@ -380,10 +380,10 @@ def test_screening_a_model(
     tmp_path: Path,
 ) -> None:
     """Its draws are those of `cfrl sample`; its reward, here the density, is a column, and ranks."""
-    config = replace(QUICK, model=str(tuned), n=8, seed=3, unique=False, allow=",".join(FLAGS))
+    config = replace(QUICK, model=str(tuned), n=16, seed=3, unique=False, allow=",".join(FLAGS))
     run = screen(None, config)
     drawn = read_crystals(run / "crystals.h5")
-    run_sample(SampleConfig(n=8, model=str(tuned), seed=3, device="cpu"), str(tmp_path / "sample.h5"))
+    run_sample(SampleConfig(n=16, model=str(tuned), seed=3, device="cpu"), str(tmp_path / "sample.h5"))
     assert drawn.formulas() == read_crystals(tmp_path / "sample.h5").formulas()
     rows = list(read_table(run).values())
     scores = [float(row["reward"]) for row in rows if row["candidate"] == "1"]
@@ -403,7 +403,7 @@ def test_screening_a_model(
     assert again == sorted(again)
     with pytest.raises(UserError, match="Leave one of them out"):
         screen("crystals.csv", config)
-    with pytest.raises(UserError, match=r"2,500 crystals, and --model .* has 8"):  # before any is drawn
+    with pytest.raises(UserError, match=r"2,500 crystals, and --model .* has 16"):  # before any is drawn
         screen(None, replace(config, protocol="lemat", submission="mine"))
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cfrl.commands.finetune import configured_reward
+from cfrl.commands.finetune import configured_reward, settings_beside
 from cfrl.commands.sample import draw, refusal_of
-from cfrl.config import FinetuneConfig, SampleConfig, ScreenConfig, read_run_config
+from cfrl.config import FinetuneConfig, SampleConfig, ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import write_crystals
 from cfrl.model.files import DEFAULT, EMBEDDED, load_extras, load_model, model_path
@@ -85,9 +85,8 @@ def tuned_reward(config: ScreenConfig, trust: bool) -> Reward | None:
     if path == EMBEDDED[DEFAULT]:
         return None
     settings = path.parent / "config.toml"
-    if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
-        tuning = read_run_config(FinetuneConfig, settings)
-    else:
+    tuning = settings_beside(path)
+    if tuning is None:
         known = config.known[0] if config.known else None
         tuning = FinetuneConfig(
             reward=load_extras(config.model).header.get("reward", ""),

@@ -174,6 +174,14 @@ def start(config: FinetuneConfig, ranks: Ranks | None = None) -> Tuning:
     return Tuning(model, config, offline=config.rollouts is not None, settings=config.plain(), ranks=ranks)
 
 
+def settings_beside(model: Path) -> FinetuneConfig | None:
+    """Those of the fine-tuning run whose folder holds a model's file; None where it lies elsewhere."""
+    settings = model.parent / "config.toml"
+    if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
+        return read_run_config(FinetuneConfig, settings)
+    return None
+
+
 def configured_reward(config: FinetuneConfig, device: str | torch.device, ranks: Ranks = ALONE) -> Reward:
     """The reward of the settings, with all that it works with; no model is loaded yet."""
     context = RewardContext(

@@ -13,8 +13,8 @@ import h5py
 import numpy as np
 from rich.console import Console
 
-from cfrl.commands.finetune import configured_reward
-from cfrl.config import FinetuneConfig, RetrieveConfig, read_run_config
+from cfrl.commands.finetune import configured_reward, settings_beside
+from cfrl.config import FinetuneConfig, RetrieveConfig
 from cfrl.crystals.compositions import fractions
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError, nearest
@@ -163,10 +163,8 @@ def _complete(
 
 def _tuning_settings(model: Path, header: Mapping[str, str]) -> FinetuneConfig:
     """Those of the run folder that a tuned model lies in; of a model alone, what its header says of the sampler."""
-    settings = model.parent / "config.toml"
-    if settings.is_file() and "[finetune]" in settings.read_text(encoding="utf-8"):
-        return read_run_config(FinetuneConfig, settings)
-    return FinetuneConfig(reward="", **{name: header.get(name, "") for name in ("space_group", "elements")})
+    named = {name: header.get(name, "") for name in ("space_group", "elements")}
+    return settings_beside(model) or FinetuneConfig(reward="", **named)
 
 
 def _space_groups(tuning: FinetuneConfig) -> tuple[str, str]:

@@ -100,14 +100,19 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Arrays of a pickled dictionary, by name. Raises UserError: unreadable, or holding anything but arrays."""
+def _content(path: str | Path, refused: str) -> object:
+    """What is pickled in a file. Raises UserError with these words where it is damaged or hostile."""
     try:
-        content = _load(read_bytes(path))
+        return _load(read_bytes(path))
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise UserError(f"{path}: refused: {error}") from error
+        raise UserError(f"{path}: {refused}: {error}") from error
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays of a pickled dictionary, by name. Raises UserError: unreadable, or holding anything but arrays."""
+    content = _content(path, "refused")
     if not isinstance(content, Mapping) or not all(isinstance(array, _Array) for array in content.values()):
         raise UserError(f"{path}: is no dictionary of arrays")
     return {str(name): array.values for name, array in content.items()}
@@ -119,12 +124,7 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: unreadable, or holding anything but arrays.
     """
-    try:
-        content = _load(read_bytes(path))
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise UserError(f"{path}: refused as a checkpoint: {error}") from error
+    content = _content(path, "refused as a checkpoint")
     parameters = content.get("params") if isinstance(content, Mapping) else None
     if not isinstance(parameters, Mapping) or not all(isinstance(m, Mapping) for m in parameters.values()):
         raise UserError(f"{path}: no 'params' of modules in it; is it a CrystalFormer checkpoint (epoch_*.pkl)?")

@@ -58,10 +58,10 @@ class Ranks:
         """
         if self.size == 1:
             return [work(slice(0, n))]
-        part, error, mine = None, None, self.share(n)
-        if mine.stop > mine.start or not (n or self.rank):
+        part, error = None, None
+        if self._has(n, self.rank):
             try:
-                part = work(mine)
+                part = work(self.share(n))
             except UserError as raised:
                 error = raised
             except Exception as raised:  # whatever it is, the others wait for this one's answer

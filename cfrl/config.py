@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
-from cfrl.model.options import TrainingOptions, Wishes
+from cfrl.model.options import CellWishes, TrainingOptions, Wishes
 from cfrl.rl.options import SteeringOptions, TuningOptions
 from cfrl.screening.options import GrowthOptions, ProtocolOptions, ScreeningOptions
 from cfrl.settings import (
@@ -128,10 +128,9 @@ class ScoringInputs(Settings):
 
 
 @dataclass(frozen=True)
-class SampleInputs(Settings):
-    """How many crystals, and of which model."""
+class ModelInput(Settings):
+    """Which model draws."""
 
-    n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
     model: str | None = option(
         None,
         "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, or `stable` (tuned by "
@@ -139,6 +138,13 @@ class SampleInputs(Settings):
         choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
+
+
+@dataclass(frozen=True)
+class SampleInputs(ModelInput):
+    """How many crystals, and of which model."""
+
+    n: CountOrZero = option(100, "Number of crystals.", flags=("-n",))
 
 
 @dataclass(frozen=True)
@@ -412,25 +418,10 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
 
 
 @dataclass(frozen=True)
-class PredictConfig(Settings):
+class PredictConfig(CellWishes, ModelInput):
     """Predict the structure of a formula."""
 
     n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
-    model: str | None = option(
-        None,
-        "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, or `stable` (tuned by "
-        "`sun`: most of its crystals are new and near the hull); empty: default.",
-        choices=(*EMBEDDED, "last", RUNS),
-        unset="",
-    )
-    space_group: str | None = option(None, "Only these, e.g. `221,225`; empty: all that can hold it.", unset="")
-    z: str | None = option(
-        None, "Formula units in the conventional cell, e.g. `4` or `1-8`; empty: any number.", unset=""
-    )
-    num_atoms: str | None = option(
-        None, "Atoms in the conventional cell, e.g. `8` or `4-20`; empty: any number.", unset=""
-    )
-    num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
     known: list[str] = option(
         [], "Known crystals, to say which of the candidates are known; may be given several times.", choices=DATASETS
     )

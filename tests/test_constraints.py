@@ -1,9 +1,11 @@
 """What is asked for is drawn, all of it and nothing else; what is open is what can still be met, by brute force."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from math import gcd
 
+import numpy as np
 import pytest
 import torch
 from pymatgen.core import Structure
@@ -14,13 +16,14 @@ from cfrl.commands.predict import predict
 from cfrl.config import FinetuneConfig, PredictConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, SYMBOLS
+from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.wyckoff import arrays
 from cfrl.errors import UserError
 from cfrl.model.constraints import MOST_ATOMS, Composition, Demand, Template
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
-from cfrl.model.prediction import _first
-from cfrl.model.sampler import draw, evidence, space_group_shares
+from cfrl.model.prediction import likely_crystals, shared_out
+from cfrl.model.sampler import draw, evidence, space_group_prior, space_group_shares
 from cfrl.model.wishes import parse_formula, sampler_options
 from cfrl.tables import read_csv
 from tests.test_model import tiny_model
@@ -176,7 +179,7 @@ def test_evidence_is_the_share_of_free_draws_that_meet_the_demand():
     asked = Wishes(require=SYMBOLS[common], num_sites="1-3", space_group="221")
     options = sampler_options(asked, model.config.max_sites - 1)
     met = ((free.species == common).any(1) & (free.num_sites <= 3)).double()
-    told = evidence(model, group.expand(200), options).double().exp()
+    told = evidence(model, group.expand(200), torch.arange(200) % 4 + 1, options).double().exp()
     error = (met.var() / n + told.var() / 200).sqrt()
     assert 0.01 < met.mean() < 0.99
     assert abs(met.mean() - told.mean()) < 4 * error
@@ -396,13 +399,49 @@ def test_the_settings_of_a_run_hold_what_was_asked_for(tmp_path):
 # ---- structure prediction ------------------------------------------------------------------------------------------
 
 
-def test_likely_crystals_are_picked_as_often_as_they_are_likely():
-    """Of crystals that are all of a formula, picked one at a time: as often as by the exact probabilities."""
-    weights = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
-    first = Counter(int(_first(weights, 1, seed)[0]) for seed in range(4000))
-    for row, weight in enumerate(weights.exp().tolist()):
-        assert abs(first[row] / 4000 - weight) < 4 * (weight * (1 - weight) / 4000) ** 0.5
-    assert sorted(_first(weights, 4, 0).tolist()) == [0, 1, 2, 3]
+@pytest.mark.parametrize("seed", range(20))
+def test_candidates_are_shared_out_as_well_as_can_be(seed):
+    """Against all ways to share them out."""
+    random = np.random.default_rng(seed)
+    prototypes, n = int(random.integers(1, 4)), int(random.integers(1, 6))
+    mass, chance = random.random(prototypes), random.choice([0.95, 0.6], prototypes)
+    at_most = random.integers(0, 4, prototypes)
+    counts = shared_out(mass.tolist(), chance.tolist(), n, at_most.tolist())
+    assert sum(counts) == min(n, at_most.sum())
+    worth = {
+        way: (mass * (1 - (1 - chance) ** np.array(way))).sum()
+        for way in itertools.product(*(range(limit + 1) for limit in at_most))
+        if sum(way) <= n
+    }
+    assert worth[tuple(counts)] == pytest.approx(max(worth.values()))
+
+
+def test_candidates_are_of_the_likely_prototypes():
+    """The mass of a prototype is what the model gives its letters and elements, however it came to be drawn."""
+    model = tiny_model()
+    asked = Wishes(formula="NaCl", num_sites="2", space_group="221,225")
+    crystals = likely_crystals(model, 100, asked)
+    names, mass = fingerprints(crystals), crystals.properties["log_weight"]
+    assert len(crystals) <= 100
+    assert crystals.valid().all()
+    assert {name.split("|")[0] for name in names} == {"NaCl"}
+    assert (mass.diff() <= 1e-6).all()
+    prior = space_group_prior(model, asked.space_group)
+    # In both, sodium on a and chlorine on b or the other way round are all that there is to add up.
+    told = {name: float(weight) for name, weight in zip(names, mass, strict=True)}
+    exact = {}
+    for group in (221, 225):
+        ways = CrystalBatch(
+            torch.full((2,), group),
+            torch.tensor([[1, 2], [1, 2]]),
+            torch.tensor([[11, 17], [17, 11]]),
+            torch.tensor([[[0.0] * 3, [0.5] * 3]] * 2),
+            torch.tensor([[5.0, 5, 5, 90, 90, 90]] * 2),
+        )
+        with torch.no_grad():
+            scores = model.log_prob(ways, SamplerOptions())
+        exact[group] = float((scores["wyckoff"] + scores["species"]).double().logsumexp(0) + prior[group])
+    assert told["NaCl|225|Na:a Cl:b"] - told["NaCl|221|Na:a Cl:b"] == pytest.approx(exact[225] - exact[221], abs=1e-4)
 
 
 def test_rock_salt_is_predicted(tmp_path, monkeypatch, rock_salt):

@@ -35,7 +35,7 @@ from cfrl.reports.report import newest_reportable, write_report
 from cfrl.reports.scene import cif_links, scene
 from cfrl.rewards import RewardContext, build_reward
 from cfrl.runs.folder import RunFolder
-from cfrl.screening.judge import judge
+from cfrl.screening.ranking import rate_ranking
 from tests.tiny import tuned_run
 
 HOSTILE = '</script><script>document.title="broken"</script>'
@@ -470,7 +470,7 @@ def test_a_ranking_is_told_from_chance():
     good = rng.permutation(np.arange(1000) < 50)
 
     def told(scores: np.ndarray) -> tuple[str, bool]:
-        verdicts = [asdict(judge("likelihood ratio", scores, good))]
+        verdicts = [asdict(rate_ranking("likelihood ratio", scores, good))]
         result = {"verdicts": verdicts, "property": "-e_above_hull", "correlation": {"crystals": 0}}
         return retrieve_report.verdict(json.loads(json.dumps(result)))
 

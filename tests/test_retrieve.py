@@ -28,7 +28,7 @@ from cfrl.model.distributions import SamplerOptions
 from cfrl.model.files import load_model, save_model
 from cfrl.model.sampler import draw, sample
 from cfrl.model.transformer import FACTORS, CrystalTransformer
-from cfrl.screening.judge import composition_neighbours, expected_hits, is_good, judge, rank_correlation
+from cfrl.screening.ranking import composition_neighbours, expected_hits, is_good, rank_correlation, rate_ranking
 from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank
 from cfrl.settings import to_toml
 from tests.tiny import SIZES, tuned_run
@@ -207,7 +207,7 @@ def test_area_under_the_curve_is_the_share_of_pairs_in_order():
     rng = np.random.default_rng(1)
     scores, good = rng.integers(0, 8, 60).astype(float), rng.random(60) < 0.3
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[good] for b in scores[~good]]
-    assert judge("", scores, good).auc == pytest.approx(np.mean(pairs))
+    assert rate_ranking("", scores, good).auc == pytest.approx(np.mean(pairs))
 
 
 def test_ties_count_as_if_in_random_order():
@@ -224,14 +224,14 @@ def test_perfect_and_random_rankings():
     label = np.arange(1000.0)
     good = is_good(label)
     assert good.sum() == 50
-    perfect, random = judge("perfect", label, good), judge("random", np.zeros(1000), good)
+    perfect, random = rate_ranking("perfect", label, good), rate_ranking("random", np.zeros(1000), good)
     assert perfect.enrichment[10] == pytest.approx(20)
     assert perfect.precision[100] == pytest.approx(0.5)
     assert perfect.auc == 1
     assert list(random.enrichment.values()) == pytest.approx([1] * len(random.enrichment))
     assert random.auc == 0.5
     unknown = np.where(good, np.nan, label)
-    assert judge("", unknown, good).precision[500] == 0  # what could not be scored comes last
+    assert rate_ranking("", unknown, good).precision[500] == 0  # what could not be scored comes last
 
 
 def test_composition_neighbours_against_a_loop():

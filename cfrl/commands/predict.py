@@ -24,7 +24,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
 from cfrl.model.files import load_model
-from cfrl.model.options import Wishes
+from cfrl.model.options import CellWishes, Wishes
 from cfrl.model.prediction import likely_crystals
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
@@ -68,8 +68,7 @@ def predict(formula: str, config: PredictConfig, resume: Path | None = None, con
     formula = formula or (RunFolder.open(resume).source if resume else "") or ""
     if not formula:
         raise UserError("name a formula, such as LiMn2O4, or a run to go on with: --resume last")
-    names = {f.name for f in fields(Wishes)} & {f.name for f in fields(PredictConfig)}
-    wishes = Wishes(formula=formula, **{name: getattr(config, name) for name in names})
+    wishes = Wishes(formula=formula, **{f.name: getattr(config, f.name) for f in fields(CellWishes)})
     drawn = None if resume else _draw(config, wishes, console)  # what cannot be leaves no run folder
     run = RunFolder.open(resume) if resume else RunFolder.create("predict", formula, config, source=formula)
     path = run.path / "candidates.h5"

@@ -31,7 +31,7 @@ from cfrl.rl.critic import word_of
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder, newest_run
 from cfrl.runs.progress import progress_bar
-from cfrl.screening.judge import GOOD_SHARE, composition_neighbours, is_good, judge, rank_correlation
+from cfrl.screening.ranking import GOOD_SHARE, composition_neighbours, is_good, rank_correlation, rate_ranking
 from cfrl.screening.retrieval import RANKINGS, Meetings, descending, discovery_curve, meet, property_column, rank
 from cfrl.tables import Columns, as_text, read_csv, write_csv
 from cfrl.untrusted import fitting
@@ -249,13 +249,13 @@ def _evaluate(
     if len(seeds):
         rankings["composition near best rollouts"] = composition_neighbours(composition, seeds, None)
     rankings["composition neighbours' labels"] = composition_neighbours(composition, composition, label[rows])
-    verdicts = [judge(name, scores, good) for name, scores in rankings.items() if 0 < good.sum() < len(good)]
+    verdicts = [rate_ranking(name, scores, good) for name, scores in rankings.items() if 0 < good.sum() < len(good)]
     scored = np.isfinite(reward)
     if 0 < good[scored].sum() < scored.sum():
         part = "" if scored.all() else " (the same part)"
-        verdicts.append(judge(f"reward model{part}", reward[scored], good[scored]))
+        verdicts.append(rate_ranking(f"reward model{part}", reward[scored], good[scored]))
         if part:
-            verdicts.append(judge(f"{RANKED[config.rank]}{part}", ratio[scored], good[scored]))
+            verdicts.append(rate_ranking(f"{RANKED[config.rank]}{part}", ratio[scored], good[scored]))
     return figures | {"verdicts": [asdict(verdict) for verdict in verdicts]}
 
 

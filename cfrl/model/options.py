@@ -71,8 +71,8 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Wishes(Settings):
-    """What the crystals that are drawn should be; all of it together holds for every one (`wishes.py`)."""
+class CellWishes(Settings):
+    """What the cells of the crystals should be."""
 
     space_group: str | None = option(
         None,
@@ -80,13 +80,23 @@ class Wishes(Settings):
         choices=("uniform",),
         unset="",
     )
+    z: str | None = option(
+        None, "Formula units in the conventional cell, e.g. `4` or `1-8`; empty: any number.", unset=""
+    )
+    num_atoms: str | None = option(
+        None, "Atoms in the conventional cell, e.g. `8` or `4-20`; empty: any number.", unset=""
+    )
+    num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
+
+
+@dataclass(frozen=True)
+class Wishes(CellWishes):
+    """What the crystals that are drawn should be; all of it together holds for every one (`wishes.py`)."""
+
     formula: str | None = option(
         None,
         "Of this formula, e.g. `LiMn2O4`; `A2BO4` with any elements for A and B; `Li1-2MnO3` for a range; empty: any.",
         unset="",
-    )
-    z: str | None = option(
-        None, "Formula units in the conventional cell, e.g. `4` or `1-8`; empty: any number.", unset=""
     )
     system: str | None = option(
         None, "Of this chemical system: every one of its elements and no other, e.g. `Li-Mn-O`; empty: any.", unset=""
@@ -102,10 +112,6 @@ class Wishes(Settings):
     favour: str | None = option(
         None, "Favour elements by so much in their logit, e.g. `O=2,Pb=-3`; empty: as the model has them.", unset=""
     )
-    num_atoms: str | None = option(
-        None, "Atoms in the conventional cell, e.g. `8` or `4-20`; empty: any number.", unset=""
-    )
-    num_sites: str | None = option(None, "Inequivalent sites, e.g. `3` or `1-4`; empty: any number.", unset="")
     max_atoms: Count | None = option(None, "At most so many atoms in the conventional cell; 0: no limit.", unset=0)
     density: str | None = option(
         None, "g/cm^3, e.g. `4-6.5`; others are drawn anew, space group and all; empty: any.", unset=""

@@ -39,6 +39,7 @@ from cfrl.runs.ranks import ALONE, Ranks
 
 DRAW_SIZE = 256  # crystals drawn at once
 PILOTS = 4  # draws of each space group that tell how likely it meets what is asked
+RARE = 0.002  # of a group that the model itself draws less often one has to do: half of them, 7% of what it draws
 PILOT_SEED = 0
 LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
@@ -289,13 +290,25 @@ def space_group_shares(model: CrystalTransformer, wishes: Wishes, options: Sampl
     groups = prior.isfinite().nonzero()[:, 0]
     if options.constraint is None or wishes.space_group == UNIFORM or len(groups) == 1:
         return prior
-    return prior.index_add(0, groups, evidence(model, groups, options).to(prior.dtype)).log_softmax(0)
+    return prior.index_add(0, groups, evidence(model, groups, pilots(prior), options).to(prior.dtype)).log_softmax(0)
 
 
-def evidence(model: CrystalTransformer, groups: Tensor, options: SamplerOptions) -> Tensor:
-    """(n,) log of the probability that what the model draws in each of these space groups (n,) meets the constraint."""
-    _, weights = weighted_draws(model, groups.repeat_interleave(PILOTS), options, seeded(model.device, PILOT_SEED))
-    return torch.logsumexp(weights.view(-1, PILOTS), 1) - math.log(PILOTS)
+def pilots(prior: Tensor) -> Tensor:
+    """(g,) how many pilots to draw of each possible group, given their log-probabilities (231,)."""
+    return torch.where(prior[prior.isfinite()].exp() < RARE, 1, PILOTS)
+
+
+def evidence(model: CrystalTransformer, groups: Tensor, counts: Tensor, options: SamplerOptions) -> Tensor:
+    """(g,) log of the probability that what the model draws in each of these space groups meets the constraint.
+
+    Args:
+        groups: (g,). counts: (g,) how many draws tell.
+    """
+    group = torch.arange(len(groups)).repeat_interleave(counts)
+    _, weights = weighted_draws(model, groups[group], options, seeded(model.device, PILOT_SEED))
+    table = torch.full((len(groups), int(counts.max())), -torch.inf, dtype=weights.dtype)
+    table[group, torch.cat([torch.arange(int(count)) for count in counts])] = weights
+    return table.logsumexp(1) - counts.log()
 
 
 def weighted_draws(

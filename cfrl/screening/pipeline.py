@@ -57,7 +57,7 @@ def run_stages(
     model, relaxed = {"potential": full_name(options.potential)}, relaxed_by(options)
     chunk = options.chunk or _RELAX_CHUNK[choose_device(options.device).type]
     if options.relax:
-        how = stages.Relaxation(options.fmax, options.steps, not options.free)
+        how = _relaxation(options, options.steps)
         relax = partial(stages.relax, potential=options.potential, device=options.device, settings=how)
         records = work.run("relax", relax, table.going_on(structures), relaxed, chunk)
         structures |= {row: restore(record["structure"]) for row, record in records.items() if "structure" in record}
@@ -85,8 +85,11 @@ def relaxed_by(options: ScreeningOptions) -> dict[str, Any]:
     """What the final structures depend on."""
     if not options.relax:
         return {}
-    how = stages.Relaxation(options.fmax, options.steps, not options.free)
-    return {"potential": full_name(options.potential)} | asdict(how)
+    return {"potential": full_name(options.potential)} | asdict(_relaxation(options, options.steps))
+
+
+def _relaxation(options: ScreeningOptions, steps: int) -> stages.Relaxation:
+    return stages.Relaxation(options.fmax, steps, not options.free)
 
 
 def second_opinion(
@@ -105,7 +108,7 @@ def second_opinion(
     near = {row: structure for row, structure in table.going_on(structures).items() if unasked[row]}
     settings = {"of": relaxed_by(options), "judge": full_name(options.judge)}
     settings |= {"steps": options.judge_steps, "fmax": options.fmax}
-    how = stages.Relaxation(options.fmax, options.judge_steps, not options.free)
+    how = _relaxation(options, options.judge_steps)
     ask = partial(stages.judge, potential=options.judge, device=options.device, settings=how)
     chunk = options.chunk or _JUDGE_CHUNK[choose_device(options.device).type]
     table.note_second_opinion(hull, near, work.run("judge", ask, near, settings, chunk), options.metastable)

@@ -3,7 +3,7 @@
 Two ways. By likelihood: log P_tuned(C|G) - log P_base(C|G) of every crystal of a dataset, ranked; at the optimum of
 KL-regularised tuning that is reward / beta up to a constant of the space group (docs/retrieval.md). By sampling:
 draw from both models and count which crystals of the dataset are met. Labels of the dataset are looked at only
-afterwards, when judge.py holds the ranking against baselines.
+afterwards, when ranking.py holds the ranking against baselines.
 
 Datasets stream by in batches, so they may be larger than the memory. Figures are report.py's.
 """

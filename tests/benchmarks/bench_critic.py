@@ -23,7 +23,7 @@ from cfrl.rewards import RewardContext, build_reward
 from cfrl.rewards.guards import heeded
 from cfrl.rl.critic import Critic
 from cfrl.rl.loop import FIRST_PASSES
-from cfrl.screening.judge import is_good, judge
+from cfrl.screening.ranking import is_good, rate_ranking
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def told(
         critic.learn(crystals[:n], reward[:n], generator)
     rest = reward[n:]
     explained = 1 - (critic(crystals[n:]) - rest).square().mean() / rest.var()
-    verdict = judge("critic", critic(known).numpy(), good)
+    verdict = rate_ranking("critic", critic(known).numpy(), good)
     print(
         f"{k:4d} evaluations  {rate:6.1f} crystals/s  explained {float(explained):5.2f}  ROC AUC {verdict.auc:.3f}  "
         f"enrichment at 100 {verdict.enrichment[100]:.1f}",

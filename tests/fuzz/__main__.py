@@ -23,7 +23,7 @@ _LAZY = (
     "cfrl.rewards.predictor_training",
     "cfrl.screening.retrieval",
     "cfrl.commands.data_hull",
-    "cfrl.screening.judge",
+    "cfrl.screening.ranking",
     "matplotlib.pyplot",
 )
 

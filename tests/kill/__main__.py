@@ -37,7 +37,7 @@ PRELOADED = (  # so that no child has to
     "cfrl.screening.retrieval",
     "cfrl.cli",
     "cfrl.stability.hull",
-    "cfrl.screening.judge",
+    "cfrl.screening.ranking",
     *("matplotlib.pyplot", "torch.utils.tensorboard", "torch._dynamo", "scipy.stats", "pymatgen.io.cif"),
 )
 OUTCOMES = ("recovered", "lost rows", "wrong result", "cannot resume", "hang", "fault")

@@ -30,7 +30,7 @@ class Verdict:
     auc: float
 
 
-def judge(name: str, scores: np.ndarray, good: np.ndarray) -> Verdict:
+def rate_ranking(name: str, scores: np.ndarray, good: np.ndarray) -> Verdict:
     """Hold a ranking against the truth. Ties count as if in random order; NaN ranks last.
 
     Args:

@@ -18,6 +18,7 @@ from cfrl.errors import UserError, nearest
 from cfrl.io.options import ImportOptions
 from cfrl.model.options import CellWishes, TrainingOptions, Wishes
 from cfrl.rl.options import SteeringOptions, TuningOptions
+from cfrl.runs.options import EngineOptions
 from cfrl.screening.options import GrowthOptions, ProtocolOptions, ScreeningOptions
 from cfrl.settings import (
     DEVICES,
@@ -221,11 +222,29 @@ class FinetuneInputs(Settings):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(TuningOptions, ScoringInputs, FinetuneInputs):
+class ScoringWorkers(Settings):
+    """Who asks the potential."""
+
+    score_on: Literal["here", "local", "ray"] = option(
+        "here",
+        "Where crystals are relaxed and the potential is asked: here (in this process), in worker processes of this "
+        "machine (local), or on a Ray cluster, which may be larger than what learns.",
+    )
+    score_workers: Workers | None = option(
+        None, "How many of them; 0: one for each core on a CPU, one on a GPU.", unset=0
+    )
+    address: str | None = option(
+        None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(ScoringWorkers, TuningOptions, ScoringInputs, FinetuneInputs):
     """Tune a model towards a reward."""
 
     THEMES: ClassVar = {
         "What the reward works with": ("potential", "hull", "dataset", "caution", "reward_timeout"),
+        "Where it works": ("score_on", "score_workers", "address"),
         "Which crystals are drawn": (
             *(f.name for f in fields(Wishes)),
             *("temperature", "top_p", "min_distance", "group_size", "draw_size"),
@@ -263,7 +282,7 @@ class DataConfig(ImportOptions):
 
 
 @dataclass(frozen=True)
-class HullConfig(Settings):
+class HullConfig(EngineOptions):
     """Make a reference hull."""
 
     potential: str = option("chgnet", POTENTIAL_HELP, choices=POTENTIALS)
@@ -282,7 +301,6 @@ class HullConfig(Settings):
     fill: str | None = option(
         None, "Another reference (.h5, .csv, .json), for compositions they lack; empty: none.", unset=""
     )
-    workers: Workers | None = option(None, "Processes; 0: one for each core.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
 
@@ -366,7 +384,7 @@ class ScreenDraws(Settings):
 
 
 @dataclass(frozen=True)
-class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws):
+class ScreenConfig(EngineOptions, ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws):
     """Find the crystals that deserve a DFT calculation."""
 
     THEMES: ClassVar = {
@@ -408,17 +426,10 @@ class ScreenConfig(ProtocolOptions, ScreeningOptions, ScreenInputs, ScreenDraws)
         "For --dft qe: the JSON table of an SSSP library, with file names and cutoffs; empty: ELEMENT.upf.",
         unset="",
     )
-    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
-    engine: Literal["local", "ray"] = option(
-        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
-    )
-    address: str | None = option(
-        None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
-    )
 
 
 @dataclass(frozen=True)
-class PredictConfig(CellWishes, ModelInput):
+class PredictConfig(EngineOptions, CellWishes, ModelInput):
     """Predict the structure of a formula."""
 
     n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
@@ -431,7 +442,6 @@ class PredictConfig(CellWishes, ModelInput):
         0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
     )
     steps: Count = option(200, "Steps of the relaxation at most; what is not relaxed by then is marked so.")
-    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
     seed: Seed = option(0, "Same seed and device: same candidates.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
@@ -465,7 +475,7 @@ class GrowInputs(Settings):
 
 
 @dataclass(frozen=True)
-class GrowConfig(GrowthOptions, GrowInputs):
+class GrowConfig(EngineOptions, GrowthOptions, GrowInputs):
     """Make a dataset larger by crystals of the program's own."""
 
     THEMES: ClassVar = {
@@ -477,13 +487,6 @@ class GrowConfig(GrowthOptions, GrowInputs):
 
     allow: str | None = option(
         None, "Flags that keep no crystal out, e.g. `noble_gas,element`; empty: all do.", choices=FLAGS, unset=""
-    )
-    workers: Workers | None = option(None, "Worker processes; 0: one for each core on a CPU, one on a GPU.", unset=0)
-    engine: Literal["local", "ray"] = option(
-        "local", "Where workers run: local (this machine) or ray (pip install 'cfrl[ray]')."
-    )
-    address: str | None = option(
-        None, "Of the Ray cluster, e.g. `auto` or `host:6379`; empty: start one on this machine.", unset=""
     )
 
 

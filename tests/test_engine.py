@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,12 @@ def die_once(items: list[int], marker: str) -> list[int]:
     if 3 in items and not Path(marker).exists():
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return squares(items)
+
+
+def hang_on(items: list[int], bad: int) -> list[int]:
+    if bad in items:
+        time.sleep(600)
     return squares(items)
 
 
@@ -90,3 +97,8 @@ def test_stopping_early_leaves_no_work_behind(engine: Engine) -> None:
     next(results)
     results.close()
     assert dict(engine.map(squares, CHUNKS)) == EXPECTED
+
+
+def test_what_hangs_is_given_up(engine: Engine) -> None:
+    engine.patience, engine.attempts = 2.0, 1
+    assert dict(engine.map(partial(hang_on, bad=3), CHUNKS)) == EXPECTED | {1: [None, 16]}

@@ -39,7 +39,7 @@ class SerialEngine:
     interrupt_after: int | None = None
     done: ClassVar[list[int]] = []
 
-    def __init__(self, name: str, workers: int, address: str) -> None:
+    def __init__(self, *settings: object) -> None:
         pass
 
     def __enter__(self) -> "SerialEngine":

@@ -16,8 +16,8 @@ from cfrl.config import ScreenConfig
 from cfrl.errors import UserError
 from cfrl.potentials import load_potential
 from cfrl.potentials.environments import Environment
+from cfrl.potentials.pool import loaded
 from cfrl.potentials.relax import relax
-from cfrl.screening import stages
 from cfrl.stability.hull import ReferenceHull
 from tests.test_screen import SerialEngine
 
@@ -61,7 +61,7 @@ def source(tmp_path, monkeypatch):
     """Writes crystals where `screen` reads them, in an empty folder; it works in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("cfrl.commands.screen.make_engine", SerialEngine)
-    stages._potential.cache_clear()
+    loaded.cache_clear()
 
     def write(structures):
         path = tmp_path / "crystals.csv"

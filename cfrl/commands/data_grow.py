@@ -42,7 +42,7 @@ from cfrl.io.storage import append_crystals, read_columns, read_crystals, replac
 from cfrl.model.files import load_model, model_path
 from cfrl.potentials import energy_scale, full_name, model_name
 from cfrl.runs.devices import choose_device
-from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.engine import make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Record, Work
 from cfrl.screening.candidates import SOURCES, load_prototypes, run_lots, source_of
@@ -141,9 +141,8 @@ class _Grower:
         growth = Growth(config, reference, known, real, grown, allowed)
         growth.tallies = self.tallies
         table = substitution_table() if config.substitute > 0 else np.zeros((0, 0))
-        workers = count_workers(config.workers, choose_device(config.device).type)
         try:
-            with make_engine(config.engine, workers, config.address) as engine:
+            with make_engine(config, choose_device(config.device).type) as engine:
                 while self.kept < config.n and not self._late():
                     began = time.monotonic()
                     plan = growth.plan(config.model, prototypes, table, config.round)

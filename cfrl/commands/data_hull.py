@@ -21,8 +21,9 @@ from cfrl.files import atomic_file, check_writable
 from cfrl.io.datasets import load_dataset
 from cfrl.potentials import full_name
 from cfrl.runs.devices import choose_device
-from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.engine import make_engine
 from cfrl.runs.journal import Work, digest
+from cfrl.runs.options import EngineOptions
 from cfrl.screening import stages
 from cfrl.stability.hull import ReferenceHull
 from cfrl.stability.results import Added, add_results
@@ -48,6 +49,8 @@ def build_hull(
     add: Sequence[str] = (),
     hull: str | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
     device: str = "auto",
     console: Console | None = None,
 ) -> ReferenceHull:
@@ -64,7 +67,7 @@ def build_hull(
         fill: another reference, for compositions that the datasets lack; its energies should be on a close scale.
         add: datasets with energies, see `add_results`.
         hull: the reference that is added to where there are no datasets; None: the embedded one.
-        workers: processes; None: one for each core.
+        workers, engine, address: as in `EngineOptions`.
 
     Raises:
         UserError: a dataset or potential that cannot be loaded, no crystal that can be evaluated, results that do not
@@ -79,8 +82,8 @@ def build_hull(
     structures = CrystalBatch.cat(load_dataset(name) for name in datasets).to_structures()
     device, potential = str(choose_device(device)), full_name(potential)
     unfinished = Path(f"{output}.unfinished")
-    with make_engine("local", count_workers(workers, device)) as engine:
-        work = Work(unfinished, engine, digest(structures), console)
+    with make_engine(EngineOptions(workers, engine, address), device) as running:
+        work = Work(unfinished, running, digest(structures), console)
         evaluate = partial(stages.energies, potential=potential, device=device)
         records = work.run("energies", evaluate, dict(enumerate(structures)), {"potential": potential}, CHUNK)
         failed = Counter(record["status"] for record in records.values() if record["status"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
 from cfrl.model.files import DEFAULT, EMBEDDED, STABLE, Extras, load_model, model_path, save_model
 from cfrl.model.sampler import random_seed
+from cfrl.potentials.pool import PotentialPool
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
 from cfrl.rewards import Reward, RewardContext, build_reward, relax_steps_for
@@ -26,8 +29,10 @@ from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer, Source
 from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
+from cfrl.runs.engine import make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import Abandoned, StopWish, stop_on_signal
+from cfrl.runs.options import EngineOptions
 from cfrl.runs.ranks import ALONE, Ranks, processes
 from cfrl.tables import write_csv
 from cfrl.untrusted import fitting
@@ -66,12 +71,12 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
-    with processes(config.device) as ranks:
+    with processes(config.device) as ranks, scoring_pool(config) as pool:
         if resume and reward is None and not config.rollouts and ranks.first:
             confirm_code(config.reward, Path(resume) / "config.toml", trust)
         scorer = reward
         if scorer is None and not config.rollouts:
-            scorer = configured_reward(config, ranks.device, ranks)
+            scorer = configured_reward(config, ranks.device, ranks, pool)
             config = settled(config, scorer.needs)
             if config.model is None and getattr(scorer, "lasting", False):
                 config = replace(config, model=STABLE)
@@ -182,7 +187,20 @@ def settings_beside(model: Path) -> FinetuneConfig | None:
     return None
 
 
-def configured_reward(config: FinetuneConfig, device: str | torch.device, ranks: Ranks = ALONE) -> Reward:
+@contextmanager
+def scoring_pool(config: FinetuneConfig) -> Iterator[PotentialPool | None]:
+    """The workers that ask the potential; None where this process does. Raises UserError as `make_engine`."""
+    if config.score_on == "here":
+        yield None
+        return
+    workers = EngineOptions(config.score_workers, config.score_on, config.address)
+    with make_engine(workers, choose_device(config.device).type) as engine:
+        yield PotentialPool(engine, config.device)
+
+
+def configured_reward(
+    config: FinetuneConfig, device: str | torch.device, ranks: Ranks = ALONE, pool: PotentialPool | None = None
+) -> Reward:
     """The reward of the settings, with all that it works with; no model is loaded yet."""
     context = RewardContext(
         potential=config.potential,
@@ -190,6 +208,7 @@ def configured_reward(config: FinetuneConfig, device: str | torch.device, ranks:
         dataset=config.dataset,
         device=device,
         ranks=ranks,
+        pool=pool,
         caution=config.caution,
         timeout=config.reward_timeout,
         known=config.known,

@@ -82,6 +82,8 @@ def predict(formula: str, config: PredictConfig, resume: Path | None = None, con
         fmax=config.fmax,
         steps=config.steps,
         workers=config.workers,
+        engine=config.engine,
+        address=config.address,
         device=config.device,
         allow=ASKED_FOR,
     )

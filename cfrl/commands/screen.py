@@ -42,7 +42,7 @@ from cfrl.io.catalogue import dataset_path, is_dataset
 from cfrl.io.storage import describe, write_crystals
 from cfrl.potentials import model_name
 from cfrl.runs.devices import choose_device
-from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.engine import make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Work, digest
 from cfrl.screening import protocol, stages
@@ -146,8 +146,7 @@ def screen(
     phases = [*lists.values(), *filter(None, [hull])]
     run = run or RunFolder.create("screen", Path(source).stem, config, path=None if copy else output, source=source)
     try:
-        workers = count_workers(config.workers, choose_device(config.device).type)
-        with run.locked(), make_engine(config.engine, workers, config.address) as engine:
+        with run.locked(), make_engine(config, choose_device(config.device).type) as engine:
             if resume:
                 run.write_config("screen", config)
             work = Work(run.path / "stages", engine, digest(samples.structures), console)

@@ -28,7 +28,8 @@ from cfrl.io.guard import Guard, Lost
 from cfrl.io.options import ImportOptions
 from cfrl.io.readers import Limits
 from cfrl.io.splits import assign_splits
-from cfrl.runs.engine import LocalEngine, count_workers
+from cfrl.runs.engine import count_workers, make_engine
+from cfrl.runs.options import EngineOptions
 from cfrl.runs.progress import Advance, no_progress
 
 Columns = dict[str, np.ndarray | list[str]]  # (n,) float64 (NaN = unknown), or n strings
@@ -82,7 +83,7 @@ class Imported:
 def read_files(
     inputs: Sequence[str], options: ImportOptions, splits: Sequence[str] = (), advance: Advance = no_progress
 ) -> Imported:
-    """Crystals of structure files, folders and zips, over as many processes as `options.workers` says.
+    """Crystals of structure files, folders and zips, over the workers that `options` name.
 
     Those of `.h5` files of ours come first.
 
@@ -103,7 +104,7 @@ def read_files(
     batches, kept, dropped = [], [], []
     work = partial(_analyse, symprec=options.symprec, max_sites=options.max_sites, max_atoms=options.max_atoms)
     limits = Limits(options.max_file_gb, options.max_ratio)
-    with closing(_map(work, _entries(files, limits, advance), options.workers)) as jobs:
+    with closing(_map(work, _entries(files, limits, advance), options)) as jobs:
         for entries, (arrays, reasons) in jobs:
             batches.append(CrystalBatch(*map(torch.from_numpy, arrays)))
             for row, entry in enumerate(entries):
@@ -170,21 +171,24 @@ def _analyse(
     return _arrays(crystals), reasons
 
 
-def _map(work: Callable, entries: Iterator[Entry], workers: int | None) -> Iterator[tuple[list[Entry], Analysed]]:
+def _map(work: Callable, entries: Iterator[Entry], options: EngineOptions) -> Iterator[tuple[list[Entry], Analysed]]:
     """Jobs of entries with their results, in order; few entries are done in this process.
 
     What a process could hang or die on is done in one that may, entry by entry.
     """
     with Guard(partial(work, guarded=True)) as guard:
-        for job, analysed in _unguarded(work, entries, count_workers(workers)):
+        for job, analysed in _unguarded(work, entries, options):
             yield job, _complete(job, analysed, guard)
 
 
-def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterator[tuple[list[Entry], Analysed]]:
+def _unguarded(
+    work: Callable, entries: Iterator[Entry], options: EngineOptions
+) -> Iterator[tuple[list[Entry], Analysed]]:
     jobs = iter(lambda: list(itertools.islice(entries, _JOB)), [])
     first = list(itertools.islice(jobs, _INLINE // _JOB))
     jobs = itertools.chain(first, jobs)
-    if workers == 1 or len(first) < _INLINE // _JOB:
+    alone = options.engine == "local" and count_workers(options.workers) == 1
+    if alone or len(first) < _INLINE // _JOB:
         for job in jobs:
             yield job, work(_payloads(job))
         return
@@ -192,7 +196,7 @@ def _unguarded(work: Callable, entries: Iterator[Entry], workers: int) -> Iterat
     done: dict[int, Analysed] = {}
     chunks = ([_payloads(job)] for job in jobs if begun.append(job) is None)
     with (
-        LocalEngine(workers, _PATIENCE, attempts=1) as engine,
+        make_engine(options, patience=_PATIENCE, attempts=1) as engine,
         closing(engine.map(partial(_each, work), chunks)) as results,
     ):
         place = 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cfrl.settings import Count, FractionBelowOne, Gigabytes, Ratio, Seed, Settings, Tolerance, Workers, option
+from cfrl.runs.options import EngineOptions
+from cfrl.settings import Count, FractionBelowOne, Gigabytes, Ratio, Seed, Tolerance, option
 
 
 @dataclass(frozen=True)
-class ImportOptions(Settings):
+class ImportOptions(EngineOptions):
     """Symmetry, limits and splits of an import."""
 
     symprec: Tolerance = option(0.01, "Angstrom; how far atoms may be off the symmetry that is looked for.")
@@ -25,7 +26,6 @@ class ImportOptions(Settings):
         "row", "row: draw crystals; formula: draw reduced formulas, so that none is in two splits."
     )
     seed: Seed = option(0, "Seed of the splits.")
-    workers: Workers | None = option(None, "Processes for parsing and symmetry; 0: one per core.", unset=0)
     max_file_gb: Gigabytes = option(4.0, "GB; refuse files that are larger, unfolded where they are compressed.")
     max_ratio: Ratio = option(
         200.0, "Refuse compressed files that unfold into more than 64 MB and so many times their size."

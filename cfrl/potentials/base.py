@@ -160,7 +160,7 @@ class Potential(ABC, Generic[Graph]):
                 bond O-O is counted no more.
         """
         structures = structures.to_structures() if hasattr(structures, "to_structures") else list(structures)
-        result = self._blank(structures, forces, stress, features)
+        result = self.blank(structures, forces, stress, features)
         for done, batch in self._batches(structures, result.status):
             self._run(batch, result)
             if progress is not None:
@@ -187,7 +187,10 @@ class Potential(ABC, Generic[Graph]):
         """Of feature vectors (n, d) the mean over atoms in the last layer, (n, d / layers / 4)."""
         return features.reshape(len(features), self.feature_layers, len(POOLING), -1)[:, -1, POOLING.index("mean")]
 
-    def _blank(self, structures: list[Crystal], forces: bool, stress: bool, features: bool) -> Evaluation:
+    def blank(
+        self, structures: Sequence[Crystal], forces: bool = False, stress: bool = False, features: bool = False
+    ) -> Evaluation:
+        """An evaluation to be filled in: NaN, no status."""
         n = len(structures)
         return Evaluation(
             energy=np.full(n, np.nan),

@@ -91,7 +91,7 @@ class OutsidePotential(Potential[_Reduced]):
     def evaluate(self, graphs: list[_Reduced], forces: bool, stress: bool, features: bool) -> Evaluation:
         if features:
             raise UserError(f"{self.name} gives energies, forces and stress, but no features to learn from")
-        part = self._blank([g.orbit for g in graphs], forces, stress, False)
+        part = self.blank([g.orbit for g in graphs], forces, stress, False)
         for row, (status, found) in enumerate(self._answers(graphs, {"forces": forces, "stress": stress})):
             part.status[row] = status or _misshapen(found, graphs[row], forces, stress)
             if part.status[row]:

@@ -85,6 +85,9 @@ class RelaxResult:
     def __len__(self) -> int:
         return len(self.status)
 
+    def __getitem__(self, rows: slice) -> RelaxResult:
+        return RelaxResult(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     @classmethod
     def cat(cls, parts: Sequence[RelaxResult]) -> RelaxResult:
         """The parts one after the other."""

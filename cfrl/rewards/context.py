@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from cfrl.crystals.known import KnownFormulas
     from cfrl.potentials import Evaluation, Potential
+    from cfrl.potentials.pool import PotentialPool
+    from cfrl.potentials.relax import RelaxResult
     from cfrl.rewards.predictors import Predictor
     from cfrl.stability.hull import ReferenceHull
 
@@ -71,6 +73,7 @@ class RewardContext:
         learnt from
     relax_steps: evaluations by which a crystal is relaxed, its symmetry kept, before it is scored; 0: as it was drawn
     ranks: the processes that share the work of potentials
+    pool: workers that do it, for each of the ranks; None: it is done here
     memo: where rewards keep what they work out once
     """
 
@@ -85,9 +88,13 @@ class RewardContext:
         known: CrystalBatch | str | None = None,
         relax_steps: int = 0,
         ranks: Ranks = ALONE,
+        pool: PotentialPool | None = None,
     ) -> None:
+        """Raises UserError for a potential that workers cannot load, since it has no name."""
+        if pool is not None and not isinstance(potential, str):
+            raise UserError("a pool of workers loads the potential by its name: give that")
         self._potential, self._hull, self._dataset, self._known = potential, hull, dataset, known
-        self.relax_steps, self.ranks = relax_steps, ranks
+        self.relax_steps, self.ranks, self.pool = relax_steps, ranks, pool
         self.device = None if device is None or str(device) == "auto" else device
         self.caution, self.timeout = caution, timeout
         self.memo: dict[Any, Any] = {}
@@ -174,6 +181,31 @@ class RewardContext:
         predictor.check(potential)
         return potential
 
+    def relax(self, structures: list[Structure]) -> RelaxResult:
+        """Structures relaxed by `relax_steps`, a share by each of the processes."""
+        from cfrl.potentials.relax import RelaxResult, relax
+
+        def share(rows: slice) -> RelaxResult:
+            if self.pool is not None:
+                return self.pool.relax(self._potential, structures[rows], self.relax_steps)
+            return relax(structures[rows], self.potential, steps=self.relax_steps)
+
+        return RelaxResult.cat(self.ranks.shared(share, len(structures)))
+
+    def compute(self, potential: Potential, structures: list[Structure], **asked: bool) -> Evaluation:
+        """As `Potential.compute`, a share by each of the processes."""
+        from cfrl.potentials import Evaluation
+
+        def share(rows: slice) -> Evaluation:
+            if self.pool is not None:
+                return self.pool.compute(self._name(potential), structures[rows], potential, **asked)
+            return potential.compute(structures[rows], **asked)
+
+        return Evaluation.cat(self.ranks.shared(share, len(structures)))
+
+    def _name(self, potential: Potential) -> str:
+        return next((name for name, other in self._others.items() if other is potential), self._potential)
+
     def _other(self, name: str) -> Potential:
         """A potential beside the shared one, loaded once."""
         if name not in self._others:
@@ -194,16 +226,12 @@ class Inputs:
     @cached_property
     def relaxed(self) -> Settled:
         """The crystals as they are scored: relaxed by `relax_steps`, or as they were drawn."""
-        steps, n = self.context.relax_steps, len(self.structures)
-        if not (steps and self._needs & PASSES):
+        n = len(self.structures)
+        if not (self.context.relax_steps and self._needs & PASSES):
             return Settled(list(self.structures), np.zeros(n), np.zeros(n), np.zeros(n))
         from cfrl.potentials import Evaluation
-        from cfrl.potentials.relax import RelaxResult, relax
 
-        def share(rows: slice) -> RelaxResult:
-            return relax(self.structures[rows], self.context.potential, steps=steps)
-
-        result = RelaxResult.cat(self.context.ranks.shared(share, n))
+        result = self.context.relax(self.structures)
         ends = [drawn if end is None else end for drawn, end in zip(self.structures, result.structures, strict=True)]
         energy = np.where([not reason for reason in result.status], result.energy, np.nan)
         return Settled(ends, result.volume_change, result.rmsd, result.fall, Evaluation(energy, result.status))
@@ -216,7 +244,7 @@ class Inputs:
             return self.drawn
         if "features" not in self._needs:
             return relaxed.evaluation
-        found = self._compute(self.context.potential, relaxed.structures, features=True)
+        found = self.context.compute(self.context.potential, relaxed.structures, features=True)
         # one that fell apart on the way has features, but they tell nothing
         found.status = [a or b for a, b in zip(relaxed.evaluation.status, found.status, strict=True)]
         found.energy = np.where([not reason for reason in found.status], found.energy, np.nan)
@@ -226,7 +254,7 @@ class Inputs:
     def drawn(self) -> Evaluation:
         """What the terms need of the crystals as they were drawn."""
         asked = {need: need in self._needs for need in ("forces", "stress", "features")}
-        return self._compute(self.context.potential, self.structures, **asked)
+        return self.context.compute(self.context.potential, self.structures, **asked)
 
     def predict(self, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Mean (n,), spread (n,) and status of a predictor, each predictor asked once."""
@@ -234,15 +262,8 @@ class Inputs:
             predictor = self.context.predictor(name)
             potential = self.context.feature_potential(predictor)
             shared = potential is self.context.potential
-            evaluation = self.evaluation if shared else self._compute(potential, self.relaxed.structures, features=True)
-            mean, spread = predictor.predict(self.relaxed.structures, evaluation)
+            ends = self.relaxed.structures
+            evaluation = self.evaluation if shared else self.context.compute(potential, ends, features=True)
+            mean, spread = predictor.predict(ends, evaluation)
             self._predictions[name] = mean, spread, list(evaluation.status)
         return self._predictions[name]
-
-    def _compute(self, potential: Potential, structures: list[Structure], **asked: bool) -> Evaluation:
-        from cfrl.potentials import Evaluation
-
-        def share(rows: slice) -> Evaluation:
-            return potential.compute(structures[rows], **asked)
-
-        return Evaluation.cat(self.context.ranks.shared(share, len(structures)))

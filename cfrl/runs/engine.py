@@ -3,7 +3,7 @@
 An engine calls a function on lists of items and gives the results back as they come. A worker that dies (out of
 memory, killed) costs nothing but time: what it had is computed again, and if a chunk kills its worker twice, its
 items are tried one by one, so that only those which do it are lost. What the work is, and what has been done
-before, is the caller's affair: `screen.py`.
+before, is the caller's affair: `journal.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 
 from cfrl.errors import UserError
 from cfrl.runs.interrupt import deaf_children
+from cfrl.runs.options import EngineOptions
 
 LOST = "the worker process died on it (out of memory?)"
 _ATTEMPTS = 2  # of a chunk, before its items are tried one by one
+_AHEAD = 2  # chunks with a cluster for each of its cores
 
 Function = Callable[[list[Any]], list[Any]]
 
@@ -164,16 +166,28 @@ class LocalEngine:
 
 
 class RayEngine:
-    """The same on a Ray cluster: the one at `address`, or a local one with `workers` processes."""
+    """The same on a Ray cluster: the one at `address`, or a local one with `workers` processes.
 
-    def __init__(self, workers: int, address: str | None = None) -> None:
-        """Raises UserError if ray is missing or the cluster does not answer."""
+    Machines may come and go: what was at work on one that is lost counts as if its worker had died. Only so many chunks
+    are handed over as the cluster can soon begin, so that it never holds all of a large dataset.
+    """
+
+    def __init__(
+        self, workers: int, address: str | None = None, patience: float | None = None, attempts: int = _ATTEMPTS
+    ) -> None:
+        """A program that has joined a cluster already works on that one, and stays.
+
+        Raises UserError if ray is missing or the cluster does not answer.
+        """
         try:
             import ray
         except ImportError as error:
             raise UserError("--engine ray needs the package: pip install 'cfrl[ray]'") from error
-        self._ray = ray
+        self._ray, self.patience, self.attempts = ray, patience, attempts
         here = {"num_cpus": workers, "include_dashboard": False}
+        self._joined = not ray.is_initialized()
+        if not self._joined:
+            return
         try:
             ray.init(**({"address": address} if address else here), log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -187,38 +201,61 @@ class RayEngine:
 
     def close(self) -> None:
         """Leave the cluster; a local one ends."""
-        self._ray.shutdown()
+        if self._joined:
+            self._ray.shutdown()
 
     def map(self, function: Function, chunks: Iterable[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
         """As `LocalEngine.map`."""
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_attempt)
-        ledger = Ledger(chunks)
+        attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_timed_attempt)
+        shared = self._ray.put(function)  # with its settings, once for all chunks
+        ledger = Ledger(chunks, self.attempts)
         busy: dict[Any, Task] = {}
         try:
             while True:
-                while (task := ledger.take()) is not None:
-                    busy[attempt.remote(function, task.items)] = task
+                while len(busy) < self._room() and (task := ledger.take()) is not None:
+                    busy[attempt.remote(shared, task.items, self.patience)] = task
                 if not busy:
                     return
                 for reference in self._ray.wait(list(busy))[0]:
                     task = busy.pop(reference)
-                    try:
-                        values = _unpack(self._ray.get(reference))
-                    except (self._ray.exceptions.WorkerCrashedError, self._ray.exceptions.OutOfMemoryError):
-                        values = None
-                    yield from ledger.enter(task, values)
+                    yield from ledger.enter(task, self._result(reference))
         finally:
             for reference in busy:
                 self._ray.cancel(reference, force=True)
+
+    def _room(self) -> int:
+        """How many chunks may be with the cluster: one at work and one waiting for each core that it has now."""
+        return _AHEAD * max(int(self._ray.cluster_resources().get("CPU", 0)), 1)
+
+    def _result(self, reference: Any) -> list[Any] | None:
+        """The results of a task, or None if its worker died, or the machine that it was on."""
+        errors = self._ray.exceptions
+        try:
+            return _unpack(self._ray.get(reference))
+        except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError, errors.ObjectLostError):
+            return None
 
 
 Engine = LocalEngine | RayEngine
 
 
-def make_engine(name: str, workers: int, address: str | None = None) -> Engine:
-    """The engine of the settings, "local" or "ray". Raises as `RayEngine`."""
-    return LocalEngine(workers) if name == "local" else RayEngine(workers, address)
+def make_engine(
+    options: EngineOptions, device: str = "cpu", patience: float | None = None, attempts: int = _ATTEMPTS
+) -> Engine:
+    """The engine of the settings.
+
+    Args:
+        device: the type of the device that workers compute on.
+        patience, attempts: as in `LocalEngine`.
+
+    Raises:
+        UserError: as `RayEngine`.
+    """
+    workers = count_workers(options.workers, device)
+    if options.engine == "ray":
+        return RayEngine(workers, options.address, patience, attempts)
+    return LocalEngine(workers, patience, attempts)
 
 
 class _Worker:
@@ -280,6 +317,17 @@ def _end_with_parent() -> None:
     """A killed command must not leave workers at work."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def _timed_attempt(function: Function, items: list[Any], patience: float | None) -> tuple[str, Any]:
+    """The same in a process that ends itself when its time is up: on a cluster nobody else can tell when it began."""
+    timer = threading.Timer(patience or 0, os._exit, (1,))
+    if patience is not None:
+        timer.start()
+    try:
+        return _attempt(function, items)
+    finally:
+        timer.cancel()
 
 
 def _attempt(function: Function, items: list[Any]) -> tuple[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES
 from cfrl.crystals.oxidation import charge_balance
 from cfrl.crystals.refusal import composition_flags
 from cfrl.potentials.cells import reason_of
+from cfrl.potentials.pool import loaded
 from cfrl.rewards.chemistry import hhi_of
 from cfrl.runs.journal import Record
 from cfrl.stability.flags import APART, OVERLAP
@@ -27,7 +27,7 @@ from cfrl.stability.flags import APART, OVERLAP
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
-    from cfrl.potentials import Evaluation, Potential
+    from cfrl.potentials import Evaluation
     from cfrl.screening.phonons import PhononSettings
 
 
@@ -149,7 +149,7 @@ def relax(structures: list[Structure], potential: str, device: str, settings: Re
     """
     from cfrl.potentials.relax import relax as relax_structures
 
-    model = _potential(potential, device)
+    model = loaded(potential, device)
     result = relax_structures(
         structures, model, fmax=settings.fmax, steps=settings.steps, keep_symmetry=settings.keep_symmetry
     )
@@ -182,7 +182,7 @@ def energies(structures: list[Structure], potential: str, device: str) -> list[R
 
     Records: `energy_per_atom` (eV), `max_force` (eV/angstrom), `energy_scale`, `status`.
     """
-    model = _potential(potential, device)
+    model = loaded(potential, device)
     result = model.compute(structures, forces=True)
     return [
         {
@@ -201,7 +201,7 @@ def embed(structures: list[Structure], potential: str, device: str) -> list[Reco
     Records: `energy_per_atom` (eV), `energy_scale`, `embedding` (d numbers: its last layer averaged over the atoms;
     none of a potential without features), `status`.
     """
-    model = _potential(potential, device)
+    model = loaded(potential, device)
     result = model.compute(structures, features=bool(model.feature_size))
     embeddings = model.embeddings(result.features) if result.features is not None else np.empty((len(structures), 0))
     return [
@@ -230,7 +230,7 @@ def predict(structures: list[Structure], predictors: tuple[str, ...], device: st
     records: list[Record] = [{} for _ in structures]
     evaluations: dict[str, Evaluation] = {}
     for predictor in map(load_predictor, predictors):
-        potential = _potential(predictor.potential, device)
+        potential = loaded(predictor.potential, device)
         predictor.check(potential)
         if predictor.potential not in evaluations:
             evaluations[predictor.potential] = potential.compute(structures, features=True)
@@ -293,7 +293,7 @@ def elastic(structures: list[Structure], potential: str, device: str) -> list[Re
             "shear_modulus_vrh": found.shear_modulus,
             "status": "",
         }
-        for found in compute_elasticity(structures, _potential(potential, device))
+        for found in compute_elasticity(structures, loaded(potential, device))
     ]
 
 
@@ -303,7 +303,7 @@ def phonons(structures: list[Structure], potential: str, device: str, settings: 
     """
     from cfrl.screening.phonons import compute_phonons
 
-    model, records = _potential(potential, device), []
+    model, records = loaded(potential, device), []
     for structure in structures:
         try:
             found = compute_phonons(structure, model, settings)
@@ -339,7 +339,7 @@ def follow(
     """
     from cfrl.screening.phonons import follow_mode, primitive_cell
 
-    model, records = _potential(potential, device), []
+    model, records = loaded(potential, device), []
     for cell, displacements in modes:
         try:
             end = follow_mode(cell, np.array(displacements), model, settings.fmax, settings.steps)
@@ -351,12 +351,3 @@ def follow(
 
 def _rounded(values: Any) -> list[Any]:
     return [value if isinstance(value, str) else np.round(value, 5).tolist() for value in values]
-
-
-@cache
-def _potential(name: str, device: str) -> Potential:
-    """Loaded once in a worker process."""
-    from cfrl.potentials import load_potential
-    from cfrl.runs.devices import choose_device
-
-    return load_potential(name, choose_device(device))

@@ -173,9 +173,16 @@ class RayEngine:
     """
 
     def __init__(
-        self, workers: int, address: str | None = None, patience: float | None = None, attempts: int = _ATTEMPTS
+        self,
+        workers: int,
+        address: str | None = None,
+        patience: float | None = None,
+        attempts: int = _ATTEMPTS,
+        device: str = "cpu",
     ) -> None:
-        """A program that has joined a cluster already works on that one, and stays.
+        """device: "cuda" asks for a GPU for each chunk at work; without asking Ray hides them from its workers.
+
+        A program that has joined a cluster already works on that one, and stays.
 
         Raises UserError if ray is missing or the cluster does not answer.
         """
@@ -184,6 +191,7 @@ class RayEngine:
         except ImportError as error:
             raise UserError("--engine ray needs the package: pip install 'cfrl[ray]'") from error
         self._ray, self.patience, self.attempts = ray, patience, attempts
+        self._resource = "CPU" if device == "cpu" else "GPU"
         here = {"num_cpus": workers, "include_dashboard": False}
         self._joined = not ray.is_initialized()
         if not self._joined:
@@ -207,7 +215,8 @@ class RayEngine:
     def map(self, function: Function, chunks: Iterable[list[Any]]) -> Iterator[tuple[int, list[Any]]]:
         """As `LocalEngine.map`."""
         threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-        attempt = self._ray.remote(max_retries=0, runtime_env=threads)(_timed_attempt)
+        gpus = int(self._resource == "GPU")
+        attempt = self._ray.remote(max_retries=0, num_gpus=gpus, runtime_env=threads)(_timed_attempt)
         shared = self._ray.put(function)  # with its settings, once for all chunks
         ledger = Ledger(chunks, self.attempts)
         busy: dict[Any, Task] = {}
@@ -225,8 +234,8 @@ class RayEngine:
                 self._ray.cancel(reference, force=True)
 
     def _room(self) -> int:
-        """How many chunks may be with the cluster: one at work and one waiting for each core that it has now."""
-        return _AHEAD * max(int(self._ray.cluster_resources().get("CPU", 0)), 1)
+        """How many chunks may be with the cluster: one at work and one waiting for each core (GPU) that it has now."""
+        return _AHEAD * max(int(self._ray.cluster_resources().get(self._resource, 0)), 1)
 
     def _result(self, reference: Any) -> list[Any] | None:
         """The results of a task, or None if its worker died, or the machine that it was on."""
@@ -254,7 +263,7 @@ def make_engine(
     """
     workers = count_workers(options.workers, device)
     if options.engine == "ray":
-        return RayEngine(workers, options.address, patience, attempts)
+        return RayEngine(workers, options.address, patience, attempts, device)
     return LocalEngine(workers, patience, attempts)
 
 

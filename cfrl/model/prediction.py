@@ -9,10 +9,10 @@ each to the prototype where it adds most to the chance that one of them is the t
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ CHANCE_FIXED, CHANCE_FREE = 0.95, 0.6
 
 
 def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int = 0) -> CrystalBatch:
-    """Up to n crystals, on the CPU, that meet the wishes, of the prototypes that the model finds likely; those first.
+    """Up to n crystals, on the CPU, that meet the wishes, of prototypes that the model finds likely.
+
+    In the order in which they add to the chance that the true structure is among them.
 
     They have a property "log_weight": of the crystal's prototype, log P(asked and so) + const.
 
@@ -52,47 +54,43 @@ def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int
     crystals, scores = _explore(model, n, options, prior, seed)
     names = fingerprints(crystals)
     mass, chance = _masses(crystals, names, scores), _chances(crystals, names)
-    prototypes = list(mass)
-    wanted = shared_out([mass[name] for name in prototypes], [chance[name] for name in prototypes], n)
-    again = _more(model, crystals, names, dict(zip(prototypes, wanted, strict=True)), options, seed)
+    again = _more(model, crystals, names, Counter(shared_out(mass, chance, n)), options, seed)
     crystals, names = CrystalBatch.cat([crystals, again]), names + fingerprints(again)
     found = defaultdict(list)
     for row in _possible(crystals):
         found[names[row]].append(row)
     if not found:
         raise UserError(f"of {len(crystals):,} crystals drawn none is possible (atoms nearer than {MIN_DISTANCE} A)")
-    prototypes = sorted(found, key=mass.get, reverse=True)
-    numbers = [len(found[name]) for name in prototypes]
-    counts = shared_out([mass[name] for name in prototypes], [chance[name] for name in prototypes], n, numbers)
-    chosen = [row for name, count in zip(prototypes, counts, strict=True) for row in found[name][:count]]
+    order = shared_out(mass, chance, n, {name: len(found[name]) for name in mass})
+    chosen = [found[name].pop(0) for name in order]
     crystals = crystals[chosen].trim()
     crystals.properties = {"log_weight": torch.tensor([math.log(mass[names[row]]) for row in chosen])}
     return crystals
 
 
 def shared_out(
-    mass: Sequence[float], chance: Sequence[float], n: int, at_most: Sequence[int] | None = None
-) -> list[int]:
-    """How many of n candidates each prototype gets, so that the chance that one of them is the truth is greatest.
+    mass: Mapping[str, float], chance: Mapping[str, float], n: int, at_most: Mapping[str, int] | None = None
+) -> list[str]:
+    """The prototypes of up to n candidates: of the first k, for each k, the chance that one is the truth is greatest.
 
-    Sum over prototypes of mass (1 - (1 - chance)^count); each candidate adds less than the one before, so that giving
-    each to where it adds most is the best there is.
+    It is the sum over prototypes of mass (1 - (1 - chance)^count); each candidate of a prototype adds less than the one
+    before, so that giving each to where it adds most is the best there is.
 
     Args:
         mass: of each prototype, above 0. chance: of one candidate of it to be the truth if its prototype is.
         at_most: how many each can have; None: any number.
     """
-    counts = [0] * len(mass)
-    gains = [(-m * c, i) for i, (m, c) in enumerate(zip(mass, chance, strict=True)) if at_most is None or at_most[i]]
+    left = dict.fromkeys(mass, n) if at_most is None else dict(at_most)
+    gains = [(-mass[name] * chance[name], name) for name in mass if left[name]]
     heapify(gains)
-    for _ in range(n if gains else 0):
-        gain, i = gains[0]
-        counts[i] += 1
-        left = at_most is None or counts[i] < at_most[i]
-        heapreplace(gains, (gain * (1 - chance[i]) if left else math.inf, i))
-        if gains[0][0] == math.inf:
-            break
-    return counts
+    order = []
+    while gains and len(order) < n:
+        gain, name = heappop(gains)
+        order.append(name)
+        left[name] -= 1
+        if left[name]:
+            heappush(gains, (gain * (1 - chance[name]), name))
+    return order
 
 
 def _explore(
@@ -141,12 +139,12 @@ def _more(
     model: CrystalTransformer,
     crystals: CrystalBatch,
     names: Sequence[str],
-    wanted: dict[str, int],
+    wanted: Mapping[str, int],
     options: SamplerOptions,
     seed: int,
 ) -> CrystalBatch:
     """Draws of the coordinates and cell of prototypes of which there are fewer possible crystals than are wanted."""
-    missing, first = dict(wanted), {}
+    missing, first = Counter(wanted), {}
     for row in _possible(crystals):
         missing[names[row]] -= 1
     for row, name in enumerate(names):

@@ -37,6 +37,22 @@ _REMEDIES = {
 
 
 @contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Keeps other processes out by a file; the kernel lets go of it when a process ends, however it does.
+
+    Args:
+        busy: what is so when another process is there, for the UserError that is raised then.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{busy}; let it end, or stop it") from None
+
+
+@contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to; it replaces `path` when the block ends, and vanishes if the block fails.
 

@@ -20,22 +20,19 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from cfrl.config import GrowConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.kinds import CLASSES, kinds
 from cfrl.crystals.substitution import substitution_table
 from cfrl.errors import UserError
-from cfrl.files import check_writable
+from cfrl.files import check_writable, locked
 from cfrl.io.catalogue import HDF5, PROTOTYPES
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, replace_property
@@ -103,7 +100,8 @@ def grow(
             raise UserError(
                 f"{name}: holds no crystal of at most {config.max_atoms or 'any number of'} atoms and 20 sites"
             )
-    with _only_one(path):
+    # two runs that grow one file would each lose what the other adds
+    with locked(path.with_name(f".{path.name}.lock"), f"{path}: another run is growing this file"):
         grown, before = _grown(path, _judge(config))
         if run is None:
             config = replace(config, round=config.round or before + 1)
@@ -298,13 +296,3 @@ def _lot_of(name: str, number: int) -> int:
 def _refuse_taken(path: Path, grown: CrystalBatch, number: int) -> None:
     if any(_lot_of(name, number) for name in grown.ids or []):
         raise UserError(f"{path}: holds crystals of round {number} already; go on with that run (--resume), or --round")
-
-
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Two runs that grow one file would each lose what the other adds."""
-    try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{path}: another run is growing this file; let it end, or stop it") from None

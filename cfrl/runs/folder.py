@@ -25,10 +25,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from cfrl.errors import UserError
-from cfrl.files import atomic_file, provenance, write_problem
+from cfrl.files import atomic_file, locked, provenance, write_problem
 from cfrl.settings import to_toml
 from cfrl.untrusted import check_weights, fitting, read_checkpoint, read_text
 
@@ -93,16 +91,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from this run; the kernel lets go of the lock when a process ends, however it does.
+        """Keeps other processes from this run.
 
         Raises:
             UserError: another process is at work on the run.
         """
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
-        except Timeout:
-            raise UserError(f"{self.path}: another process is at work on this run; let it end, or stop it") from None
+        with locked(self.path / ".lock", f"{self.path}: another process is at work on this run"):
+            yield
 
     @property
     def command(self) -> str:

@@ -428,7 +428,6 @@ def test_candidates_are_of_the_likely_prototypes():
     assert len(crystals) <= 100
     assert crystals.valid().all()
     assert {name.split("|")[0] for name in names} == {"NaCl"}
-    assert mass[0] == mass.max()
     prior = space_group_prior(model, asked.space_group)
     # In both, sodium on a and chlorine on b or the other way round are all that there is to add up.
     told = {name: float(weight) for name, weight in zip(names, mass, strict=True)}

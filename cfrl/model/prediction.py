@@ -34,6 +34,7 @@ TRIES = 4  # draws of the coordinates of a candidate, since not all are possible
 MIN_DISTANCE = 0.5  # angstrom
 # That a candidate of the right prototype relaxes to the true structure: without free coordinates only the cell is open.
 CHANCE_FIXED, CHANCE_FREE = 0.95, 0.6
+TRUST = 0.5  # power of how likely a prototype is: models are too sure of their first guess
 
 
 def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int = 0) -> CrystalBatch:
@@ -54,14 +55,15 @@ def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int
     crystals, scores = _explore(model, n, options, prior, seed)
     names = fingerprints(crystals)
     mass, chance = _masses(crystals, names, scores), _chances(crystals, names)
-    again = _more(model, crystals, names, Counter(shared_out(mass, chance, n)), options, seed)
+    trusted = {name: x**TRUST for name, x in mass.items()}
+    again = _more(model, crystals, names, Counter(shared_out(trusted, chance, n)), options, seed)
     crystals, names = CrystalBatch.cat([crystals, again]), names + fingerprints(again)
     found = defaultdict(list)
     for row in _possible(crystals):
         found[names[row]].append(row)
     if not found:
         raise UserError(f"of {len(crystals):,} crystals drawn none is possible (atoms nearer than {MIN_DISTANCE} A)")
-    order = shared_out(mass, chance, n, {name: len(found[name]) for name in mass})
+    order = shared_out(trusted, chance, n, {name: len(found[name]) for name in mass})
     chosen = [found[name].pop(0) for name in order]
     crystals = crystals[chosen].trim()
     crystals.properties = {"log_weight": torch.tensor([math.log(mass[names[row]]) for row in chosen])}

@@ -169,7 +169,9 @@ class DrawInputs(Wishes, SampleInputs):
     )
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
     keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
-    draw_size: Count = option(256, "Crystals drawn at once; fewer need less memory.")
+    draw_size: Count | None = option(
+        None, "Crystals drawn at once; fewer need less memory; 0: 256 on a CPU, 8192 on a GPU.", unset=0
+    )
     seed: Seed = option(0, "Same seed and device: same crystals.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 

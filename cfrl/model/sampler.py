@@ -25,6 +25,7 @@ from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import Wishes
 from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.model.transformer import draw_size as quickest
 from cfrl.model.wishes import (
     UNIFORM,
     AllOf,
@@ -37,7 +38,6 @@ from cfrl.model.wishes import (
 )
 from cfrl.runs.ranks import ALONE, Ranks
 
-DRAW_SIZE = 256  # crystals drawn at once
 PILOTS = 4  # draws of each space group that tell how likely it meets what is asked
 RARE = 0.002  # of a group that the model itself draws less often one has to do: half of them, 7% of what it draws
 PILOT_SEED = 0
@@ -183,7 +183,7 @@ def sample(
     seed: int | None = None,
     keep_invalid: bool = False,
     min_distance: float = 0.5,
-    draw_size: int = DRAW_SIZE,
+    draw_size: int | None = None,
     wanted: Wanted | None = None,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
@@ -199,7 +199,7 @@ def sample(
         seed: same seed and device, same crystals, however many processes draw; None: other crystals each time.
         keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
-        draw_size: crystals drawn at once.
+        draw_size: crystals drawn at once; None: what goes quickest on the model's device.
         wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
             space group and all.
         progress: called with the number of crystals finished so far.
@@ -224,7 +224,7 @@ def sample(
     batches, found, lot, drawn = [], 0, 0, 0
     while found < n:
         missing = n - found if wanted is None else max(n - found, LOT)
-        lots = torch.multinomial(shares, missing, True, generator=generator).split(draw_size)
+        lots = torch.multinomial(shares, missing, True, generator=generator).split(draw_size or quickest(model.device))
         for first in range(0, len(lots), ranks.size):
             own, mine = None, first + ranks.rank
             if mine < len(lots):
@@ -322,7 +322,7 @@ def weighted_draws(
     """
     free = replace(options, elements=None, max_atoms=None, favour=(), constraint=None)
     parts, weights = [], []
-    for part in groups.split(DRAW_SIZE):
+    for part in groups.split(quickest(model.device)):
         crystals = draw(model, part, options, generator)
         with torch.no_grad():
             scores = model.log_prob(crystals, free)

@@ -99,6 +99,7 @@ def test_stopping_early_leaves_no_work_behind(engine: Engine) -> None:
     assert dict(engine.map(squares, CHUNKS)) == EXPECTED
 
 
-def test_what_hangs_is_given_up(engine: Engine) -> None:
-    engine.patience, engine.attempts = 2.0, 1
+def test_what_hangs_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "patience", 2.0)
+    monkeypatch.setattr(engine, "attempts", 1)
     assert dict(engine.map(partial(hang_on, bad=3), CHUNKS)) == EXPECTED | {1: [None, 16]}

@@ -56,11 +56,16 @@ def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int
     names = fingerprints(crystals)
     mass, chance = _masses(crystals, names, scores), _chances(crystals, names)
     trusted = {name: x**TRUST for name, x in mass.items()}
-    again = _more(model, crystals, names, Counter(shared_out(trusted, chance, n)), options, seed)
+    valid = crystals.valid(MIN_DISTANCE)
+    missing = Counter(shared_out(trusted, chance, n)) - Counter(names[row] for row in valid.nonzero()[:, 0].tolist())
+    again = _more(model, crystals, names, missing, options, seed)
     crystals, names = CrystalBatch.cat([crystals, again]), names + fingerprints(again)
+    valid = torch.cat([valid, again.valid(MIN_DISTANCE)])
     found = defaultdict(list)
-    for row in _possible(crystals):
-        found[names[row]].append(row)
+    likely = sum(crystals.properties[f"log_prob/{name}"] for name in ("coords", "lattice"))
+    for row in likely.argsort(descending=True).tolist():
+        if valid[row]:
+            found[names[row]].append(row)
     if not found:
         raise UserError(f"of {len(crystals):,} crystals drawn none is possible (atoms nearer than {MIN_DISTANCE} A)")
     order = shared_out(trusted, chance, n, {name: len(found[name]) for name in mass})
@@ -141,17 +146,15 @@ def _more(
     model: CrystalTransformer,
     crystals: CrystalBatch,
     names: Sequence[str],
-    wanted: Mapping[str, int],
+    missing: Mapping[str, int],
     options: SamplerOptions,
     seed: int,
 ) -> CrystalBatch:
-    """Draws of the coordinates and cell of prototypes of which there are fewer possible crystals than are wanted."""
-    missing, first = Counter(wanted), {}
-    for row in _possible(crystals):
-        missing[names[row]] -= 1
+    """Draws of the coordinates and cell of prototypes, as many as it likely takes for so many possible crystals."""
+    first: dict[str, int] = {}
     for row, name in enumerate(names):
         first.setdefault(name, row)
-    rows = [first[name] for name, count in missing.items() for _ in range(TRIES * max(count, 0))]
+    rows = [first[name] for name, count in missing.items() for _ in range(TRIES * count)]
     if not rows:
         return crystals[[]]
     given = crystals[rows].to(model.device)
@@ -159,10 +162,3 @@ def _more(
     free = replace(options, constraint=None)
     letters_and_elements = Given(given, sites + 1, sites, torch.zeros_like(sites))
     return draw(model, given.space_group, free, seeded(model.device, seed), letters_and_elements).to("cpu")
-
-
-def _possible(crystals: CrystalBatch) -> list[int]:
-    """Rows without atoms too near, those with the likeliest coordinates and cells first."""
-    likely = sum(crystals.properties[f"log_prob/{name}"] for name in ("coords", "lattice"))
-    order = likely.argsort(descending=True)
-    return order[crystals.valid(MIN_DISTANCE)[order]].tolist()

@@ -222,7 +222,8 @@ class RayEngine:
         busy: dict[Any, Task] = {}
         try:
             while True:
-                while len(busy) < self._room() and (task := ledger.take()) is not None:
+                room = self._room()
+                while len(busy) < room and (task := ledger.take()) is not None:
                     busy[attempt.remote(shared, task.items, self.patience)] = task
                 if not busy:
                     return

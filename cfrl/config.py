@@ -47,6 +47,7 @@ USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
 DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+NO_TYPES = "none"
 EMBEDDED = ("default", "stable")
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
 REWARDS = (
@@ -435,6 +436,13 @@ class PredictConfig(EngineOptions, CellWishes, ModelInput):
     """Predict the structure of a formula."""
 
     n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
+    types: str | None = option(
+        None,
+        "Crystals in whose structure types the formula is tried too; empty: those that the embedded model learnt from; "
+        "`none`: draws alone.",
+        choices=(NO_TYPES, *DATASETS),
+        unset="",
+    )
     known: list[str] = option(
         [], "Known crystals, to say which of the candidates are known; may be given several times.", choices=DATASETS
     )

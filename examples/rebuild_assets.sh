@@ -13,6 +13,9 @@ for name in elements mpts_52 mixed_databases elasticity dielectric; do
     [ -f "$work/$name.h5" ] || cfrl data import "$data/$name.csv.gz" -o "$work/$name.h5"
 done
 
+# The structure types of its crystals (15 s)
+python scripts/make_structure_types.py "$work/train.h5"
+
 # The generator: 20 epochs (60 min), 22 more from there with less dropout (68 min), and a tuning against overlaps (27 min)
 train() { # NAME COMMAND OPTION...: a training in the folder NAME, or what is left of it
     local folder=$work/$1 command=$2 run

@@ -1,31 +1,24 @@
 """What is asked for is drawn, all of it and nothing else; what is open is what can still be met, by brute force."""
 
-import itertools
 from collections import Counter
 from dataclasses import replace
 from math import gcd
 
-import numpy as np
 import pytest
 import torch
-from pymatgen.core import Structure
 
 import cfrl
 from cfrl.commands.finetune import start
-from cfrl.commands.predict import predict
-from cfrl.config import FinetuneConfig, PredictConfig
+from cfrl.config import FinetuneConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, SYMBOLS
-from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.wyckoff import arrays
 from cfrl.errors import UserError
 from cfrl.model.constraints import MOST_ATOMS, Composition, Demand, Template
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
-from cfrl.model.prediction import likely_crystals, shared_out
-from cfrl.model.sampler import draw, evidence, space_group_prior, space_group_shares
+from cfrl.model.sampler import draw, evidence, space_group_shares
 from cfrl.model.wishes import parse_formula, sampler_options
-from cfrl.tables import read_csv
 from tests.test_model import tiny_model
 
 LI, OX, MN = 3, 8, 25
@@ -159,6 +152,7 @@ def test_log_prob_of_a_constrained_draw_is_what_the_sampler_says(asked, temperat
     crystals = draw(model, groups, options, torch.Generator().manual_seed(0))
     with torch.no_grad():
         scores = model.log_prob(crystals, options)
+    assert options.constraint is None or options.constraint.met_by(crystals).all()
     for name, values in scores.items():
         torch.testing.assert_close(values, crystals.properties[f"log_prob/{name}"], atol=1e-8, rtol=1e-8)
 
@@ -182,6 +176,7 @@ def test_evidence_is_the_share_of_free_draws_that_meet_the_demand():
     told = evidence(model, group.expand(200), torch.arange(200) % 4 + 1, options).double().exp()
     error = (met.var() / n + told.var() / 200).sqrt()
     assert 0.01 < met.mean() < 0.99
+    assert options.constraint.met_by(free).tolist() == met.bool().tolist()
     assert abs(met.mean() - told.mean()) < 4 * error
     assert error < 0.2 * met.mean()
 
@@ -394,81 +389,3 @@ def test_the_settings_of_a_run_hold_what_was_asked_for(tmp_path):
     tuning = start(FinetuneConfig(formula="SrTiO3", space_group="221"))
     crystals = draw(tuning.model, torch.full((20,), 221), tuning.sampler, torch.Generator().manual_seed(0))
     assert set(crystals.formulas()) == {"SrTiO3"}
-
-
-# ---- structure prediction ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_candidates_are_shared_out_as_well_as_can_be(seed):
-    """Against all ways to share them out."""
-    random = np.random.default_rng(seed)
-    prototypes, n = int(random.integers(1, 4)), int(random.integers(1, 6))
-    mass, chance = random.random(prototypes), random.choice([0.95, 0.6], prototypes)
-    at_most = random.integers(0, 4, prototypes)
-    names = [str(i) for i in range(prototypes)]
-    mapped = [dict(zip(names, x.tolist(), strict=True)) for x in (mass, chance, at_most)]
-    order = shared_out(mapped[0], mapped[1], n, mapped[2])
-    assert len(order) == min(n, at_most.sum())
-    counts = [order.count(name) for name in names]
-    worth = {
-        way: (mass * (1 - (1 - chance) ** np.array(way))).sum()
-        for way in itertools.product(*(range(limit + 1) for limit in at_most))
-        if sum(way) <= n
-    }
-    assert worth[tuple(counts)] == pytest.approx(max(worth.values()))
-
-
-def test_candidates_are_of_the_likely_prototypes():
-    """The mass of a prototype is what the model gives its letters and elements, however it came to be drawn."""
-    model = tiny_model()
-    asked = Wishes(formula="NaCl", num_sites="2", space_group="221,225")
-    crystals = likely_crystals(model, 100, asked)
-    names, mass = fingerprints(crystals), crystals.properties["log_weight"]
-    assert len(crystals) <= 100
-    assert crystals.valid().all()
-    assert {name.split("|")[0] for name in names} == {"NaCl"}
-    prior = space_group_prior(model, asked.space_group)
-    # In both, sodium on a and chlorine on b or the other way round are all that there is to add up.
-    told = {name: float(weight) for name, weight in zip(names, mass, strict=True)}
-    exact = {}
-    for group in (221, 225):
-        ways = CrystalBatch(
-            torch.full((2,), group),
-            torch.tensor([[1, 2], [1, 2]]),
-            torch.tensor([[11, 17], [17, 11]]),
-            torch.tensor([[[0.0] * 3, [0.5] * 3]] * 2),
-            torch.tensor([[5.0, 5, 5, 90, 90, 90]] * 2),
-        )
-        with torch.no_grad():
-            scores = model.log_prob(ways, SamplerOptions())
-        exact[group] = float((scores["wyckoff"] + scores["species"]).double().logsumexp(0) + prior[group])
-    assert told["NaCl|225|Na:a Cl:b"] - told["NaCl|221|Na:a Cl:b"] == pytest.approx(exact[225] - exact[221], abs=1e-4)
-
-
-def test_rock_salt_is_predicted(tmp_path, monkeypatch, rock_salt):
-    monkeypatch.chdir(tmp_path)
-    config = PredictConfig(n=16, space_group="1,62,225", known=[rock_salt], workers=1, device="cpu")
-    path = predict("NaCl", config)
-    table = read_csv(path / "prediction.csv")
-    assert table["space_group"][0] == 225
-    assert table["known_as"][0] != ""
-    assert table["e_above_hull"][0] == pytest.approx(0, abs=0.02)
-    assert table["above_lowest"] == sorted(table["above_lowest"])
-    assert sum(table["times"]) <= 16
-    lowest = Structure.from_file(next((path / "cifs").glob("1*-NaCl.cif")))
-    assert lowest.get_space_group_info()[1] == 225
-    assert (path / "energy_volume.png").stat().st_size > 0
-    times = (path / "screen" / "stages").stat().st_mtime_ns
-    assert predict("", config, resume=path) == path  # nothing is drawn or relaxed again
-    assert (path / "screen" / "stages").stat().st_mtime_ns == times
-    assert read_csv(path / "prediction.csv") == table
-
-
-def test_what_cannot_be_predicted_leaves_no_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="smallest that can has 2 atoms"):
-        predict("NaCl", PredictConfig(n=2, num_atoms="1"))
-    with pytest.raises(UserError, match="name a formula"):
-        predict("", PredictConfig())
-    assert not list(tmp_path.iterdir())

@@ -227,6 +227,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         **{f"assets/{name}.safetensors": partial(_generator, name) for name in config.EMBEDDED},
         "assets/hull.h5": _hull,
         "assets/known.npy": _known,
+        "assets/structure_types.h5": _structure_types,
         **predictors,
         "reports/assets/": _report_parts,
     }
@@ -260,6 +261,13 @@ def _known() -> str:
     from cfrl.crystals.known import KnownFormulas
 
     return f"{len(KnownFormulas.embedded()):,} formulas that the generator learnt from"
+
+
+def _structure_types() -> str:
+    from cfrl.crystals.structure_types import StructureTypes
+
+    types = StructureTypes.embedded()
+    return f"{len(types):,} structure types of {len(types.type_of):,} known crystals"
 
 
 def _predictor(name: str) -> str:

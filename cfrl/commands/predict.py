@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from cfrl.commands.screen import screen
-from cfrl.config import PredictConfig, ScreenConfig
+from cfrl.config import NO_TYPES, PredictConfig, ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.structure_types import StructureTypes
 from cfrl.errors import UserError
+from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
 from cfrl.model.files import load_model
 from cfrl.model.options import CellWishes, Wishes
@@ -104,7 +106,13 @@ def predict(formula: str, config: PredictConfig, resume: Path | None = None, con
 def _draw(config: PredictConfig, wishes: Wishes, console: Console) -> CrystalBatch:
     model = load_model(config.model, choose_device(config.device))
     with console.status(f"drawing {config.n} candidates"):
-        return likely_crystals(model, config.n, wishes, config.seed)
+        return likely_crystals(model, config.n, wishes, config.seed, _types(config.types))
+
+
+def _types(name: str | None) -> StructureTypes | None:
+    if name == NO_TYPES:
+        return None
+    return StructureTypes.of(load_dataset(name)) if name else StructureTypes.embedded()
 
 
 def _progress_only(console: Console) -> Console:

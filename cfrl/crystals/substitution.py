@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, NUM_ELEMENTS
 
+UNSEEN = 1e-6  # probability of an exchange that the data have not seen
 _TRIES = 100  # for one crystal, until an element changes and no two become one
 
 
@@ -38,6 +40,14 @@ def substitution_table() -> np.ndarray:
     return joint / np.maximum(joint.sum(1, keepdims=True), 1e-300)
 
 
+@cache
+def replacement_table() -> np.ndarray:
+    """`substitution_table` for what must not be ruled out: every exchange is possible, and every element can stay."""
+    table = substitution_table()
+    np.fill_diagonal(table, np.where(table.any(1), table.diagonal(), 1))
+    return table + UNSEEN
+
+
 def substitute(crystals: CrystalBatch, table: np.ndarray, rng: np.random.Generator) -> CrystalBatch:
     """The crystals with at least one element of each exchanged, their cells scaled to the new sizes of the atoms.
 
@@ -59,10 +69,15 @@ def substitute(crystals: CrystalBatch, table: np.ndarray, rng: np.random.Generat
             sites = numbers > 0
             species[row, sites] = new[np.searchsorted(old, numbers[sites])]
             rows.append(row)
-    changed = replace(crystals, species=torch.from_numpy(species), properties={})
+    return rescaled(crystals, torch.from_numpy(species))[rows]
+
+
+def rescaled(crystals: CrystalBatch, species: torch.Tensor) -> CrystalBatch:
+    """The crystals with other elements (n, s), lengths of the cell following the mean covalent radius."""
+    changed = replace(crystals, species=species, properties={})
     lengths = torch.ones(len(crystals), 6, dtype=crystals.lattice.dtype)
     lengths[:, :3] = (_mean_radius(changed) / _mean_radius(crystals)).to(lengths)[:, None]
-    return replace(changed, lattice=crystals.lattice * lengths)[rows]
+    return replace(changed, lattice=crystals.lattice * lengths)
 
 
 def _exchanged(old: np.ndarray, cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:

@@ -76,6 +76,17 @@ class Constraint(ABC):
             letters.append(self.letters(state, group))
         return {"first": first, "wyckoff": torch.stack(letters, 1), "species": torch.stack(species, 1)}
 
+    def met_by(self, crystals: CrystalBatch) -> Tensor:
+        """(B,) bool: which crystals, of possible space groups, could have been drawn so."""
+        if not len(crystals):
+            return torch.zeros(0, dtype=torch.bool)
+        along, letters, there = self.along(crystals), crystals.wyckoff, crystals.wyckoff > 0
+        following = F.pad(letters[:, 1:], (0, 1))
+        first = along["first"].gather(1, letters[:, :1])[:, 0]
+        later = along["wyckoff"].gather(2, following[..., None])[..., 0].masked_fill(~there, 0)
+        species = along["species"].gather(2, crystals.species[..., None])[..., 0].masked_fill(~there, 0)
+        return first.isfinite() & (later + species).isfinite().all(1)
+
 
 @dataclass(frozen=True)
 class Demand:

@@ -1,9 +1,11 @@
-"""Candidates for the structure of a formula: the prototypes that a model believes in, each with coordinates of its own.
+"""Candidates for the structure of a formula: what a model believes in, and known structure types with other elements.
 
-A prototype is a space group with the letters and elements of its sites. Draws under the constraint find what there can
-be; how likely the model finds a prototype is what its letters and elements are worth without the constraint, times
-P(G): log P(asked and so), the same up to a constant for all of a formula. Candidates are then given out one by one,
-each to the prototype where it adds most to the chance that one of them is the true structure.
+A prototype is a space group with the letters and elements of its sites. Two guesses say how likely each is, and count
+half each. The model's: draws under the constraint find what there can be; how likely the model finds a prototype is
+what its letters and elements are worth without the constraint, times P(G): log P(asked and so), the same up to a
+constant for all of a formula. Chemistry's: elements replace one another in known crystals (`StructureTypes`).
+Candidates are then given out one by one, each to the prototype where it adds most to the chance that one of them is
+the true structure; the first of a known type has the coordinates that are known.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
+from cfrl.crystals.structure_types import StructureTypes
+from cfrl.crystals.substitution import replacement_table
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
 from cfrl.model.sampler import Given, draw, pilots, seeded, space_group_prior, weighted_draws
 from cfrl.model.transformer import CrystalTransformer
-from cfrl.model.wishes import sampler_options
+from cfrl.model.wishes import parse_formula, sampler_options
 
 EXPLORED = 8  # draws for each crystal wanted, in groups that have turned out likely
 EXPLORED_AT_LEAST = 400
@@ -34,41 +39,48 @@ TRIES = 4  # draws of the coordinates of a candidate, since not all are possible
 MIN_DISTANCE = 0.5  # angstrom
 # That a candidate of the right prototype relaxes to the true structure: without free coordinates only the cell is open.
 CHANCE_FIXED, CHANCE_FREE = 0.95, 0.6
+KNOWN_FIRST = 1e9  # known coordinates come before all drawn ones, whose log-likelihoods are less
 TRUST = 0.5  # power of how likely a prototype is: models are too sure of their first guess
 
 
-def likely_crystals(model: CrystalTransformer, n: int, wishes: Wishes, seed: int = 0) -> CrystalBatch:
-    """Up to n crystals, on the CPU, that meet the wishes, of prototypes that the model finds likely.
+def likely_crystals(
+    model: CrystalTransformer, n: int, wishes: Wishes, seed: int = 0, types: StructureTypes | None = None
+) -> CrystalBatch:
+    """Up to n crystals, on the CPU, that meet the wishes, of prototypes that are likely.
 
     In the order in which they add to the chance that the true structure is among them.
 
-    They have a property "log_weight": of the crystal's prototype, log P(asked and so) + const.
+    They have a property "log_weight": of the crystal's prototype, the log of how likely it is, of all that were found.
 
     Args:
         wishes: with a constraint, such as a formula.
+        types: known structure types, tried where the formula names its elements; None: draws alone.
 
     Raises:
         UserError: what cannot be met, or no draw is a possible crystal.
     """
     options = sampler_options(wishes, model.config.max_sites - 1)
     prior = space_group_prior(model, wishes.space_group, wishes.max_atoms, options.constraint)
-    crystals, scores = _explore(model, n, options, prior, seed)
+    drawn, scores = _explore(model, n, options, prior, seed)
+    known, replaced = _of_known_types(types, wishes, options, prior)
+    crystals = CrystalBatch.cat([known, drawn])
     names = fingerprints(crystals)
-    mass, chance = _masses(crystals, names, scores), _chances(crystals, names)
-    trusted = {name: x**TRUST for name, x in mass.items()}
+    chance = _chances(crystals, names)
+    mass = _mixed(_masses(drawn, names[len(known) :], scores), _sums(names, replaced))
     valid = crystals.valid(MIN_DISTANCE)
-    missing = Counter(shared_out(trusted, chance, n)) - Counter(names[row] for row in valid.nonzero()[:, 0].tolist())
+    missing = Counter(shared_out(mass, chance, n)) - Counter(names[row] for row in valid.nonzero()[:, 0].tolist())
     again = _more(model, crystals, names, missing, options, seed)
     crystals, names = CrystalBatch.cat([crystals, again]), names + fingerprints(again)
     valid = torch.cat([valid, again.valid(MIN_DISTANCE)])
     found = defaultdict(list)
     likely = sum(crystals.properties[f"log_prob/{name}"] for name in ("coords", "lattice"))
+    likely[: len(known)] = KNOWN_FIRST + replaced.argsort().argsort()
     for row in likely.argsort(descending=True).tolist():
         if valid[row]:
             found[names[row]].append(row)
     if not found:
         raise UserError(f"of {len(crystals):,} crystals drawn none is possible (atoms nearer than {MIN_DISTANCE} A)")
-    order = shared_out(trusted, chance, n, {name: len(found[name]) for name in mass})
+    order = shared_out(mass, chance, n, {name: len(found[name]) for name in mass})
     chosen = [found[name].pop(0) for name in order]
     crystals = crystals[chosen].trim()
     crystals.properties = {"log_weight": torch.tensor([math.log(mass[names[row]]) for row in chosen])}
@@ -121,8 +133,40 @@ def _explore(
     return crystals, prior[crystals.space_group].double() + drawn + weights
 
 
+def _of_known_types(
+    types: StructureTypes | None, wishes: Wishes, options: SamplerOptions, prior: Tensor
+) -> tuple[CrystalBatch, Tensor]:
+    """Crystals of known types that meet the wishes, and how likely each is; none where elements are left open."""
+    elements, others, formulas = parse_formula(wishes.formula) if types and wishes.formula else ((), 0, ())
+    if others or not formulas:
+        return CrystalBatch.empty(), torch.zeros(0, dtype=torch.float64)
+    table = replacement_table()
+    crystals, weights = zip(*(types.with_formula(elements, amounts, table) for amounts in formulas), strict=True)
+    crystals, weights = CrystalBatch.cat(crystals), torch.from_numpy(np.concatenate(weights))
+    meets = prior[crystals.space_group].isfinite() & options.constraint.met_by(crystals)
+    return crystals[meets], weights[meets]
+
+
+def _mixed(*guesses: Mapping[str, float]) -> dict[str, float]:
+    """The mean of those guesses that say anything, each made to sum to 1."""
+    mixed: dict[str, float] = defaultdict(float)
+    said = [guess for guess in guesses if guess]
+    for guess in said:
+        total = sum(guess.values())
+        for name, value in guess.items():
+            mixed[name] += value / total / len(said)
+    return mixed
+
+
+def _sums(names: Sequence[str], values: Tensor) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for name, value in zip(names, values.tolist(), strict=False):  # names of the drawn ones follow
+        sums[name] += value
+    return sums
+
+
 def _masses(crystals: CrystalBatch, names: Sequence[str], scores: Tensor) -> dict[str, float]:
-    """How likely each prototype is, up to a factor that all share.
+    """How likely the model finds each prototype, to the power of the trust in it, up to a factor that all share.
 
     A prototype may be written in several ways, which add up. What a way is worth depends a little on the coordinates
     that were drawn between its letters: the mean over its draws.
@@ -132,7 +176,7 @@ def _masses(crystals: CrystalBatch, names: Sequence[str], scores: Tensor) -> dic
     for name, *way, value in zip(names, crystals.wyckoff.tolist(), crystals.species.tolist(), relative, strict=True):
         ways[name][tuple(map(tuple, way))].append(value)
     tiny = 1e-300  # of what is hopeless, so that it has an order and a logarithm
-    return {name: max(sum(sum(x) / len(x) for x in way.values()), tiny) for name, way in ways.items()}
+    return {name: max(sum(sum(x) / len(x) for x in way.values()), tiny) ** TRUST for name, way in ways.items()}
 
 
 def _chances(crystals: CrystalBatch, names: Sequence[str]) -> dict[str, float]:

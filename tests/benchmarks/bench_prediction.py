@@ -19,6 +19,7 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 
 import cfrl
 from cfrl.crystals.fingerprint import fingerprints
+from cfrl.crystals.structure_types import StructureTypes
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.model.options import Wishes
@@ -35,9 +36,11 @@ def main(
     crystals: Annotated[int, typer.Option(help="How many formulas.")] = 200,
     draws: Annotated[list[int] | None, typer.Option(help="Candidates of each.")] = None,
     model: str = "default",
+    types: Annotated[bool, typer.Option(help="Known structure types beside the model's own draws.")] = True,
     seed: int = 0,
 ) -> None:
     draws = sorted(draws or [20])
+    structure_types = StructureTypes.embedded() if types else None
     generator, potential = cfrl.load_model(model), load_potential("chgnet")
     known, learnt = load_dataset(dataset, split="validation"), set(load_dataset(dataset, split="train").formulas())
     unseen = [row for row, formula in enumerate(known.formulas()) if formula not in learnt]
@@ -52,7 +55,7 @@ def main(
             continue
         done += 1
         try:
-            drawn = likely_crystals(generator, draws[-1], Wishes(formula=truth.formulas()[0]), seed)
+            drawn = likely_crystals(generator, draws[-1], Wishes(formula=truth.formulas()[0]), seed, structure_types)
         except UserError as error:
             print(truth.formulas()[0], error, flush=True)
             for n in draws:

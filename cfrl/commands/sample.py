@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from cfrl.crystals.refusal import KNOWN, Refusal, parse_refused
 from cfrl.errors import UserError
 from cfrl.io.export import check_output, export_crystals
 from cfrl.io.storage import write_crystals
-from cfrl.model.files import load_extras, load_model, model_path
+from cfrl.model.files import STABLE, load_extras, load_model, model_path
 from cfrl.model.options import Wishes
 from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
@@ -58,15 +58,19 @@ def run_sample(config: SampleConfig, output: str | None = None, console: Console
 def _sample(config: SampleConfig, output: str | None, console: Console, ranks: Ranks) -> Path | None:
     if output:
         check_output(output, config.n)
+    scorer = _scorer(config) if config.toward else None
+    if scorer and config.model is None and scorer.lasting:  # as a tuning does
+        config = replace(config, model=STABLE)
     model = load_model(config.model, ranks.device)
     refusal = refusal_of(config)
     # What leaves nothing to draw leaves no run folder either.
     options = sampler_options(config, model.config.max_sites - 1)
     space_group_prior(model, config.space_group, config.max_atoms, options.constraint)
-    if config.toward:
+    if scorer:
         if ranks.size > 1:
             raise UserError("toward: its chains are moved by one process; leave torchrun out")
-        return _steered(config, model, refusal, output, console)
+        scorer.load()
+        return _steered(config, model, scorer, refusal, output, console)
     path = None
     if ranks.first:
         path = Path(output) if output else RunFolder.create("sample", config=config).path / "crystals.h5"
@@ -104,7 +108,12 @@ def draw(
 
 
 def _steered(
-    config: SampleConfig, model: CrystalTransformer, refusal: Refusal, output: str | None, console: Console
+    config: SampleConfig,
+    model: CrystalTransformer,
+    scorer: Reward,
+    refusal: Refusal,
+    output: str | None,
+    console: Console,
 ) -> Path:
     """Crystals towards a reward; a run folder also gets scored.h5, all that was scored, and metrics.csv, a row a sweep.
 
@@ -113,7 +122,6 @@ def _steered(
     """
     from cfrl.rl.steering import Steering, steer
 
-    scorer = _scorer(config)
     run = None if output else RunFolder.create("sample", config.toward, config)
     path = run.path / "crystals.h5" if run else Path(output)
     logged = 0
@@ -150,7 +158,7 @@ def _steered(
 
 
 def _scorer(config: SampleConfig) -> Reward:
-    """The reward as `cfrl finetune` makes it, with all that it works with loaded. Raises UserError."""
+    """The reward as `cfrl finetune` makes it. Raises UserError."""
     from cfrl.commands.finetune import configured_reward
 
     if config.keep_invalid:
@@ -162,7 +170,6 @@ def _scorer(config: SampleConfig) -> Reward:
     scorer = configured_reward(settings, choose_device(config.device))
     if "dataset" in scorer.needs and config.known is None:
         raise UserError("the reward 'novelty' needs known crystals to compare with: give --known")
-    scorer.load()
     return scorer
 
 

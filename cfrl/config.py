@@ -189,8 +189,8 @@ class SampleConfig(SteeringOptions, ScoringInputs, DrawInputs):
 
     toward: str | None = option(
         None,
-        "Steer towards high values of this reward, a name or formula of `cfrl rewards`; where a property is sought among "
-        "what lasts, the model is `stable` unless named; empty: as the model draws.",
+        "Steer towards high values of this reward, a name or formula of `cfrl rewards`, from `stable` where a property "
+        "is sought among what lasts and no --model is named; empty: as the model draws.",
         choices=REWARDS,
         unset="",
     )

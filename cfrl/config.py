@@ -229,10 +229,11 @@ class FinetuneInputs(Settings):
 class ScoringWorkers(Settings):
     """Who asks the potential."""
 
-    score_on: Literal["here", "local", "ray"] = option(
-        "here",
+    score_on: Literal["auto", "here", "local", "ray"] = option(
+        "auto",
         "Where crystals are relaxed and the potential is asked: here (in this process), in worker processes of this "
-        "machine (local), or on a Ray cluster, which may be larger than what learns.",
+        "machine (local), or on a Ray cluster, which may be larger than what learns; auto: local where one process has "
+        "several CPU cores and hundreds of crystals to score, else here.",
     )
     score_workers: Workers | None = option(
         None, "How many of them; 0: one for each core on a CPU, one on a GPU.", unset=0

@@ -17,6 +17,7 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
 from cfrl.model.files import DEFAULT, EMBEDDED, STABLE, Extras, load_model, model_path, save_model
 from cfrl.model.sampler import random_seed
+from cfrl.potentials.families import is_outside
 from cfrl.potentials.pool import PotentialPool
 from cfrl.reports import monitor
 from cfrl.reports.report import write_report
@@ -29,7 +30,7 @@ from cfrl.rl.makeup import MAKEUP, compared, makeup
 from cfrl.rl.sources import SCALE_SEED, FreshCrystals, RecordedCrystals, Scorer, Source
 from cfrl.rl.tuning import Tuning, settled
 from cfrl.runs.devices import choose_device
-from cfrl.runs.engine import make_engine
+from cfrl.runs.engine import count_cores, make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.interrupt import Abandoned, StopWish, stop_on_signal
 from cfrl.runs.options import EngineOptions
@@ -38,6 +39,7 @@ from cfrl.tables import write_csv
 from cfrl.untrusted import fitting
 
 VALIDATION_CRYSTALS = 512
+LONG = 512  # crystals of a run for which it pays that worker processes start
 STOPPED = "Stopped."  # why a run ends after Ctrl-C
 
 
@@ -71,7 +73,7 @@ def finetune(
     if config is None:
         config = read_run_config(FinetuneConfig, Path(resume) / "config.toml") if resume else FinetuneConfig()
     _check(config)
-    with processes(config.device) as ranks, scoring_pool(config) as pool:
+    with processes(config.device) as ranks, scoring_pool(config, ranks) as pool:
         if resume and reward is None and not config.rollouts and ranks.first:
             confirm_code(config.reward, Path(resume) / "config.toml", trust)
         scorer = reward
@@ -188,13 +190,17 @@ def settings_beside(model: Path) -> FinetuneConfig | None:
 
 
 @contextmanager
-def scoring_pool(config: FinetuneConfig) -> Iterator[PotentialPool | None]:
+def scoring_pool(config: FinetuneConfig, ranks: Ranks) -> Iterator[PotentialPool | None]:
     """The workers that ask the potential; None where this process does. Raises UserError as `make_engine`."""
-    if config.score_on == "here":
+    where, kind = config.score_on, choose_device(config.device).type
+    if where == "auto":  # a step's few crystals gain more from a process for each core than from threads
+        alone = ranks.size == 1 and not is_outside(config.potential)
+        long = config.steps * config.n >= LONG
+        where = "local" if alone and long and kind == "cpu" and count_cores() > 1 else "here"
+    if where == "here":
         yield None
         return
-    workers = EngineOptions(config.score_workers, config.score_on, config.address)
-    with make_engine(workers, choose_device(config.device).type) as engine:
+    with make_engine(EngineOptions(config.score_workers, where, config.address), kind) as engine:
         yield PotentialPool(engine, config.device)
 
 

@@ -1,6 +1,6 @@
 """The structure types of the crystals that the embedded generator learnt from: make_structure_types.py train.h5
 
-Writes cfrl/assets/structure_types.h5: an example of each type, and the elements that are known in it. `train.h5` is of
+Writes cfrl/assets/structure_types.npz: an example of each type, and the elements that are known in it. `train.h5` is of
 make_training_set.py; its validation crystals are left out, so that predictions can be tested on them.
 """
 

@@ -82,8 +82,8 @@ def test_cells_follow_the_atoms(types):
 
 
 def test_types_are_kept_in_a_file(types, tmp_path):
-    types.write(tmp_path / "types.h5")
-    read = StructureTypes.read(tmp_path / "types.h5")
+    types.write(tmp_path / "types.npz")
+    read = StructureTypes.read(tmp_path / "types.npz")
     assert (read.known == types.known).all()
     assert (read.type_of == types.type_of).all()
     assert likelihoods(read, "KBr") == pytest.approx(likelihoods(types, "KBr"))

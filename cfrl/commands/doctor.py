@@ -227,7 +227,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         **{f"assets/{name}.safetensors": partial(_generator, name) for name in config.EMBEDDED},
         "assets/hull.h5": _hull,
         "assets/known.npy": _known,
-        "assets/structure_types.h5": _structure_types,
+        "assets/structure_types.npz": _structure_types,
         **predictors,
         "reports/assets/": _report_parts,
     }

@@ -14,18 +14,17 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 from cfrl.assets import ASSETS
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.substitution import rescaled
-from cfrl.io.storage import read_crystals, write_crystals
 
-EMBEDDED = ASSETS / "structure_types.h5"  # of the crystals that the embedded generator learnt from
+EMBEDDED = ASSETS / "structure_types.npz"  # of the crystals that the embedded generator learnt from
 # What crystals of a type may differ by: sites, in (volume per atom)^(1/3); lengths, relative at equal volume; degrees.
 SITES, LENGTHS, ANGLES = 0.2, 0.1, 5.0
+_ARRAYS = ("space_group", "wyckoff", "species", "frac_coords", "lattice")
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,15 @@ class StructureTypes:
     @classmethod
     def read(cls, path: Path) -> StructureTypes:
         """From a file of `write`."""
-        with h5py.File(path) as file:
-            known, type_of = file["known"][:], file["type_of"][:]
-        return cls(read_crystals(path), known, type_of)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        known, type_of = arrays.pop("known"), arrays.pop("type_of")
+        return cls(CrystalBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()}), known, type_of)
 
     def write(self, path: Path) -> None:
-        """As a dataset of the examples that also holds what is known."""
-        write_crystals(path, self.crystals)
-        with h5py.File(path, "r+") as file:
-            for name, array in (("known", self.known), ("type_of", self.type_of.astype(np.uint16))):
-                file.create_dataset(name, data=array, compression="gzip", compression_opts=9, shuffle=True)
+        """As a compressed .npz file."""
+        arrays = {name: getattr(self.crystals, name).numpy() for name in _ARRAYS}
+        np.savez_compressed(path, **arrays, known=self.known, type_of=self.type_of.astype(np.uint16))
 
     @cached_property
     def kinds(self) -> np.ndarray:

@@ -58,6 +58,7 @@ REWARDS = (
     "dielectric",
     "dielectric_bandgap",
     "bulk_modulus",
+    "in_range",
     "density",
     "volume_per_atom",
     "contact",

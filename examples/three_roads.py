@@ -21,14 +21,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import cfrl
+from cfrl.commands.finetune import finetune
+from cfrl.config import FinetuneConfig
 from cfrl.crystals.known import KnownFormulas
+from cfrl.model.files import load_extras
 
-WANTED = "window(band_gap, 1.0, 1.8)"  # 0 inside, minus the distance outside; the guard `unstable` sees to the hull
 LOW, HIGH, NEAR = 1.0, 1.8, 0.1  # eV, eV, eV/atom
-BETA = 0.4  # of the chains: with a reward that spreads by some 0.6 eV, P(y | C) = exp(-distance / 0.25 eV)
+# log P(y | C), no less than that of 1 in 1,000; the guard `unstable` sees to the hull.
+WANTED = f"log(max(in_range(of=band_gap, low={LOW}, high={HIGH}), 0.001))"
+BETA = (
+    0.5  # of the chains: in standard deviations of the reward, which are some 2 nats, so that P(y | C) counts as it is
+)
 LISTS = (10, 30, 100, 300, 1000, 3000)  # finds
 
 
@@ -55,16 +60,18 @@ class Told:
     seconds: float
 
 
-def draws(model: torch.nn.Module, n: int, minutes: float) -> Road:
-    """As the model draws them."""
-    began = time.monotonic()
-    crystals = cfrl.sample(model, n, seed=1)
+def draws(model: str, n: int, minutes: float) -> Road:
+    """As the model draws them: `cfrl sample`."""
+    refusal, began = load_extras(model).refusal, time.monotonic()
+    crystals = cfrl.sample(cfrl.load_model(model), n, seed=1, wanted=refusal if refusal.names else None)
     return Road(crystals, 0.0, (time.monotonic() - began) / n)
 
 
-def chains(model: torch.nn.Module, n: int, minutes: float) -> Road:
-    """Of the model, times exp(reward / beta)."""
-    steered = cfrl.steer(model, WANTED, min(n, 128), seed=1, beta=BETA, time_limit=minutes, budget=100_000)
+def chains(model: str, n: int, minutes: float) -> Road:
+    """Of the model, times exp(reward / beta): `cfrl sample --toward`."""
+    steered = cfrl.steer(
+        cfrl.load_model(model), WANTED, min(n, 128), seed=1, beta=BETA, time_limit=minutes, budget=100_000
+    )
     told = steered.numbers
     print("chains:", ", ".join(f"{name} {value:.3g}" for name, value in told.items()), flush=True)
     if not told["sweeps_at_beta"]:
@@ -74,13 +81,14 @@ def chains(model: torch.nn.Module, n: int, minutes: float) -> Road:
     return Road(steered.crystals, told["seconds"] / 60, sweep / draws_of_a_sweep)
 
 
-def tuned(model: torch.nn.Module, n: int, minutes: float) -> Road:
-    """Drawn from what tuning made of the model."""
+def tuned(model: str, n: int, minutes: float) -> Road:
+    """Drawn from what tuning made of the model: `cfrl finetune`, `cfrl sample --model last`."""
     began = time.monotonic()
-    end = cfrl.finetune(model, WANTED, seed=1, steps=100_000, time_limit=minutes)
+    config = FinetuneConfig(reward=WANTED, model=model, seed=1, steps=100_000, time_limit=minutes, evaluate=0)
+    run = finetune(config, quiet=True)
     taken = time.monotonic() - began
-    print(f"tuned: {len(end.metrics)} steps in {taken / 60:.1f} minutes", flush=True)
-    return replace(draws(end.model, n, 0), minutes=taken / 60)
+    print(f"tuned: {len(run.metrics()['step'])} steps in {taken / 60:.1f} minutes, {run.path}", flush=True)
+    return replace(draws(str(run.path), n, 0), minutes=taken / 60)
 
 
 def tell(name: str, road: Road, folder: Path) -> Told:
@@ -101,7 +109,7 @@ def tell(name: str, road: Road, folder: Path) -> Told:
 
 
 # A search for a property starts from `stable`, which is `default` tuned for new compounds near the hull.
-ROADS: dict[str, tuple[Callable[[torch.nn.Module, int, float], Road], str]] = {
+ROADS: dict[str, tuple[Callable[[str, int, float], Road], str]] = {
     "default": (draws, "default"),
     "stable": (draws, "stable"),
     "chains": (chains, "stable"),
@@ -120,7 +128,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     roads: dict[str, tuple[Road, Told]] = {}
     for name, (take, start) in ROADS.items():
-        road = take(cfrl.load_model(start), n, minutes)
+        road = take(start, n, minutes)
         roads[name] = road, tell(name, road, options.output)
     print(shares_of(roads))
     print(lists_of(roads))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
+from scipy.stats import norm
 from typer.testing import CliRunner
 
 import cfrl
@@ -223,6 +224,23 @@ def test_predicted_properties_of_textbook_crystals(crystals: CrystalBatch, chgne
     assert terms["bulk_modulus"][salt] == pytest.approx(24, rel=0.3)
     np.testing.assert_allclose(terms["dielectric_bandgap"], gap * terms["dielectric"])
     np.testing.assert_array_equal(terms["dielectric_bandgap/band_gap"], gap)
+
+
+def test_the_probability_of_a_range_is_that_of_a_normal_error(crystals: CrystalBatch, chgnet) -> None:
+    ranges = {"low": "low=1", "middle": "low=1, high=4.5", "high": "low=4.5", "below": "high=1"}
+    told = {
+        name: build_reward(f"in_range(of=band_gap, {words})", context=RewardContext(chgnet))(crystals).total
+        for name, words in ranges.items()
+    }
+    terms = build_reward("band_gap", context=RewardContext(chgnet))(crystals).terms
+    gap, spread = terms["band_gap"], terms["band_gap/spread"]
+    np.testing.assert_allclose(told["middle"], norm.cdf(4.5, gap, spread) - norm.cdf(1, gap, spread), atol=1e-12)
+    np.testing.assert_allclose(told["below"] + told["middle"] + told["high"], 1, atol=1e-12)
+    np.testing.assert_allclose(told["low"], told["middle"] + told["high"], atol=1e-12)
+    assert told["below"][2] > 0.99  # copper, a metal: no gap lies below 0
+    assert told["high"][0] > 0.5  # rock salt
+    with pytest.raises(UserError, match="one of band_gap"):
+        build_reward("in_range(of=colour)")
 
 
 # ---- signs and caution -------------------------------------------------------------------------------------------

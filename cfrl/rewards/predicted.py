@@ -5,6 +5,7 @@ Each has a caution of one spread: what is highest among predictions is so in par
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from cfrl.rewards.predictors import load_predictor
 from cfrl.rewards.registry import RewardInfo, register_reward
 from cfrl.rewards.stability import strained_bulk_modulus
 
+LEAST = {"band_gap": 0.0, "eps_total": 1.0, "eps_electronic": 1.0, "bulk_modulus": 0.0}
 DIELECTRIC = {"total": "eps_total", "electronic": "eps_electronic"}
 
 
@@ -83,6 +85,32 @@ def bulk_modulus(
     scored = strained_bulk_modulus(inputs.relaxed.structures, inputs.context.potential)
     scored.spread = np.zeros(len(structures))
     return scored
+
+
+@register_reward(
+    "in_range",
+    needs=("features",),
+    predictors=("band_gap", *DIELECTRIC.values(), "bulk_modulus"),
+    minimum=0.0,
+    maximum=1.0,
+)
+def in_range(
+    crystals: Any,
+    structures: list[Any],
+    inputs: Inputs,
+    *,
+    of: Literal["band_gap", "eps_total", "eps_electronic", "bulk_modulus"] = "band_gap",
+    low: float = 0.0,
+    high: float = math.inf,
+) -> Scored:
+    """Probability that a predicted property lies between two values, in_range(of=band_gap, low=1, high=1.8), where the
+    predictor errs by its spread. For a range that is narrow beside the spread no caution would leave anything.
+    """
+    from scipy.special import ndtr
+
+    mean, spread, status = inputs.predict(of)
+    below = 0.0 if low <= LEAST[of] else ndtr((low - mean) / spread)  # nothing lies below the least that there can be
+    return Scored(ndtr((high - mean) / spread) - below, status)
 
 
 def predictor_reward(path: str) -> RewardInfo:

@@ -1,10 +1,13 @@
-"""Rates of training, log-probability and sampling: python tests/benchmarks/bench_model.py [PRESET ...] [--device cuda]
+"""Rates of training, log-probability and sampling.
+
+    python tests/benchmarks/bench_model.py [PRESET ...] [--device cuda] [--json FILE]
 
 On the crystals of ../shared/data/mp_20.csv.gz where there are any, else on the prototypes. Weights are random; space
 groups are drawn as in the dataset.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from cfrl.io.datasets import load_dataset
 from cfrl.io.importing import read_files
 from cfrl.model.sampler import draw, space_group_prior
 from cfrl.model.training import Trainer, epoch_batches
+from cfrl.model.transformer import draw_size
 from cfrl.runs.devices import choose_device
 
 MP_20 = Path(__file__).parents[3] / "shared" / "data" / "mp_20.csv.gz"
@@ -56,8 +60,9 @@ def rates(preset: str, data: CrystalBatch, batch_size: int, batches: int, device
         model.log_prob(some)
 
     scoring = count / seconds(score, device)
-    groups = torch.multinomial(space_group_prior(model).exp(), count, replacement=True)
-    sampling = count / seconds(lambda: [draw(model, part) for part in groups.split(512)], device)
+    lot = draw_size(device)
+    groups = torch.multinomial(space_group_prior(model).exp(), max(count, lot), replacement=True)
+    sampling = len(groups) / seconds(lambda: [draw(model, part) for part in groups.split(lot)], device)
     return [training, scoring, sampling]
 
 
@@ -67,12 +72,15 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="crystals a second by preset: training, log-probability, sampling")
     arguments = parser.parse_args()
     device, data = choose_device(arguments.device), crystals()
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     table = Table("preset", "training", "log-probability", "sampling", title=f"crystals/s on {where}")
+    told = {}
     for preset in arguments.presets:
-        table.add_row(
-            preset, *(f"{x:.0f}" for x in rates(preset, data, arguments.batch_size, arguments.batches, device))
-        )
+        told[preset] = rates(preset, data, arguments.batch_size, arguments.batches, device)
+        table.add_row(preset, *(f"{x:.0f}" for x in told[preset]))
     Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(told))

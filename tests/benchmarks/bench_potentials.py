@@ -1,9 +1,13 @@
 """Crystals per second of each potential on real crystals of mp_20 (prototypes where that is not at hand).
 
 CHGNet's ASE calculator one by one, CHGNet's own batches, and ours: folded by symmetry, batched, pipelined.
+
+    python tests/benchmarks/bench_potentials.py [--device cuda] [--json rates.json]
 """
 
+import argparse
 import gzip
+import json
 import time
 from collections.abc import Callable
 from csv import DictReader
@@ -38,11 +42,11 @@ def rate(run: Callable[[list[Structure]], object], structures: list[Structure]) 
     return len(structures) / (time.perf_counter() - start)
 
 
-def serial_ase(model: torch.nn.Module) -> Callable[[list[Structure]], object]:
+def serial_ase(model: torch.nn.Module, device: str) -> Callable[[list[Structure]], object]:
     from chgnet.model import CHGNetCalculator
     from pymatgen.io.ase import AseAtomsAdaptor
 
-    calculator = CHGNetCalculator(model, use_device="cpu")
+    calculator = CHGNetCalculator(model, use_device=device)
 
     def run(structures: list[Structure]) -> None:
         for structure in structures:
@@ -54,14 +58,18 @@ def serial_ase(model: torch.nn.Module) -> Callable[[list[Structure]], object]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="crystals a second by name: primitive and conventional cells")
+    options = parser.parse_args()
     primitive = crystals(400)
     conventional = [SpacegroupAnalyzer(s, 0.01).get_conventional_standard_structure() for s in primitive[::4]]
-    potential = load_potential("chgnet", "cpu")
-    whole = CHGNetPotential("0.3.0", torch.device("cpu"), symmetry=False)
+    potential = load_potential("chgnet", options.device)
+    whole = CHGNetPotential("0.3.0", torch.device(options.device), symmetry=False)
     model = potential.model
-    print(f"torch threads: {torch.get_num_threads()}\n")
+    print(f"{options.device}, torch threads: {torch.get_num_threads()}\n")
     rows = {
-        "ASE calculator, one by one": (serial_ase(model), 60),
+        "ASE calculator, one by one": (serial_ase(model, options.device), 60),
         "CHGNet's batches, energy": (lambda s: model.predict_structure(s, task="e"), 200),
         "CHGNet's batches, forces and stress": (lambda s: model.predict_structure(s, task="efs"), 60),
         "ours without symmetry, energy": (whole.compute, 200),
@@ -71,10 +79,13 @@ def main() -> None:
     }
     sizes = [np.mean([len(s) for s in group]) for group in (primitive, conventional)]
     print(f"{'crystals/s':36} primitive ({sizes[0]:.1f} atoms)  conventional ({sizes[1]:.1f} atoms)")
+    told = {}
     for name, (run, n) in rows.items():
         with torch.no_grad() if "energy" in name else torch.enable_grad():
-            rates = [rate(run, group[: max(n, 1)]) for group in (primitive, conventional)]
-        print(f"{name:36} {rates[0]:>14.1f} {rates[1]:>24.1f}", flush=True)
+            told[name] = [rate(run, group[: max(n, 1)]) for group in (primitive, conventional)]
+        print(f"{name:36} {told[name][0]:>14.1f} {told[name][1]:>24.1f}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
 from cfrl.model.files import load_model
 from cfrl.model.options import CellWishes, Wishes
-from cfrl.model.prediction import likely_crystals
+from cfrl.model.prediction import ERROR, likelihoods, likely_crystals
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
 from cfrl.screening.dft import replaced_folder
@@ -46,6 +46,7 @@ class Predicted:
 
     structure: relaxed. id: of the lowest of these candidates. times: how many there are.
     energy: eV/atom. e_above_hull: eV/atom, NaN where unknown. known_as: a known crystal that it is, or "".
+    log_weight: of the likeliest of their prototypes, before any energy was looked at (`likely_crystals`).
     """
 
     structure: Structure
@@ -54,6 +55,7 @@ class Predicted:
     energy: float
     e_above_hull: float
     known_as: str
+    log_weight: float
 
 
 def predict(formula: str, config: PredictConfig, resume: Path | None = None, console: Console | None = None) -> Path:
@@ -128,8 +130,8 @@ def distinct_structures(screening: Path) -> list[Predicted]:
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
     path = screening / "screen.h5"
-    columns = read_columns(path, ["energy_per_atom", "e_above_hull", "known_as"])
-    crystals = read_crystals(path)
+    columns = read_columns(path, ["energy_per_atom", "e_above_hull", "known_as", "input_log_weight"])
+    crystals, weights = read_crystals(path), columns["input_log_weight"].tolist()
     order = [row for row in np.argsort(columns["energy_per_atom"]) if np.isfinite(columns["energy_per_atom"][row])]
     if not order:
         raise UserError(f"{screening}: none of the candidates could be relaxed; draw more (-n)")
@@ -139,14 +141,16 @@ def distinct_structures(screening: Path) -> list[Predicted]:
         if same is not None:
             same.times += 1
             same.known_as = same.known_as or columns["known_as"][row]
+            same.log_weight = max(same.log_weight, weights[row])
             continue
         energy, distance = (float(columns[name][row]) for name in ("energy_per_atom", "e_above_hull"))
-        found.append(Predicted(structures[row], crystals.ids[row], 1, energy, distance, columns["known_as"][row]))
+        known_as = columns["known_as"][row]
+        found.append(Predicted(structures[row], crystals.ids[row], 1, energy, distance, known_as, weights[row]))
     return found
 
 
 def _write(path: Path, found: list[Predicted]) -> None:
-    rows = [_row(place, one, found[0]) for place, one in enumerate(found, 1)]
+    rows = _rows(found)
     write_csv(path / "prediction.csv", {name: [row[name] for row in rows] for name in rows[0]})
     width = len(str(len(found)))
     with replaced_folder(path / "cifs") as folder:
@@ -155,7 +159,13 @@ def _write(path: Path, found: list[Predicted]) -> None:
             one.structure.to(folder / name, fmt="cif", symprec=0.01)
 
 
-def _row(place: int, one: Predicted, lowest: Predicted) -> dict[str, object]:
+def _rows(found: list[Predicted]) -> list[dict[str, object]]:
+    weights, energies = (np.array([getattr(one, name) for one in found]) for name in ("log_weight", "energy"))
+    likely = likelihoods(weights, energies).tolist()
+    return [_row(place, one, found[0], p) for place, (one, p) in enumerate(zip(found, likely, strict=True), 1)]
+
+
+def _row(place: int, one: Predicted, lowest: Predicted, likelihood: float) -> dict[str, object]:
     symbol, number = one.structure.get_space_group_info(symprec=0.01)
     return {
         "place": place,
@@ -165,6 +175,7 @@ def _row(place: int, one: Predicted, lowest: Predicted) -> dict[str, object]:
         "atoms": len(one.structure),
         "above_lowest": one.energy - lowest.energy,
         "e_above_hull": one.e_above_hull,
+        "likelihood": likelihood,
         "volume_per_atom": one.structure.volume / len(one.structure),
         "times": one.times,
         "known_as": one.known_as,
@@ -184,15 +195,26 @@ def _plot(path: Path, screening: Path) -> None:
 
 
 def _show(formula: str, path: Path, found: list[Predicted], console: Console) -> None:
-    heads = ("", "space group", "atoms", "above lowest", "above hull", "A^3/atom", "found", "known as")
+    heads = ("", "space group", "atoms", "above lowest", "above hull", "likely", "found", "known as")
     total = sum(one.times for one in found)
     grid = Grid(title=f"{formula}: {len(found)} structures from {total} candidates; eV/atom", title_justify="left")
     for name in heads:
         grid.add_column(name, justify="left" if name == "known as" else "right")
-    for place, one in enumerate(found[:SHOWN], 1):
-        row = _row(place, one, found[0])
+    rows = _rows(found)
+    for row in rows[:SHOWN]:
         numbers = (f"{row[name]:.3f}" for name in ("above_lowest", "e_above_hull"))
-        group, size = f"{row['symbol']} ({row['space_group']})", f"{row['volume_per_atom']:.1f}"
-        grid.add_row(str(place), group, str(row["atoms"]), *numbers, size, f"{one.times} x", one.known_as)
+        place, atoms, times = (str(row[name]) for name in ("place", "atoms", "times"))
+        grid.add_row(place, _group(row), atoms, *numbers, f"{row['likelihood']:.0%}", f"{times} x", row["known_as"])
     console.print(grid)
+    best = max(rows, key=lambda row: row["likelihood"])
+    console.print(
+        f"Most likely: {best['place']}, {_group(best)}, {best['likelihood']:.0%}, by the worth of its prototype, and an "
+        f"energy that is right to {ERROR:g} eV/atom",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"Wrote {path}/: prediction.csv, cifs/, energy_volume.png, screen/", highlight=False, soft_wrap=True)
+
+
+def _group(row: dict[str, object]) -> str:
+    return f"{row['symbol']} ({row['space_group']})"

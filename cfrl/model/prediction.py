@@ -39,6 +39,9 @@ TRIES = 4  # draws of the coordinates of a candidate, since not all are possible
 MIN_DISTANCE = 0.5  # angstrom
 # That a candidate of the right prototype relaxes to the true structure: without free coordinates only the cell is open.
 CHANCE_FIXED, CHANCE_FREE = 0.95, 0.6
+ERROR = (
+    0.03  # eV/atom, of a potential between structures of one formula; 0.02 to 0.1 rank equally well (docs/asking.md)
+)
 KNOWN_FIRST = 1e9  # known coordinates come before all drawn ones, whose log-likelihoods are less
 TRUST = 0.5  # power of how likely a prototype is: models are too sure of their first guess
 
@@ -85,6 +88,17 @@ def likely_crystals(
     crystals = crystals[chosen].trim()
     crystals.properties = {"log_weight": torch.tensor([math.log(mass[names[row]]) for row in chosen])}
     return crystals
+
+
+def likelihoods(log_weight: np.ndarray, energy: np.ndarray) -> np.ndarray:
+    """(n,) how likely each of n structures is the true one, if one is: its weight, times what its energy leaves of it.
+
+    Args:
+        log_weight: (n,) of their prototypes, before any energy was looked at. energy: (n,) eV/atom, of a potential.
+    """
+    from scipy.special import softmax
+
+    return softmax(log_weight - energy / ERROR)
 
 
 def shared_out(

@@ -10,25 +10,45 @@ and DiffCSP (ltol 0.3, stol 0.5, angle 10) and with pymatgen's own (0.2, 0.3, 5)
 """
 
 import time
-from typing import Annotated
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import typer
 from pymatgen.analysis.structure_matcher import StructureMatcher
+from pymatgen.core import Structure
 
 import cfrl
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.structure_types import StructureTypes
 from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.model.options import Wishes
-from cfrl.model.prediction import likely_crystals
+from cfrl.model.prediction import likelihoods, likely_crystals
 from cfrl.potentials import load_potential
-from cfrl.potentials.relax import relax
+from cfrl.potentials.relax import RelaxResult, relax
 
 WIDE = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10)
 STRICT = StructureMatcher()
+
+
+class Outcome(NamedTuple):
+    """Of the candidates of a formula: whether the structure that is sought is among them, is the lowest in energy, the
+    likeliest, is among them by the strict tolerances, had its letters among them as drawn; the least RMSE.
+    """
+
+    among_all: bool
+    lowest: bool
+    likeliest: bool
+    strict: bool
+    letters: bool
+    rmse: float
+
+
+MISSED = Outcome(*(False,) * 5, np.nan)
 
 
 def main(
@@ -39,53 +59,59 @@ def main(
     types: Annotated[bool, typer.Option(help="Known structure types beside the model's own draws.")] = True,
     seed: int = 0,
 ) -> None:
-    draws = sorted(draws or [20])
+    draws, start = sorted(draws or [20]), time.monotonic()
     structure_types = StructureTypes.embedded() if types else None
     generator, potential = cfrl.load_model(model), load_potential("chgnet")
-    known, learnt = load_dataset(dataset, split="validation"), set(load_dataset(dataset, split="train").formulas())
-    unseen = [row for row, formula in enumerate(known.formulas()) if formula not in learnt]
-    rows = np.random.default_rng(seed).permutation(unseen)
-    found, done, start = {n: [] for n in draws}, 0, time.monotonic()
-    for row in rows:
-        if done == crystals:
-            break
-        truth = known[[int(row)]]
-        target = truth.to_structures()[0].get_primitive_structure()
-        if len(target) > 20:
-            continue
-        done += 1
+    found: dict[int, list[Outcome]] = {n: [] for n in draws}
+    for done, (truth, target) in enumerate(islice(unseen(dataset, seed), crystals), 1):
+        formula = truth.formulas()[0]
         try:
-            drawn = likely_crystals(generator, draws[-1], Wishes(formula=truth.formulas()[0]), seed, structure_types)
+            drawn = likely_crystals(generator, draws[-1], Wishes(formula=formula), seed, structure_types)
         except UserError as error:
-            print(truth.formulas()[0], error, flush=True)
-            for n in draws:
-                found[n].append((False,) * 4 + (np.nan,))
+            print(formula, error, flush=True)
+            for outcomes in found.values():
+                outcomes.append(MISSED)
             continue
-        same = np.array(fingerprints(drawn)) == fingerprints(truth)[0]
         result = relax(drawn.to_structures(), potential, steps=200)
-        for n in draws:
-            found[n].append(_judged(target, result.structures[:n], result.energy[:n], bool(same[:n].any())))
-        said = "; ".join(f"{n}: any {found[n][-1][0]}, lowest {found[n][-1][1]}" for n in draws)
-        print(
-            f"{done} {truth.formulas()[0]} ({int(truth.space_group)}) {said} {time.monotonic() - start:.0f} s",
-            flush=True,
+        for n, outcomes in found.items():
+            outcomes.append(judged(truth, target, drawn[:n], result[:n]))
+        said = "; ".join(
+            f"{n}: any {x[-1].among_all}, lowest {x[-1].lowest}, likeliest {x[-1].likeliest}" for n, x in found.items()
         )
-    print("| candidates | among all | as lowest | strict, among all | letters as drawn | RMSE |\n" + "| --- " * 6 + "|")
-    for n in draws:
-        table = np.array(found[n], dtype=float)
-        shares = " | ".join(f"{x:.1%}" for x in table[:, :4].mean(0))
-        print(f"| {n} | {shares} | {np.nanmean(table[:, 4]):.3f} |")
+        print(f"{done} {formula} ({int(truth.space_group)}) {said} {time.monotonic() - start:.0f} s", flush=True)
+    print(f"| candidates | {' | '.join(Outcome._fields)} |\n" + "| --- " * 7 + "|")
+    for n, outcomes in found.items():
+        table = np.array(outcomes, dtype=float)
+        print(f"| {n} | {' | '.join(f'{x:.1%}' for x in table[:, :5].mean(0))} | {np.nanmean(table[:, 5]):.3f} |")
     print(f"{len(found[draws[0]])} formulas, {torch.get_num_threads()} threads, {time.monotonic() - start:.0f} s")
 
 
-def _judged(target, structures, energy, same: bool) -> tuple[bool, bool, bool, bool, float]:
-    """Whether any candidate matches, the lowest does, any does strictly, any had the letters; the least RMSE."""
-    ends = [(e, s) for e, s in zip(energy, structures, strict=True) if s is not None and np.isfinite(e)]
-    ends.sort(key=lambda end: end[0])
-    matches = [bool(WIDE.fit(target, end)) for _, end in ends]
-    distances = [WIDE.get_rms_dist(target, end)[0] for (_, end), fits in zip(ends, matches, strict=True) if fits]
-    strict = any(STRICT.fit(target, end) for (_, end), fits in zip(ends, matches, strict=True) if fits)
-    return any(matches), matches[:1] == [True], strict, same, min(distances, default=np.nan)
+def unseen(dataset: str, seed: int) -> Iterator[tuple[CrystalBatch, Structure]]:
+    """Validation crystals of formulas that no training crystal has, at random, and their primitive cells."""
+    known, learnt = load_dataset(dataset, split="validation"), set(load_dataset(dataset, split="train").formulas())
+    rows = [row for row, formula in enumerate(known.formulas()) if formula not in learnt]
+    for row in np.random.default_rng(seed).permutation(rows):
+        truth = known[[int(row)]]
+        target = truth.to_structures()[0].get_primitive_structure()
+        if len(target) <= 20:
+            yield truth, target
+
+
+def judged(truth: CrystalBatch, target: Structure, drawn: CrystalBatch, result: RelaxResult) -> Outcome:
+    energy = np.where([s is not None for s in result.structures], result.energy, np.nan)
+    ended = np.flatnonzero(np.isfinite(energy))
+    if not len(ended):
+        return MISSED
+    energy, ends = energy[ended], [result.structures[row] for row in ended]
+    likely = likelihoods(drawn.properties["log_weight"].numpy()[ended], energy)
+    matches = np.array([WIDE.fit(target, end) for end in ends])
+    distances = [WIDE.get_rms_dist(target, end)[0] for end, fits in zip(ends, matches, strict=True) if fits]
+    strict = any(STRICT.fit(target, end) for end, fits in zip(ends, matches, strict=True) if fits)
+    letters = fingerprints(truth)[0] in fingerprints(drawn)
+    among = bool(matches.any())
+    return Outcome(
+        among, matches[energy.argmin()], matches[likely.argmax()], strict, letters, min(distances, default=np.nan)
+    )
 
 
 if __name__ == "__main__":

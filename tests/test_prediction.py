@@ -18,7 +18,7 @@ from cfrl.crystals.substitution import replacement_table
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
-from cfrl.model.prediction import TRUST, likely_crystals, shared_out
+from cfrl.model.prediction import ERROR, TRUST, likelihoods, likely_crystals, shared_out
 from cfrl.model.sampler import space_group_prior
 from cfrl.model.wishes import parse_formula
 from cfrl.tables import read_csv
@@ -161,6 +161,13 @@ def test_candidates_are_of_the_likely_prototypes():
     )
 
 
+def test_what_is_likely_is_weighed_against_its_energy():
+    weights, energies = np.log([0.6, 0.3, 0.1]), np.array([-3.0, -3.0, -3.0])
+    assert likelihoods(weights, energies) == pytest.approx([0.6, 0.3, 0.1])
+    lower = likelihoods(weights, energies - [0, 0, ERROR])  # by one error: e times as likely as before
+    assert lower[2] / lower[0] == pytest.approx(np.e / 6)
+
+
 def test_rock_salt_is_predicted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rock_salt("Na", "Cl", 5.6).to("known.cif")
@@ -171,6 +178,8 @@ def test_rock_salt_is_predicted(tmp_path, monkeypatch):
     assert table["known_as"][0] != ""
     assert table["e_above_hull"][0] == pytest.approx(0, abs=0.02)
     assert table["above_lowest"] == sorted(table["above_lowest"])
+    assert sum(table["likelihood"]) == pytest.approx(1, abs=1e-4)
+    assert np.argmax(table["likelihood"]) == 0
     assert sum(table["times"]) <= 16
     lowest = Structure.from_file(next((path / "cifs").glob("1*-NaCl.cif")))
     assert lowest.get_space_group_info()[1] == 225

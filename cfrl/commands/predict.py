@@ -208,7 +208,7 @@ def _show(formula: str, path: Path, found: list[Predicted], console: Console) ->
     console.print(grid)
     best = max(rows, key=lambda row: row["likelihood"])
     console.print(
-        f"Most likely: {best['place']}, {_group(best)}, {best['likelihood']:.0%}, by the worth of its prototype, and an "
+        f"Most likely: {best['place']}, {_group(best)}, {best['likelihood']:.0%}, by its prototype's worth and an "
         f"energy that is right to {ERROR:g} eV/atom",
         highlight=False,
         soft_wrap=True,

@@ -75,9 +75,8 @@ def main(
         result = relax(drawn.to_structures(), potential, steps=200)
         for n, outcomes in found.items():
             outcomes.append(judged(truth, target, drawn[:n], result[:n]))
-        said = "; ".join(
-            f"{n}: any {x[-1].among_all}, lowest {x[-1].lowest}, likeliest {x[-1].likeliest}" for n, x in found.items()
-        )
+        last = {n: outcomes[-1] for n, outcomes in found.items()}
+        said = "; ".join(f"{n}: any {x.among_all}, lowest {x.lowest}, likeliest {x.likeliest}" for n, x in last.items())
         print(f"{done} {formula} ({int(truth.space_group)}) {said} {time.monotonic() - start:.0f} s", flush=True)
     print(f"| candidates | {' | '.join(Outcome._fields)} |\n" + "| --- " * 7 + "|")
     for n, outcomes in found.items():
@@ -108,10 +107,8 @@ def judged(truth: CrystalBatch, target: Structure, drawn: CrystalBatch, result: 
     distances = [WIDE.get_rms_dist(target, end)[0] for end, fits in zip(ends, matches, strict=True) if fits]
     strict = any(STRICT.fit(target, end) for end, fits in zip(ends, matches, strict=True) if fits)
     letters = fingerprints(truth)[0] in fingerprints(drawn)
-    among = bool(matches.any())
-    return Outcome(
-        among, matches[energy.argmin()], matches[likely.argmax()], strict, letters, min(distances, default=np.nan)
-    )
+    first = matches[energy.argmin()], matches[likely.argmax()]
+    return Outcome(bool(matches.any()), *map(bool, first), strict, letters, min(distances, default=np.nan))
 
 
 if __name__ == "__main__":

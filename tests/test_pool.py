@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from cfrl.commands.finetune import finetune
+from cfrl.commands.finetune import finetune, scoring_pool
 from cfrl.config import FinetuneConfig
 from cfrl.errors import UserError
 from cfrl.io.storage import read_columns
@@ -18,6 +18,7 @@ from cfrl.potentials.pool import PotentialPool, _computed
 from cfrl.potentials.relax import relax
 from cfrl.rewards import RewardContext
 from cfrl.runs.engine import LOST, LocalEngine
+from cfrl.runs.ranks import ALONE
 
 
 def rock_salts() -> list[Structure]:
@@ -82,3 +83,19 @@ def test_tuning_scores_alike_wherever_it_scores(tmp_path) -> None:
 def test_a_pool_needs_a_name(pool: PotentialPool) -> None:
     with pytest.raises(UserError, match="by its name"):
         RewardContext(load_potential("chgnet", "cpu"), pool=pool)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooled"),
+    [
+        ({}, True),
+        ({"steps": 2}, False),
+        ({"score_on": "here"}, False),
+        ({"potential": "ase:mine:make"}, False),
+        ({"score_on": "local", "steps": 2}, True),
+    ],
+)
+def test_long_tunings_of_one_process_score_in_others(monkeypatch, settings, pooled) -> None:
+    monkeypatch.setattr("cfrl.commands.finetune.count_cores", lambda: 2)
+    with scoring_pool(FinetuneConfig(device="cpu", **settings), ALONE) as pool:
+        assert (pool is not None) == pooled

@@ -46,7 +46,7 @@ def types() -> StructureTypes:
     return StructureTypes.of(CrystalBatch.from_structures([*known, rock_salt("K", "Cl", 6.3)]))
 
 
-def likelihoods(types: StructureTypes, formula: str) -> dict[str, float]:
+def placed(types: StructureTypes, formula: str) -> dict[str, float]:
     elements, _, (amounts,) = parse_formula(formula)
     crystals, weights = types.with_formula(elements, amounts, replacement_table())
     assert set(crystals.formulas()) <= {formula}
@@ -69,11 +69,11 @@ def test_likely_is_what_replaces_the_known_elements(types):
     def both(first: int, second: int) -> float:
         return table[first, k] * table[second, br] + table[first, br] * table[second, k]
 
-    sums = likelihoods(types, "KBr")
+    sums = placed(types, "KBr")
     assert set(sums) == {"225|K:a Br:b", "221|K:a Br:b"}
     assert sums["225|K:a Br:b"] == pytest.approx(both(na, cl) + both(mg, ox) + both(k, cl))
-    assert likelihoods(types, "K2Br") == {}.fromkeys(["136|Br:a K:f"], pytest.approx(0, abs=1e-6))
-    assert likelihoods(types, "NaClO4") == {}
+    assert placed(types, "K2Br") == {}.fromkeys(["136|Br:a K:f"], pytest.approx(0, abs=1e-6))
+    assert placed(types, "NaClO4") == {}
 
 
 def test_cells_follow_the_atoms(types):
@@ -86,7 +86,7 @@ def test_types_are_kept_in_a_file(types, tmp_path):
     read = StructureTypes.read(tmp_path / "types.npz")
     assert (read.known == types.known).all()
     assert (read.type_of == types.type_of).all()
-    assert likelihoods(read, "KBr") == pytest.approx(likelihoods(types, "KBr"))
+    assert placed(read, "KBr") == pytest.approx(placed(types, "KBr"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_types_are_kept_in_a_file(types, tmp_path):
     ],
 )
 def test_embedded_types_know_famous_crystals(formula, prototype, place):
-    sums = likelihoods(StructureTypes.embedded(), formula)
+    sums = placed(StructureTypes.embedded(), formula)
     names = [prototype, prototype.replace("Fe:a Li:c", "Li:a Fe:c")]  # olivine as it is often written, or the other way
     order = sorted(sums, key=sums.get, reverse=True)
     assert any(name in order[:place] for name in names), order[:place]

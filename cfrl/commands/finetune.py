@@ -195,7 +195,7 @@ def scoring_pool(config: FinetuneConfig, ranks: Ranks) -> Iterator[PotentialPool
     where, kind = config.score_on, choose_device(config.device).type
     if where == "auto":  # a step's few crystals gain more from a process for each core than from threads
         alone = ranks.size == 1 and not is_outside(config.potential)
-        long = config.steps * config.n >= LONG
+        long = config.steps * config.per_step >= LONG
         where = "local" if alone and long and kind == "cpu" and count_cores() > 1 else "here"
     if where == "here":
         yield None

@@ -39,9 +39,7 @@ TRIES = 4  # draws of the coordinates of a candidate, since not all are possible
 MIN_DISTANCE = 0.5  # angstrom
 # That a candidate of the right prototype relaxes to the true structure: without free coordinates only the cell is open.
 CHANCE_FIXED, CHANCE_FREE = 0.95, 0.6
-ERROR = (
-    0.03  # eV/atom, of a potential between structures of one formula; 0.02 to 0.1 rank equally well (docs/asking.md)
-)
+ERROR = 0.03  # eV/atom, of a potential between structures of a formula; 0.02 to 0.1 rank as well
 KNOWN_FIRST = 1e9  # known coordinates come before all drawn ones, whose log-likelihoods are less
 TRUST = 0.5  # power of how likely a prototype is: models are too sure of their first guess
 

@@ -13,6 +13,7 @@ from cfrl.crystals.fingerprint import (
     find_duplicates,
     find_known,
     fingerprints,
+    firsts,
     plainly_match,
     prepare,
     prototypes,
@@ -179,6 +180,11 @@ def test_prototype_forgets_the_elements_only() -> None:
     rock_salt, other, zincblende = prototypes(batch)
     assert rock_salt == other == "225|a b"
     assert zincblende.startswith("216|")
+
+
+def test_firsts_are_the_rows_where_a_key_is_new() -> None:
+    assert firsts(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 3]
+    assert firsts([]).tolist() == []
 
 
 def test_varied_crystals_share_neither_formula_nor_prototype() -> None:

@@ -8,7 +8,17 @@ from pymatgen.core import Element, Lattice, Structure
 
 from cfrl.crystals import fingerprint
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.fingerprint import descriptor, find_duplicates, find_known, fingerprints, prototypes, varied
+from cfrl.crystals.fingerprint import (
+    descriptor,
+    find_duplicates,
+    find_known,
+    fingerprints,
+    firsts,
+    plainly_match,
+    prepare,
+    prototypes,
+    varied,
+)
 
 ELEMENTS = [Element(symbol) for symbol in ("O", "Ti", "Ba", "Na")]
 
@@ -87,6 +97,40 @@ def test_known_crystals_are_found_in_any_description(polymorphs: list[Structure]
     assert all(row is not None for row in found[:60])
 
 
+def test_primitive_cells_have_as_many_atoms_as_those_of_pymatgen(polymorphs: list[Structure]) -> None:
+    """Also of supercells whose atoms are off by less than pymatgen takes for the same."""
+    rng = np.random.default_rng(5)
+    supercells = [structure * [1, 1, 2] for structure in polymorphs if len(structure) <= 8]
+    for n, structure in enumerate(supercells):
+        structure.perturb((0.0, 0.02, 0.05)[n % 3])
+        structure.translate_sites(range(len(structure)), rng.random(3))
+    sizes = [len(prepare(structure)) for structure in polymorphs + supercells]
+    assert sizes == [
+        len(structure.get_reduced_structure("niggli").get_primitive_structure())
+        for structure in polymorphs + supercells
+    ]
+    assert len(set(sizes)) > 10
+
+
+def test_what_plainly_matches_matches(polymorphs: list[Structure]) -> None:
+    """Over all pairs of one formula and size among the prototypes and copies strained by up to a tenth."""
+    rng = np.random.default_rng(6)
+    copies = []
+    for structure in polymorphs * 5:
+        copy = structure.copy()
+        copy.apply_strain(rng.normal(scale=rng.uniform(0, 0.05), size=3))
+        copy.perturb(rng.uniform(0, 0.3))
+        copies.append(copy)
+    comparable = fingerprint.group_by(map(prepare, polymorphs + copies), lambda c: c.structure.formula)
+    pairs = [(one, other) for group in comparable.values() for one in group[:12] for other in group if one is not other]
+    plain = [pair for pair in pairs if plainly_match(*pair)]
+    assert len(pairs) > 5000
+    assert len(plain) > 500
+    matcher = StructureMatcher()
+    some = rng.permutation(len(plain))[:500]
+    assert all(matcher.fit(*(c.structure for c in plain[i]), skip_structure_reduction=True) for i in some)
+
+
 def test_comparisons_grow_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many different crystals of one formula: the judge is asked about a few neighbours of each."""
     rng = np.random.default_rng(2)
@@ -136,6 +180,11 @@ def test_prototype_forgets_the_elements_only() -> None:
     rock_salt, other, zincblende = prototypes(batch)
     assert rock_salt == other == "225|a b"
     assert zincblende.startswith("216|")
+
+
+def test_firsts_are_the_rows_where_a_key_is_new() -> None:
+    assert firsts(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 3]
+    assert firsts([]).tolist() == []
 
 
 def test_varied_crystals_share_neither_formula_nor_prototype() -> None:

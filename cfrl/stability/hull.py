@@ -1,8 +1,8 @@
 """Energy above the convex hull, for many compositions at once.
 
 A `ReferenceHull` is a list of known phases: composition and energy per atom. Only phases within a crystal's
-chemical system count (`lower_hull.py` has the hull of one system). Crystals that are asked about are not added to it,
-so a distance may be negative: that crystal would be a new stable phase.
+chemical system count (`lower_hull.py` has the hull itself). Crystals that are asked about are not added to it, so a
+distance may be negative: that crystal would be a new stable phase.
 
 Where the energies come from is not its business; `cfrl data hull` makes references with a potential.
 """
@@ -21,7 +21,7 @@ from cfrl.assets import ASSETS
 from cfrl.crystals.compositions import fractions
 from cfrl.crystals.elements import SYMBOLS
 from cfrl.errors import UserError
-from cfrl.stability.lower_hull import FLAT, LowerHull
+from cfrl.stability.lower_hull import FLAT, Rivals, expected_gap, lower_hull
 from cfrl.stability.phases import read_phases
 from cfrl.untrusted import open_hdf5
 
@@ -31,6 +31,7 @@ CREDIBLE = -1.0  # eV/atom; below it a potential has failed, or the reference la
 ABSURD = 1000.0  # eV/atom; no energy of a phase in any convention
 SUM_OF_SHARES = 1e-3  # how far the fractions of a phase may add up to something else than 1
 SAME = 1e-6  # of an atomic fraction; cells of hundreds of atoms differ by more
+_CHUNK = 512  # compositions at once: some hundred phases compete with each
 SUBSETS_LIMIT = 12  # elements; beyond, scanning all systems is quicker than looking up every subset
 SAME_SCALE = {"chgnet-0.3.0": "mp2020", "chgnet-0.2.0": "mp2020"}  # names in older files
 
@@ -78,7 +79,7 @@ class ReferenceHull:
         self.energies = np.asarray(energies, dtype=np.float64)
         self.energy_scale = energy_scale
         self._systems = _group_by_system(self.numbers)
-        self._hulls: dict[int, LowerHull] = {}
+        self._lowest = _lowest_phases(self.numbers, self.fractions, self.energies)
 
     def __len__(self) -> int:
         return len(self.energies)
@@ -101,10 +102,10 @@ class ReferenceHull:
         for system, rows in _group_by_system(numbers).items():
             own = self._systems.get(system, np.empty(0, dtype=np.int64))
             self._systems[system] = np.append(own, len(self) + rows)
-            self._hulls = {other: hull for other, hull in self._hulls.items() if system & other != system}
         self.numbers = np.concatenate([_widened(self.numbers, width), _widened(numbers, width)])
         self.fractions = np.concatenate([_widened(self.fractions, width), _widened(shares, width)])
         self.energies = np.append(self.energies, np.asarray(energies, dtype=np.float64))
+        self._lowest = _lowest_phases(self.numbers, self.fractions, self.energies)
 
     @property
     def elements(self) -> list[int]:
@@ -267,15 +268,15 @@ class ReferenceHull:
         doubt = np.full(len(dense), np.nan)
         for row in np.nonzero(~np.isfinite(energies))[0]:
             status[row] = status[row] or "no energy"
-        for system, rows in _group_rows(dense).items():
-            hull = self._hull(system)
-            count[rows], doubt[rows] = hull.num_references, hull.doubt
-            rows = [row for row in rows if not status[row]]
-            if hull.status:
-                for row in rows:
-                    status[row] = hull.status
-            elif rows:
-                distance[rows] = energies[rows] - hull.energy(dense[rows][:, hull.elements])
+        for rows in _equally_many_elements(dense):
+            elements, shares = _sparse(dense[rows])
+            count[rows], rivals = self._rivals(elements)
+            doubt[rows] = expected_gap(rivals.count_compounds(len(rows)), elements.shape[1])
+            energy, missing = lower_hull(shares, elements, rivals)
+            distance[rows] = energies[rows] - energy
+            for row, reason in zip(rows, missing, strict=True):
+                status[row] = status[row] or reason
+        distance[[bool(reason) for reason in status]] = np.nan
         return HullResult(distance, status, count, doubt)
 
     def knows(self, compositions: Any) -> np.ndarray:
@@ -288,13 +289,20 @@ class ReferenceHull:
             known[rows] = [bool((np.abs(points - point).max(1, initial=0.0) < SAME).any()) for point in own]
         return known
 
-    def _hull(self, system: int) -> LowerHull:
-        if system not in self._hulls:
-            rows = self._rows(system)
-            elements = _elements(system)
-            points = self._points(rows, elements)
-            self._hulls[system] = LowerHull(elements, points, self.energies[rows])
-        return self._hulls[system]
+    def _rivals(self, elements: np.ndarray) -> tuple[np.ndarray, Rivals]:
+        """How many phases lie within each of n chemical systems, atomic numbers (n, k), and the lowest ones."""
+        n, k = elements.shape
+        systems = _system_masks(elements)
+        within = {system: self._rows(system) for system in set(systems)}
+        count = np.array([len(within[system]) for system in systems])
+        lowest = {system: rows[self._lowest[rows]] for system, rows in within.items()}
+        rows = np.concatenate([lowest[system] for system in systems])
+        owner = np.repeat(np.arange(n), [len(lowest[system]) for system in systems])
+        column = np.full((n, len(SYMBOLS)), k)
+        column[np.arange(n)[:, None], elements] = np.arange(k)
+        points = np.zeros((len(rows), k + 1))  # what pads a row goes into the last column
+        points[np.arange(len(rows))[:, None], column[owner[:, None], self.numbers[rows]]] = self.fractions[rows]
+        return count, Rivals(owner, points[:, :k], self.energies[rows])
 
     def _rows(self, system: int) -> np.ndarray:
         """The reference phases within a chemical system."""
@@ -315,6 +323,16 @@ class ReferenceHull:
         bits = [1 << z for z in elements]
         subsets = (sum(c) for k in range(1, len(bits) + 1) for c in itertools.combinations(bits, k))
         return (s for s in subsets if s in self._systems)
+
+
+def _lowest_phases(numbers: np.ndarray, fractions: np.ndarray, energies: np.ndarray) -> np.ndarray:
+    """(m,) bool: one phase of each composition, the lowest."""
+    weights = np.random.default_rng(0).integers(1 << 62, size=len(SYMBOLS))
+    key = (np.rint(fractions / SAME).astype(np.int64) * weights[numbers]).sum(axis=1)  # in any order of the elements
+    order = np.lexsort((energies, key))
+    lowest = np.zeros(len(key), dtype=bool)
+    lowest[order[np.unique(key[order], return_index=True)[1]]] = True
+    return lowest
 
 
 def _widened(array: np.ndarray, width: int) -> np.ndarray:
@@ -344,6 +362,14 @@ def _group_by_system(numbers: np.ndarray) -> dict[int, np.ndarray]:
     for row, system in enumerate(_system_masks(numbers)):
         groups.setdefault(system, []).append(row)
     return {system: np.array(rows) for system, rows in groups.items()}
+
+
+def _equally_many_elements(dense: np.ndarray) -> Iterable[np.ndarray]:
+    """Rows of compositions (n, 119) with the same number of elements, at most _CHUNK at once; none without elements."""
+    size = (dense > 0).sum(axis=1)
+    for k in np.unique(size[size > 0]):
+        rows = np.flatnonzero(size == k)
+        yield from np.split(rows, range(_CHUNK, len(rows), _CHUNK))
 
 
 def _group_rows(dense: np.ndarray) -> dict[int, list[int]]:

@@ -1,77 +1,99 @@
-"""The lower convex hull of one chemical system.
+"""The lower convex hull at given compositions, each in its own chemical system.
 
-A convex function is the maximum of its supporting planes: the hull is kept as the planes of its facets, and a lookup is
-one matrix product.
+The hull's energy at a composition is that of the cheapest mixture of phases: a linear program. Most chemical systems
+are asked about once, so that no facets are kept; the programs of many compositions, each a few steps of the simplex
+method over some hundred phases, go side by side (one by one, scipy's linprog takes milliseconds for each).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cfrl.crystals.elements import SYMBOLS
 
-FLAT = 1e-6  # eV/atom; a formation energy above -FLAT cannot lower a hull
-MAX_FACET_ELEMENTS = 6  # the facets of larger systems are so many that a linear program is quicker
+FLAT = 1e-6  # eV/atom, or of a phase in a mixture; less counts as none
+_CHEAPER = 1e-10  # eV/atom; a phase that lowers a mixture by less does not lower it
+_NUDGE = 1e-9  # of an atomic fraction: so no two phases of a mixture are used up at once, and no step is in vain
+_PURE = 1 - 1e-9  # atomic fraction
+_STEPS = 1000  # most of those of the simplex method; some 20 are usual, and what it has then is a mixture too
+_SHARE = 1e-9  # of a phase; less is none
 
 
-class LowerHull:
-    """Lower convex hull of the phases of one chemical system of k elements.
+@dataclass(frozen=True)
+class Rivals:
+    """The phases that compete with each of n compositions of k elements: of its chemical system, without polymorphs.
 
-    elements: k atomic numbers. num_references, num_compounds: phases, and compositions that are no element.
-    doubt: eV/atom, see `expected_gap`. status: "" or which element has no phase of its own; then there is no hull.
+    owner: (m,) ascending, which composition a phase competes with
+    points: (m, k) atomic fractions, columns as in the composition's
+    energies: (m,) eV/atom
     """
 
-    def __init__(self, elements: list[int], points: np.ndarray, energies: np.ndarray) -> None:
-        """points: (m, k) atomic fractions; energies: (m,) eV/atom."""
-        self.elements = elements
-        self.num_references = len(energies)
-        compounds = points[points.max(axis=1, initial=0.0) < 1 - 1e-9]
-        self.num_compounds = len(np.unique(compounds.round(4), axis=0))  # polymorphs count once
-        self.doubt = expected_gap(self.num_compounds, len(self.elements))
-        pure = np.where(points > 1 - 1e-9, energies[:, None], np.inf).min(axis=0, initial=np.inf)
-        missing = [SYMBOLS[z] for z, energy in zip(self.elements, pure, strict=True) if np.isinf(energy)]
-        self.status = f"no reference for element {', '.join(missing)}" if missing else ""
-        if missing:
-            return
-        formation = energies - points @ pure
-        low = formation < -FLAT
-        self._pure = pure
-        self._points, self._formation = points[low], formation[low]
-        facets = low.any() and len(pure) <= MAX_FACET_ELEMENTS
-        self._planes = self._lower_facets() if facets else None
+    owner: np.ndarray
+    points: np.ndarray
+    energies: np.ndarray
 
-    def energy(self, points: np.ndarray) -> np.ndarray:
-        """(n, k) compositions -> (n,) energy of the hull, eV/atom."""
-        if not len(self._formation):
-            return points @ self._pure
-        if self._planes is not None:
-            return points @ self._pure + (points @ self._planes).max(axis=1)
-        return points @ self._pure + np.array([self._linear_program(p) for p in points])
+    def __getitem__(self, keep: np.ndarray) -> Rivals:
+        return Rivals(self.owner[keep], self.points[keep], self.energies[keep])
 
-    def _lower_facets(self) -> np.ndarray:
-        """(k, facets): formation energy on a facet's plane is composition @ column."""
-        from scipy.spatial import ConvexHull
-
-        corners = np.eye(len(self._pure))
-        compositions = np.concatenate([corners, self._points])
-        formation = np.concatenate([np.zeros(len(corners)), self._formation])
-        facets = ConvexHull(np.column_stack([compositions[:, 1:], formation])).equations
-        slope, normal, offset = facets[:, :-2], facets[:, -2], facets[:, -1]
-        lower = normal < -FLAT  # vertical facets bound the system, not the energy
-        value_at_corner = np.column_stack([np.zeros(len(facets)), slope]) + offset[:, None]
-        return (-value_at_corner[lower] / normal[lower, None]).T
-
-    def _linear_program(self, point: np.ndarray) -> float:
-        """Cheapest mixture of phases with this composition: min E.x with sum_i x_i c_i = c, x >= 0."""
-        from scipy.optimize import linprog
-
-        phases = np.concatenate([np.eye(len(self._pure)), self._points])
-        formation = np.concatenate([np.zeros(len(self._pure)), self._formation])
-        return linprog(formation, A_eq=phases.T, b_eq=point, method="highs").fun
+    def count_compounds(self, n: int) -> np.ndarray:
+        """How many are no elements, (n,)."""
+        return np.bincount(self.owner[self.points.max(axis=1, initial=0.0) < _PURE], minlength=n)
 
 
-def expected_gap(compounds: int, elements: int) -> float:
-    """How far a hull is too high on average, eV/atom, where so many compositions of compounds are known.
+def lower_hull(shares: np.ndarray, elements: np.ndarray, rivals: Rivals) -> tuple[np.ndarray, list[str]]:
+    """Energies of the hull, (n,) eV/atom, and n strings: "" or which element has no phase of its own (NaN).
+
+    Args:
+        shares: (n, k) atomic fractions, all of them positive.
+        elements: (n, k) their atomic numbers.
+        rivals: of each.
+    """
+    pure = np.full(shares.shape, np.inf)
+    rows, columns = np.nonzero(rivals.points >= _PURE)
+    np.minimum.at(pure, (rivals.owner[rows], columns), rivals.energies[rows])
+    missing = np.isinf(pure)
+    status = [""] * len(shares)
+    for row in np.flatnonzero(missing.any(1)):
+        status[row] = f"no reference for element {', '.join(SYMBOLS[z] for z in elements[row][missing[row]])}"
+    pure = np.where(missing, np.nan, pure)
+    formation = rivals.energies - (rivals.points * pure[rivals.owner]).sum(1)
+    low = formation < FLAT  # others are no part of a cheapest mixture; nor those of systems where an element is missing
+    return (shares * pure).sum(1) + _cheapest_mixtures(shares, replace(rivals, energies=formation)[low]), status
+
+
+def _cheapest_mixtures(shares: np.ndarray, rivals: Rivals) -> np.ndarray:
+    """Formation energies (n,) of the cheapest mixtures of phases, the elements' own being zero.
+
+    The simplex method. A mixture is of k phases, at first the elements; a plane through their energies prices every
+    other phase, and the one farthest below its price comes in for the one that is used up first.
+    """
+    n, k = shares.shape
+    mixture, cost = np.tile(np.eye(k), (n, 1, 1)), np.zeros((n, k))
+    nudged, price = shares + _NUDGE * np.arange(1, k + 1), np.zeros((n, k))
+    for _ in range(_STEPS):
+        if not len(rivals.owner):
+            break
+        active, first = np.unique(rivals.owner, return_index=True)
+        inverse = np.linalg.inv(mixture[active])
+        price[active] = np.einsum("nij,nj->ni", inverse, cost[active])
+        saving = rivals.energies - (rivals.points * price[rivals.owner]).sum(1)
+        best = np.minimum.reduceat(saving, first)
+        at_best = np.flatnonzero(saving == np.repeat(best, np.diff(first, append=len(saving))))
+        entering = at_best[np.unique(rivals.owner[at_best], return_index=True)[1]]
+        goes_on = best < -_CHEAPER
+        active, inverse, entering = active[goes_on], inverse[goes_on], entering[goes_on]
+        amounts = np.einsum("ni,nij->nj", nudged[active], inverse)
+        replaced = np.einsum("ni,nij->nj", rivals.points[entering], inverse)
+        leaving = np.where(replaced > _SHARE, amounts / np.maximum(replaced, _SHARE), np.inf).argmin(1)
+        mixture[active, leaving], cost[active, leaving] = rivals.points[entering], rivals.energies[entering]
+        rivals = rivals[np.isin(rivals.owner, active)]
+    return (shares * price).sum(1)
+
+
+def expected_gap(compounds: np.ndarray, elements: int) -> np.ndarray:
+    """How far a hull is too high on average, (n,) eV/atom, where so many compositions of compounds are known, (n,).
 
     0.1 / (x + 0.36), x = compounds for each pair of the elements: fitted (tests/benchmarks/fit_expected_gap.py) to the
     gap between the hull of the 29,511 Materials Project phases near the hull whose compositions the embedded
@@ -82,4 +104,4 @@ def expected_gap(compounds: int, elements: int) -> float:
     in turn is taken to follow the same rule.
     """
     pairs = elements * (elements - 1) / 2
-    return 0.1 / (compounds / pairs + 0.36) if pairs else 0.0
+    return 0.1 / (compounds / pairs + 0.36) if pairs else np.zeros(len(compounds))

@@ -39,7 +39,7 @@ def matching(num_samples: int, num_known: int, cores: int) -> None:
     structures, others = samples.to_structures(), known.to_structures()
     for structure in structures[-num_samples // 4 :]:
         structure.apply_strain(rng.normal(scale=0.004, size=3))
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), _processor_time()
     rows = group_by(range(len(samples)), samples.formulas().__getitem__)
     known_rows = group_by(range(len(known)), known.formulas().__getitem__)
     prints, known_prints = fingerprints(samples), fingerprints(known)
@@ -55,11 +55,17 @@ def matching(num_samples: int, num_known: int, cores: int) -> None:
     }
     with TemporaryDirectory() as folder, LocalEngine(cores) as engine:
         records = Work(Path(folder), engine, "", Console()).run("matching", match, groups, {}, 8).values()
-    seconds = time.perf_counter() - begin
+    seconds, processor = time.perf_counter() - begin, _processor_time() - processor
     duplicates = sum(original is not None for record in records for original in record["duplicate_of"])
     novel = len(samples) - sum(hit is not None for record in records for hit in record["known"])
     print(f"{len(samples)} samples against {len(known)} known on {cores} cores: {seconds:.0f} s")
+    print(f"{processor:.0f} s of processor time")
     print(f"duplicates {duplicates} (made: {num_samples // 4}), novel {novel}")
+
+
+def _processor_time() -> float:
+    """Of this process and those that it has started and that are done, seconds."""
+    return sum(os.times()[:4])
 
 
 def stages(n: int) -> None:

@@ -16,7 +16,7 @@ from cfrl.crystals.compositions import fractions
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
-from cfrl.stability.hull import ReferenceHull, _group_rows
+from cfrl.stability.hull import ReferenceHull, _equally_many_elements, _sparse
 from cfrl.stability.lower_hull import expected_gap
 
 NEAR_HULL = 0.05  # eV/atom, as in the embedded reference
@@ -40,8 +40,8 @@ nothing = np.zeros(len(crystals))
 low, high = (hull.e_above_hull(crystals, nothing) for hull in (full, little))
 shares = fractions(crystals)[0]
 compounds, elements = np.zeros(len(crystals), dtype=int), (shares > 0).sum(1)
-for system, rows in _group_rows(shares).items():
-    compounds[rows] = little._hull(system).num_compounds
+for rows in _equally_many_elements(shares):
+    compounds[rows] = little._rivals(_sparse(shares[rows])[0])[1].count_compounds(len(rows))
 pairs = elements * (elements - 1) / 2
 usable = np.isfinite(low.e_above_hull) & np.isfinite(high.e_above_hull) & (elements > 1)
 gap = (low.e_above_hull - high.e_above_hull)[usable]
@@ -55,7 +55,7 @@ for k in sorted(set(elements.tolist())):
         inside = (elements == k) & (compounds >= least) & (compounds < most)
         if inside.sum() >= 10:
             fit = a / (compounds[inside] / pairs[inside] + b)
-            present = np.mean([expected_gap(c, k) for c in compounds[inside]])
+            present = expected_gap(compounds[inside], k).mean()
             print(
                 f"  {k} elements, {least} to {most - 1} compounds: {inside.sum()} crystals, "
                 f"gap {gap[inside].mean():.3f}, fitted {fit.mean():.3f}, expected_gap {present:.3f}"

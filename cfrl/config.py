@@ -438,6 +438,12 @@ class ScreenConfig(EngineOptions, ProtocolOptions, ScreeningOptions, ScreenInput
 class PredictConfig(EngineOptions, CellWishes, ModelInput):
     """Predict the structure of a formula."""
 
+    THEMES: ClassVar = {
+        "Which cells": tuple(f.name for f in fields(CellWishes)),
+        "Relaxation": ("potential", "fmax", "steps"),
+        "Where it runs": ("device", "workers", "engine", "address"),
+    }
+
     n: Count = option(100, "Candidates: drawn, relaxed, ranked.", flags=("-n",))
     types: str | None = option(
         None,

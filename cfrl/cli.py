@@ -304,9 +304,9 @@ def predict(
     formula: Annotated[str, typer.Argument(help="Such as LiMn2O4.")] = "",
     resume: Resume = None,
 ) -> None:
-    """Predict the structure of a formula: draw candidates, relax them, rank them by energy.
+    """Predict the structure of a formula: make candidates, relax them, rank them by energy.
 
-    Writes the distinct structures, lowest first, to a new folder under runs/.
+    Writes the distinct structures, lowest first, and how likely each is, to a new folder under runs/.
 
     Example: cfrl predict LiMn2O4 -n 100 --known mp_20.h5
     """

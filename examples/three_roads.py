@@ -1,6 +1,6 @@
 """Success rates as PODGen's authors count them (arXiv 2505.00076), of the base model, of chains and of a tuned model.
 
-    python examples/three_roads.py --minutes 10     an hour on one core
+    python examples/three_roads.py --minutes 10     half an hour to an hour on one core
     python examples/three_roads.py --quick          two minutes, to see that it runs
 
 Wanted: a band gap of 1.0 to 1.8 eV (by the embedded predictor), within 0.1 eV/atom of the hull (by CHGNet), both after
@@ -31,9 +31,7 @@ from cfrl.model.files import load_extras
 LOW, HIGH, NEAR = 1.0, 1.8, 0.1  # eV, eV, eV/atom
 # log P(y | C), no less than that of 1 in 1,000; the guard `unstable` sees to the hull.
 WANTED = f"log(max(in_range(of=band_gap, low={LOW}, high={HIGH}), 0.001))"
-BETA = (
-    0.5  # of the chains: in standard deviations of the reward, which are some 2 nats, so that P(y | C) counts as it is
-)
+BETA = 0.5  # of the chains, in standard deviations of the reward, some 2 nats: P(y | C) counts about as it is
 LISTS = (10, 30, 100, 300, 1000, 3000)  # finds
 
 

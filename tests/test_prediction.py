@@ -208,6 +208,15 @@ def test_known_types_are_tried_only_where_they_are_as_wished(types, asked):
     assert fingerprints(crystals) == fingerprints(without)
 
 
+def test_known_types_have_no_more_sites_than_the_model_holds():
+    """Sr2U2O7 is known with 11 inequivalent sites; this model holds six."""
+    asked, types = Wishes(formula="Sr2U2O7"), StructureTypes.embedded()
+    assert placed(types, "Sr2U2O7")["6|O:a O:a O:a O:a Sr:a U:a O:b O:b O:b Sr:b U:b"] > 0
+    crystals = likely_crystals(tiny_model(max_sites=7), 8, asked, types=types)
+    assert set(crystals.formulas()) == {"Sr2U2O7"}
+    assert crystals.num_sites.max() <= 6
+
+
 def test_what_cannot_be_predicted_leaves_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="smallest that can has 2 atoms"):

@@ -63,7 +63,7 @@ def likely_crystals(
     options = sampler_options(wishes, model.config.max_sites - 1)
     prior = space_group_prior(model, wishes.space_group, wishes.max_atoms, options.constraint)
     drawn, scores = _explore(model, n, options, prior, seed)
-    known, replaced = _of_known_types(types, wishes, options, prior)
+    known, replaced = _of_known_types(types, wishes, options, prior, model.config.max_sites - 1)
     crystals = CrystalBatch.cat([known, drawn])
     names = fingerprints(crystals)
     chance = _chances(crystals, names)
@@ -146,7 +146,7 @@ def _explore(
 
 
 def _of_known_types(
-    types: StructureTypes | None, wishes: Wishes, options: SamplerOptions, prior: Tensor
+    types: StructureTypes | None, wishes: Wishes, options: SamplerOptions, prior: Tensor, max_sites: int
 ) -> tuple[CrystalBatch, Tensor]:
     """Crystals of known types that meet the wishes, and how likely each is; none where elements are left open."""
     elements, others, formulas = parse_formula(wishes.formula) if types and wishes.formula else ((), 0, ())
@@ -155,7 +155,9 @@ def _of_known_types(
     table = replacement_table()
     crystals, weights = zip(*(types.with_formula(elements, amounts, table) for amounts in formulas), strict=True)
     crystals, weights = CrystalBatch.cat(crystals), torch.from_numpy(np.concatenate(weights))
-    meets = prior[crystals.space_group].isfinite() & options.constraint.met_by(crystals)
+    possible = prior[crystals.space_group].isfinite() & (crystals.num_sites <= max_sites)
+    crystals, weights = crystals[possible].trim(), weights[possible]
+    meets = options.constraint.met_by(crystals)
     return crystals[meets], weights[meets]
 
 

@@ -98,10 +98,11 @@ def predict(formula: str, config: PredictConfig, resume: Path | None = None, con
         console.print(f"Stopped; what is done is kept. Go on with: cfrl predict --resume {run.path}")
         raise
     found = distinct_structures(stages)
-    _write(run.path, found)
+    rows = _rows(found)
+    _write(run.path, found, rows)
     _plot(run.path, stages)
     run.finish()
-    _show(formula, run.path, found, console)
+    _show(formula, run.path, rows, console)
     return run.path
 
 
@@ -149,8 +150,7 @@ def distinct_structures(screening: Path) -> list[Predicted]:
     return found
 
 
-def _write(path: Path, found: list[Predicted]) -> None:
-    rows = _rows(found)
+def _write(path: Path, found: list[Predicted], rows: list[dict[str, object]]) -> None:
     write_csv(path / "prediction.csv", {name: [row[name] for row in rows] for name in rows[0]})
     width = len(str(len(found)))
     with replaced_folder(path / "cifs") as folder:
@@ -194,13 +194,12 @@ def _plot(path: Path, screening: Path) -> None:
     save(Figure("energy_volume", "Candidates, relaxed", *axes, [points]), path)
 
 
-def _show(formula: str, path: Path, found: list[Predicted], console: Console) -> None:
+def _show(formula: str, path: Path, rows: list[dict[str, object]], console: Console) -> None:
     heads = ("", "space group", "atoms", "above lowest", "above hull", "likely", "found", "known as")
-    total = sum(one.times for one in found)
-    grid = Grid(title=f"{formula}: {len(found)} structures from {total} candidates; eV/atom", title_justify="left")
+    total = sum(row["times"] for row in rows)
+    grid = Grid(title=f"{formula}: {len(rows)} structures from {total} candidates; eV/atom", title_justify="left")
     for name in heads:
         grid.add_column(name, justify="left" if name == "known as" else "right")
-    rows = _rows(found)
     for row in rows[:SHOWN]:
         numbers = (f"{row[name]:.3f}" for name in ("above_lowest", "e_above_hull"))
         place, atoms, times = (str(row[name]) for name in ("place", "atoms", "times"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -241,12 +242,13 @@ class Potential(ABC, Generic[Graph]):
         if not batch:
             return
         try:
-            part = self.evaluate(
-                [graph for _, graph in batch],
-                result.forces is not None,
-                result.stress is not None,
-                result.features is not None,
-            )
+            with subnormals_flushed():
+                part = self.evaluate(
+                    [graph for _, graph in batch],
+                    result.forces is not None,
+                    result.stress is not None,
+                    result.features is not None,
+                )
         except UserError:  # the potential itself is of no use any more
             raise
         except Exception as error:  # whatever a model raises belongs to one crystal, or to memory
@@ -278,6 +280,21 @@ class Potential(ABC, Generic[Graph]):
                 result.stress[row] = part.stress[i]
             if result.features is not None:
                 result.features[row] = part.features[i]
+
+
+@contextmanager
+def subnormals_flushed() -> Iterator[None]:
+    """Takes numbers below 1e-38 for zero meanwhile, in this thread.
+
+    Activations of a far negative input and cutoff functions near their end are such numbers, and each costs a CPU a
+    hundred cycles: a quarter of the time of a CHGNet.
+    """
+    before = float(torch.tensor(1e-40) * 1) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def pool_features(layer: torch.Tensor, crystal: torch.Tensor, size: torch.Tensor, n: int) -> torch.Tensor:

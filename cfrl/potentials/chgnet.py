@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from cfrl.errors import UserError
 from cfrl.potentials.base import POOLING, Evaluation, Potential, pool_features
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.folded import FoldedGraph, fold
+from cfrl.potentials.gated import Gated, Part
 from cfrl.potentials.scales import CORRECTED
 
 SCALES = {"0.3.0": CORRECTED, "0.2.0": CORRECTED, "r2scan": "r2scan"}  # of the training data of each version
@@ -53,6 +56,7 @@ class CHGNetPotential(Potential[FoldedGraph]):
         with contextlib.redirect_stdout(io.StringIO()):  # CHGNet prints its number of parameters
             model = CHGNet.load(model_name=version, use_device=str(device), verbose=False)
         self.model = model.eval().requires_grad_(False)
+        self.layers = Layer.of(self.model)
         self.name = self.name_of(version)
         self.training_scale = self.scale_of(version)
         self.elements = ELEMENTS
@@ -103,23 +107,18 @@ class CHGNetPotential(Potential[FoldedGraph]):
         atom = model.atom_embedding(batch.number - 1)
         bond = model.bond_embedding(basis)
         atom_weight = model.bond_weights_ag(basis)[batch.bond] * batch.count
-        bond_weight = model.bond_weights_bg(model.bond_basis_expansion.rbf_expansion_bg(bond_length))
-        bond_weight = bond_weight[batch.angle_bond] * bond_weight[batch.angle_other] * batch.angle_count
+        near = model.bond_weights_bg(model.bond_basis_expansion.rbf_expansion_bg(bond_length[batch.near]))
+        bond_weight = near[batch.angle_bond] * near[batch.angle_other] * batch.angle_count
         direction = vector / length
         angle = model.angle_embedding(model.angle_basis_expansion(*direction[batch.angle_edges]))
 
-        for convolve, convolve_bonds, update_angles in zip(
-            model.atom_conv_layers, model.bond_conv_layers, model.angle_layers, strict=False
-        ):
-            atom = _convolve(convolve, batch, atom, bond, atom_weight)
-            corner = [batch.angle_bond, batch.angle_other, batch.angle_center]
-            inputs = torch.cat([bond[corner[0]], bond[corner[1]], angle, atom[corner[2]]], 1)
-            update = convolve_bonds.twoBody_bond(inputs) * bond_weight
-            bond = bond + convolve_bonds.mlp_out(torch.zeros_like(bond).index_add(0, corner[0], update))
-            inputs = torch.cat([bond[corner[0]], bond[corner[1]], angle, atom[corner[2]]], 1)
-            angle = angle + update_angles.twoBody_bond(inputs)
-        magnetic = atom
-        atom = _convolve(model.atom_conv_layers[-1], batch, atom, bond, atom_weight)
+        for layer in self.layers:
+            atom = layer.convolve_atoms(batch, atom, bond, atom_weight)
+            if layer.bonds is not None:
+                bond = layer.convolve_bonds(batch, atom, bond, angle, bond_weight)
+                magnetic = atom
+            if layer.angles is not None:
+                angle = layer.update_angles(batch, atom, bond, angle)
         if model.readout_norm is not None:  # 0.2.0 has none
             atom = model.readout_norm(atom)
         reference = model.composition_model.fc.weight[0][batch.number - 1]
@@ -127,8 +126,53 @@ class CHGNetPotential(Potential[FoldedGraph]):
         return energy.new_zeros(batch.n).index_add(0, batch.orbit_cell, energy), (magnetic, atom)
 
 
+@dataclass
+class Layer:
+    """Updates of atoms, bonds and angles, in this order; the last layer has only the first, the one before two."""
+
+    atoms: Gated
+    atoms_out: nn.Module
+    bonds: Gated | None = None
+    bonds_out: nn.Module | None = None
+    angles: Gated | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, gated: Callable[[nn.Module, int], Gated] = Gated) -> list[Layer]:
+        """Those of a CHGNet; `gated` makes a gated perceptron and the number of its parts into a function of these."""
+        layers = [cls(gated(layer.twoBody_atom, 3), layer.mlp_out) for layer in model.atom_conv_layers]
+        for layer, of in zip(layers, model.bond_conv_layers, strict=False):
+            layer.bonds, layer.bonds_out = gated(of.twoBody_bond, 4), of.mlp_out
+        for layer, of in zip(layers[:-2], model.angle_layers, strict=False):  # nothing reads the angles of a later one
+            layer.angles = gated(of.twoBody_bond, 4)
+        return layers
+
+    def convolve_atoms(self, batch: _Batch, atom: Tensor, bond: Tensor, weight: Tensor) -> Tensor:
+        messages = self.atoms([(atom, batch.source), (bond, batch.bond), (atom, batch.target)])
+        return atom + self.atoms_out(torch.zeros_like(atom).index_add(0, batch.source, messages * weight))
+
+    def convolve_bonds(self, batch: _Batch, atom: Tensor, bond: Tensor, angle: Tensor, weight: Tensor) -> Tensor:
+        """Only bonds that have angles hear anything, but for the constant that version 0.2.0 adds to all."""
+        messages = self.bonds(_corner(batch, atom, bond, angle))
+        heard = bond.new_zeros(len(batch.near), bond.shape[1]).index_add(0, batch.angle_bond, messages * weight)
+        (out,) = [layer for layer in self.bonds_out.layers if isinstance(layer, nn.Linear)]
+        bond = bond if out.bias is None else bond + out.bias
+        return bond.index_add(0, batch.near, heard @ out.weight.T)
+
+    def update_angles(self, batch: _Batch, atom: Tensor, bond: Tensor, angle: Tensor) -> Tensor:
+        return angle + self.angles(_corner(batch, atom, bond, angle))
+
+
+def _corner(batch: _Batch, atom: Tensor, bond: Tensor, angle: Tensor) -> list[Part]:
+    """What a message of an angle is made of: its two bonds, itself, and the atom between."""
+    near = bond[batch.near]
+    return [(near, batch.angle_bond), (near, batch.angle_other), (angle, None), (atom, batch.angle_center)]
+
+
 class _Batch:
-    """Folded graphs joined: indices count through the batch, weights are columns."""
+    """Folded graphs joined: indices count through the batch, weights are columns.
+
+    near: the bonds that have angles; `angle_bond` and `angle_other` count among these.
+    """
 
     def __init__(self, graphs: list[FoldedGraph], device: torch.device) -> None:
         self.n = len(graphs)
@@ -153,8 +197,8 @@ class _Batch:
         self.angle_edges = self._join("angle_edges", edges)
         bonds = [len(g.bond_edge) for g in graphs]
         self.bond = self._join("bond", bonds)
-        self.angle_bond = self._join("angle_bond", bonds)
-        self.angle_other = self._join("angle_other", bonds)
+        ends = torch.stack([self._join("angle_bond", bonds), self._join("angle_other", bonds)])
+        self.near, (self.angle_bond, self.angle_other) = torch.unique(ends, return_inverse=True)
         self.count = self._join("count")[:, None]
         self.angle_count = self._join("angle_count")[:, None]
 
@@ -178,11 +222,6 @@ class _Batch:
         lattice = self.lattice + self.lattice @ self.strain
         steps = self.frac[self.neighbour] + self.translation - self.frac[self.center]
         return (steps[:, None] @ lattice[self.edge_cell])[:, 0]
-
-
-def _convolve(layer: nn.Module, batch: _Batch, atom: Tensor, bond: Tensor, weight: Tensor) -> Tensor:
-    messages = layer.twoBody_atom(torch.cat([atom[batch.source], bond[batch.bond], atom[batch.target]], 1))
-    return atom + layer.mlp_out(torch.zeros_like(atom).index_add(0, batch.source, messages * weight))
 
 
 def _forces(graphs: list[FoldedGraph], atoms: np.ndarray, gradient: np.ndarray) -> list[np.ndarray]:

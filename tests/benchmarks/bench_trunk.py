@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from cfrl.commands.rewards_train import read_targets
 from cfrl.potentials import load_potential
 from cfrl.potentials.base import pool_features
 from cfrl.potentials.cells import SymmetricCell
-from cfrl.potentials.chgnet import CHGNetPotential, _Batch
+from cfrl.potentials.chgnet import CHGNetPotential, Layer, _Batch
+from cfrl.potentials.gated import Part
 from cfrl.rewards.predictor_training import PredictorOptions, _fit, assign_folds
 from cfrl.rewards.predictors import describe, standardise
 
@@ -32,6 +34,7 @@ class TunedTrunk(nn.Module):
         super().__init__()
         self.potential = CHGNetPotential("0.3.0", torch.device("cpu"))
         self.trunk = self.potential.model.requires_grad_(True)
+        self.potential.layers = Layer.of(self.trunk, _trainable)
         self.head = nn.Sequential(
             nn.Linear(inputs, hidden), nn.SiLU(), nn.Dropout(0.2),
             nn.Linear(hidden, hidden), nn.SiLU(), nn.Dropout(0.2), nn.Linear(hidden, 1),
@@ -45,6 +48,11 @@ class TunedTrunk(nn.Module):
         known = pooled.shape[1]
         pooled = ((pooled - mean[:known]) / std[:known]).clamp(-6, 6)
         return self.head(torch.cat([pooled, fixed[:, known:]], 1))[:, 0]
+
+
+def _trainable(mlp: nn.Module, _parts: int) -> Callable[[list[Part]], Tensor]:
+    """A gated perceptron as CHGNet has it, to whose weights gradients flow."""
+    return lambda parts: mlp(torch.cat([x if rows is None else x[rows] for x, rows in parts], 1))
 
 
 def tune_trunk(graphs: list, x: Tensor, stats: tuple, y: Tensor, rows: np.ndarray, epochs: int, seed: int) -> Tensor:

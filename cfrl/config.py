@@ -99,7 +99,7 @@ class PretrainConfig(TrainingOptions, PretrainInputs):
 
     THEMES: ClassVar = {
         "How the model learns": (
-            *("lr_final", "warmup", "weight_decay", "clip", "dropout", "ema", "augment", "precision"),
+            *("lr_final", "warmup", "weight_decay", "clip", "dropout", "ema", "augment", "exchange", "precision"),
         ),
         "When it ends, what is kept": ("keep", "patience", "validate_every", "checkpoint_minutes"),
     }

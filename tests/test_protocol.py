@@ -187,6 +187,8 @@ def test_diversity() -> None:
     # copper twice, two others: 1.5 bits each of density, a, b, c; packing 0.82, 0.82, others
     assert found["size, entropy"] == pytest.approx(1.5 * math.log(2) / 2)
     assert distributions.packing_factor(COPPER) == pytest.approx(4 * 4 / 3 * math.pi * 1.32**3 / 3.61**3)
+    californium = Structure(Lattice.cubic(5.75), ["Cf"] * 4, COPPER.frac_coords)  # no table holds its radius
+    assert distributions.packing_factor(californium) == pytest.approx(4 * 4 / 3 * math.pi * 1.69**3 / 5.75**3)
 
 
 # ---- counts ----

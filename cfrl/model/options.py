@@ -131,6 +131,9 @@ PRESETS = {
     "default": ModelConfig(
         embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
     ),
+    "wide": ModelConfig(
+        embed_size=64, model_size=256, num_layers=4, num_heads=4, key_size=32, dropout=0.15, descriptors=True
+    ),
     "small": ModelConfig(
         embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
     ),
@@ -142,7 +145,7 @@ PRESETS = {
 class TrainingOptions(Settings):
     """Maximum likelihood on crystals."""
 
-    preset: Literal[*PRESETS] = option("default", "Architecture: default, small, alex-20 (the published one).")
+    preset: Literal[*PRESETS] = option("default", "Architecture: default, wide, small, alex-20 (the published one).")
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
     lr: PositiveFraction = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")
@@ -157,6 +160,11 @@ class TrainingOptions(Settings):
         0.999, "Decay of the moving average of the weights that is validated and shipped; 0: none.", unset=0.0
     )
     augment: bool = option(False, "Show each crystal in a random equivalent description (Euclidean normaliser).")
+    exchange: Fraction = option(
+        0.0,
+        "Share of the crystals shown with elements exchanged for such as replace them in nature, cells scaled to their "
+        "size; falls to none in two thirds of the training.",
+    )
     keep: Literal["best", "last"] = option("best", "Weights that become the model: best (by validation loss) or last.")
     patience: Count | None = option(
         None, "Stop after so many epochs without a better validation loss; 0: never.", unset=0

@@ -15,11 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.substitution import substitute, substitution_table
 from cfrl.errors import NotFinite
 from cfrl.model.network import space_group_shares
 from cfrl.model.options import PRESETS, TrainingOptions
@@ -27,6 +29,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer, chunk_size
 from cfrl.runs.interrupt import stop_on_signal
 
 BUCKET = 50  # batches among which crystals are sorted by length
+EXCHANGING = 2 / 3  # of the training, in which ever fewer crystals are shown with other elements
 
 
 class Watcher:
@@ -67,6 +70,7 @@ class Trainer:
         self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if options.ema else None
         self.optimizer = _optimizer(self.model, options)
+        self.exchanges = substitution_table() if options.exchange else None
         shown = len(train) if weights is None else round(float(weights.sum()))
         self.batches_per_epoch = math.ceil(shown / options.batch_size)
         self.total_steps = options.epochs * self.batches_per_epoch
@@ -108,13 +112,13 @@ class Trainer:
             group["lr"] = learning_rate(self.step, self.total_steps, self.options)
         # A function of the step alone: nothing about randomness needs to be saved.
         torch.manual_seed(hash((self.options.seed, self.step, self.rank)) % 2**63)
-        mine = self.train[rows[self.rank :: self.world]].trim().to(self.device)
+        mine = self._exchanged(self.train[rows[self.rank :: self.world]].trim()).to(self.device)
         if self.options.augment:
             choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()  # (B,)
             mine = mine.described_as(choice.long())
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.arange(len(mine), device=self.device).split(chunk_size(self.device))
+        parts = torch.arange(len(mine), device=self.device).split(chunk_size(self.device, self._half))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
@@ -128,6 +132,16 @@ class Trainer:
         self.sums["gradient_norm"] += float(norm) * len(rows)
         self.sums["crystals"] += len(rows)
         self.sums["seconds"] += time.monotonic() - began
+
+    def _exchanged(self, crystals: CrystalBatch) -> CrystalBatch:
+        """Some of the crystals with other elements; the fewer the later."""
+        share = self.options.exchange * (1 - self.step / (EXCHANGING * self.total_steps))
+        if self.exchanges is None or share <= 0:
+            return crystals
+        rng = np.random.default_rng([self.options.seed, self.step, self.rank])
+        chosen = torch.from_numpy(rng.random(len(crystals)) < share)
+        others = substitute(crystals[chosen], self.exchanges, rng)
+        return CrystalBatch.cat([crystals[~chosen], others.canonical()])
 
     def _accumulate(self, crystals: CrystalBatch, batch_size: int) -> None:
         """Adds the gradient of some crystals of a batch of `batch_size`, over all processes."""
@@ -231,11 +245,14 @@ class Trainer:
 
     # ---- odds and ends -----------------------------------------------------------------------------------------
 
-    def _autocast(self) -> AbstractContextManager:
+    @property
+    def _half(self) -> bool:
+        """Whether products are in bfloat16."""
         wanted = self.options.precision
-        if wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda"):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        return wanted == "bfloat16" or (wanted == "auto" and self.device.type == "cuda")
+
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._half else nullcontext()
 
 
 def initial_model(

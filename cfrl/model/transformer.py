@@ -179,9 +179,14 @@ class CrystalTransformer(CrystalNetwork):
         return {name: torch.cat([part[name] for part in parts])[back] for name in (parts[0] if parts else ())}
 
 
-def chunk_size(device: torch.device) -> int:
-    """Crystals per pass that go quickest: what fits a CPU's cache (2.5 times the rate of 256), or fills a GPU."""
-    return 32 if device.type == "cpu" else 512
+def chunk_size(device: torch.device, half: bool = False) -> int:
+    """Crystals per pass that go quickest: what fits a CPU's cache (2.5 times the rate of 256), or fills a GPU.
+
+    Args:
+        half: in bfloat16, whose products are so short on a CPU that what comes with each counts (128: 1.5 times the
+            rate of 32).
+    """
+    return (128 if half else 32) if device.type == "cpu" else 512
 
 
 def draw_size(device: torch.device) -> int:

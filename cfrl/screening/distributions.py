@@ -122,10 +122,11 @@ def diversity(sample: Sample, structures: Sequence[Structure]) -> dict[str, floa
 
 
 def packing_factor(structure: Structure) -> float:
-    """Volume of spheres of covalent radii over that of the cell, at most 1."""
+    """Volume of spheres of covalent radii over that of the cell, at most 1; what is beyond curium counts as this."""
     from pymatgen.analysis.molecule_structure_comparator import CovalentRadius
 
-    radii = np.array([CovalentRadius.radius[site.specie.symbol] for site in structure])
+    known = CovalentRadius.radius
+    radii = np.array([known.get(site.specie.symbol, known["Cm"]) for site in structure])
     return min(float(4 / 3 * np.pi * (radii**3).sum() / structure.volume), 1.0)
 
 

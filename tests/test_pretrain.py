@@ -313,6 +313,26 @@ def test_a_weighted_run_that_was_interrupted_continues_exactly(dataset, tmp_path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_elements_are_exchanged_ever_more_rarely(dataset):
+    train = load_dataset(str(dataset), "train").canonical()
+    trainer = Trainer(
+        settings(dataset, exchange=1.0, batch_size=len(train), epochs=90), train, train[:0], torch.device("cpu")
+    )
+
+    def changed(step: int) -> float:
+        trainer.step = step
+        shown = trainer._exchanged(train)
+        assert torch.equal(shown.canonical().species, shown.species)
+        again = trainer._exchanged(train)
+        assert shown.formulas() == again.formulas(), "what is shown depends on the step alone"
+        return 1 - sum(name in known for name in shown.formulas()) / len(train)
+
+    known = set(train.formulas())
+    assert changed(0) > 0.8  # a few cannot be changed, or become another of these
+    assert 0.3 < changed(30) < 0.6
+    assert changed(60) == changed(89) == 0
+
+
 def test_learning_rate_warms_up_and_decays():
     config = PretrainConfig(lr=1.0, lr_final=0.1, warmup=10)
     rates = [learning_rate(step, 100, config) for step in range(100)]

@@ -29,6 +29,7 @@ from cfrl.model.transformer import FACTORS, CrystalTransformer, chunk_size
 from cfrl.runs.interrupt import stop_on_signal
 
 BUCKET = 50  # batches among which crystals are sorted by length
+LOOK = 10  # steps between two looks at what the device has summed up, for which it must have come so far
 EXCHANGING = 2 / 3  # of the training, in which ever fewer crystals are shown with other elements
 
 
@@ -39,7 +40,7 @@ class Watcher:
         """The first step comes now."""
 
     def step(self, done: int, loss: float) -> None:
-        """So many steps are done; `loss`: mean since the last epoch, nats per crystal."""
+        """So many steps are done; `loss`: mean since the last epoch, up to the last look, nats per crystal."""
 
     def epoch(self, trainer: Trainer, metrics: dict[str, float], better: bool) -> None:
         """An epoch is over; comes before any checkpoint that knows of it."""
@@ -77,6 +78,8 @@ class Trainer:
         self.step = 0
         self.best, self.best_epoch = math.inf, 0
         self.sums: dict[str, float] = defaultdict(float)  # of the losses since they were last logged
+        self.loss = math.nan  # this epoch's so far, up to the last look, of all processes' crystals
+        self._unread = torch.zeros(len(FACTORS) + 1, dtype=torch.float64, device=device)  # and of the gradient's norm
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -96,7 +99,9 @@ class Trainer:
                 batches = epoch_batches(self.train.num_sites, *order)
                 for rows in batches[first:]:
                     self._train_step(rows)
-                    watcher.step(self.step, self._mean_loss())
+                    if self.step % LOOK == 1:
+                        self._look()
+                    watcher.step(self.step, self.loss)
                     self._end_epoch(watcher)
                     if stop.requested:
                         watcher.checkpoint(self.state_dict())
@@ -107,29 +112,28 @@ class Trainer:
         watcher.checkpoint(self.state_dict())
 
     def _train_step(self, rows: Tensor) -> None:
+        """Nothing in it waits for the device; `_look` does."""
         began = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total_steps, self.options)
         # A function of the step alone: nothing about randomness needs to be saved.
         torch.manual_seed(hash((self.options.seed, self.step, self.rank)) % 2**63)
-        mine = self._exchanged(self.train[rows[self.rank :: self.world]].trim()).to(self.device)
+        mine = self._exchanged(self.train[rows[self.rank :: self.world]].trim())
         if self.options.augment:
-            choice = torch.rand(len(mine), device=self.device) * mine.num_descriptions()  # (B,)
-            mine = mine.described_as(choice.long())
+            mine = mine.described_as((torch.rand(len(mine)) * mine.num_descriptions()).long())
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.arange(len(mine), device=self.device).split(chunk_size(self.device, self._half))
+        parts = torch.arange(len(mine)).split(chunk_size(self.device, self._half))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
-                self._accumulate(mine[part].trim(), len(rows))
+                self._accumulate(mine[part].trim().to(self.device), len(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
-        self._require_finite("gradient", float(norm))
         self.optimizer.step()
         self.step += 1
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.sums["gradient_norm"] += float(norm) * len(rows)
+        self._unread[-1] += norm * len(rows)
         self.sums["crystals"] += len(rows)
         self.sums["seconds"] += time.monotonic() - began
 
@@ -147,11 +151,25 @@ class Trainer:
         """Adds the gradient of some crystals of a batch of `batch_size`, over all processes."""
         with self._autocast():
             scores = self.network(crystals)
-        losses = {name: -scores[name].sum() for name in FACTORS}
+        losses = torch.stack([-scores[name].sum() for name in FACTORS])
         # DDP averages over processes; this makes it the mean over the whole batch, however it was shared out.
-        (sum(losses.values()) * self.world / batch_size).backward()
-        for name in FACTORS:
-            self.sums[f"train/{name}"] += losses[name].item()
+        (losses.sum() * self.world / batch_size).backward()
+        self._unread[:-1] += losses.detach()
+
+    def _look(self) -> None:
+        """Reads what the device has summed up. Raises NotFinite, before such weights are written over better ones."""
+        if not self.sums:  # no step since they were logged
+            return
+        began = time.monotonic()
+        *losses, norm = self._unread.tolist()
+        self._unread.zero_()
+        self._require_finite("gradient", norm)
+        for name, value in zip(FACTORS, losses, strict=True):
+            self.sums[f"train/{name}"] += value
+        self.sums["gradient_norm"] += norm
+        total = sum(self.sums[f"train/{name}"] for name in FACTORS)
+        self.loss = total * self.world / self.sums["crystals"]
+        self.sums["seconds"] += time.monotonic() - began
 
     def _end_epoch(self, watcher: Watcher) -> None:
         """Where an epoch ends: validation, and what the watcher keeps of it; before any checkpoint.
@@ -162,6 +180,7 @@ class Trainer:
         epoch, inside = divmod(self.step, self.batches_per_epoch)
         if inside or not self.sums or (epoch % self.options.validate_every and self.step < self.total_steps):
             return
+        self._look()
         metrics = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **self._training_metrics()}
         if len(self.validation):
             metrics |= self._validate()
@@ -187,7 +206,9 @@ class Trainer:
             torch.distributed.all_reduce(sums)
             self.sums.update(zip((f"train/{name}" for name in FACTORS), sums.tolist(), strict=True))
         crystals = self.sums["crystals"]
-        means = {name: value / crystals for name, value in self.sums.items() if name not in ("crystals", "seconds")}
+        means = {
+            name: value / crystals for name, value in self.sums.items() if name not in ("crystals", "seen", "seconds")
+        }
         metrics = {"train/loss": sum(means[f"train/{name}"] for name in FACTORS), **means}
         metrics["crystals_per_second"] = crystals / max(self.sums["seconds"], 1e-9)
         self.sums.clear()
@@ -200,11 +221,6 @@ class Trainer:
                 f"the {name} is {value} after {self.step} steps: go on from the last checkpoint with --resume and a "
                 f"lower --lr than {self.options.lr:g}, or start again"
             )
-
-    def _mean_loss(self) -> float:
-        """Of this process's crystals, scaled up to the whole batch: for the progress bar."""
-        total = sum(self.sums[f"train/{name}"] for name in FACTORS)
-        return total * self.world / max(self.sums["crystals"], 1)
 
     def _out_of_patience(self) -> bool:
         epoch = self.step // self.batches_per_epoch
@@ -222,7 +238,8 @@ class Trainer:
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Tensors and plain values. Raises NotFinite as `_look`."""
+        self._look()
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -310,7 +327,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         (plain if parameter.dim() < 2 or "embedding.weight" in name else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
 
 
 class _Kept(Watcher):

@@ -90,7 +90,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     device = Device(given.tflops * 1e12, given.bandwidth * 1e12, given.launch * 1e-6, given.wait * 1e-6)
     model = cfrl.load_model(given.model, "cpu")
-    transformer.chunk_size = training.chunk_size = lambda device: GPU_CHUNK
+    transformer.chunk_size = training.chunk_size = lambda device, half=False: GPU_CHUNK
     groups = torch.multinomial(space_group_prior(model).exp(), given.draws, True, generator=seeded(model.device, 0))
     some = draw(model, groups, generator=seeded(model.device, 0))
     trainer = Trainer(PretrainConfig(batch_size=given.batch_size), some, some[:0], torch.device("cpu"), init=model)

@@ -55,8 +55,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         """(B, T, d) to (B, T, d); rotary (2, T, 1, D / 2), of the tokens' positions."""
         B, T, _ = x.shape
-        query, key, value = (f(x).view(B, T, self.heads, self.key_size) for f in (self.query, self.key, self.value))
-        query, key = Rotation.apply(query, *rotary), Rotation.apply(key, *rotary)  # (B, T, H, D)
+        maps = (self.query, self.key, self.value)  # as one product, which is quicker
+        weight, bias = (torch.cat([getattr(f, name) for f in maps]) for name in ("weight", "bias"))
+        joined = F.linear(x, weight, bias).view(B, T, 3 * self.heads, self.key_size)
+        turned, value = joined.split([2 * self.heads, self.heads], 2)
+        query, key = Rotation.apply(turned, *rotary).chunk(2, 2)  # (B, T, H, D)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, T, D)
         if cache is not None:
             key, value = cache.append(layer, key, value)  # (B, H, all tokens so far, D)

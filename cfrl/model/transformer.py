@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -174,9 +175,29 @@ class CrystalTransformer(CrystalNetwork):
         crystals = crystals.to(self.device)
         order = crystals.num_sites.argsort()  # (n,)
         size = chunk or chunk_size(self.device)
-        parts = [function(crystals[rows].trim(), rows) for rows in order.split(size) if len(rows)]
+        pieces = [rows for rows in order.split(size) if len(rows)]
+        work = lambda rows: function(crystals[rows].trim(), rows)  # noqa: E731
+        side_by_side = self.device.type == "cpu" and len(pieces) > 1 and not torch.is_grad_enabled()
+        parts = _on_threads(work, pieces) if side_by_side else [work(rows) for rows in pieces]
         back = order.argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in (parts[0] if parts else ())}
+
+
+def _on_threads(work: Callable[[Tensor], dict[str, Tensor]], pieces: list[Tensor]) -> list[dict[str, Tensor]]:
+    """Work on pieces without gradients, each by one of as many threads as torch has: products this small gain little
+    from being shared, and a result does not depend on the number of threads.
+    """
+
+    def one(rows: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():  # which is each thread's own
+            return work(rows)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(one, pieces))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def chunk_size(device: torch.device, half: bool = False) -> int:

@@ -7,7 +7,7 @@ users call: it also chooses space groups, seeds, and draws impossible crystals a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import Wishes
+from cfrl.model.threads import side_by_side
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.model.transformer import draw_size as quickest
 from cfrl.model.wishes import (
@@ -172,6 +173,7 @@ def draw(
     return CrystalBatch(space_group.to(device), wyckoff, species, frac_coords, lattice, properties=properties).trim()
 
 
+@torch.no_grad()
 def sample(
     model: CrystalTransformer,
     n: int,
@@ -225,12 +227,15 @@ def sample(
     while found < n:
         missing = n - found if wanted is None else max(n - found, LOT)
         lots = torch.multinomial(shares, missing, True, generator=generator).split(draw_size or quickest(model.device))
+
+        def drawn_lot(number: int, lots: Sequence[Tensor] = lots, before: int = lot) -> CrystalBatch:
+            of_lot = seeded(model.device, random_seed(seed, before + number))
+            return _draw_valid(model, lots[number], options, keep_invalid, min_distance, of_lot)
+
+        mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device)
         for first in range(0, len(lots), ranks.size):
-            own, mine = None, first + ranks.rank
-            if mine < len(lots):
-                of_lot = seeded(model.device, random_seed(seed, lot + mine))
-                own = _draw_valid(model, lots[mine], options, keep_invalid, min_distance, of_lot)
-                own = own if wanted is None else own[torch.from_numpy(wanted(own))]
+            own = next(mine, None)
+            own = own if wanted is None or own is None else own[torch.from_numpy(wanted(own))]
             for batch, groups in zip(ranks.gather(own), lots[first:], strict=False):
                 drawn += len(groups)
                 batches.append(batch[: n - found])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.model.network import TOKENS_PER_SITE, CrystalNetwork, scale_lattice
+from cfrl.model.threads import side_by_side
 
 FACTORS = ("wyckoff", "species", "coords", "lattice")
 AXES = ("x", "y", "z")
@@ -176,28 +176,9 @@ class CrystalTransformer(CrystalNetwork):
         order = crystals.num_sites.argsort()  # (n,)
         size = chunk or chunk_size(self.device)
         pieces = [rows for rows in order.split(size) if len(rows)]
-        work = lambda rows: function(crystals[rows].trim(), rows)  # noqa: E731
-        side_by_side = self.device.type == "cpu" and len(pieces) > 1 and not torch.is_grad_enabled()
-        parts = _on_threads(work, pieces) if side_by_side else [work(rows) for rows in pieces]
+        parts = list(side_by_side(lambda rows: function(crystals[rows].trim(), rows), pieces, self.device))
         back = order.argsort()
         return {name: torch.cat([part[name] for part in parts])[back] for name in (parts[0] if parts else ())}
-
-
-def _on_threads(work: Callable[[Tensor], dict[str, Tensor]], pieces: list[Tensor]) -> list[dict[str, Tensor]]:
-    """Work on pieces without gradients, each by one of as many threads as torch has: products this small gain little
-    from being shared, and a result does not depend on the number of threads.
-    """
-
-    def one(rows: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():  # which is each thread's own
-            return work(rows)
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(one, pieces))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def chunk_size(device: torch.device, half: bool = False) -> int:

@@ -46,7 +46,7 @@ T = TypeVar("T")
 USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
-DATASETS = ("prototypes", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+DATASETS = ("prototypes", "structure-types", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
 NO_TYPES = "none"
 EMBEDDED = ("default", "stable")
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
@@ -483,7 +483,7 @@ class GrowInputs(Settings):
     )
     prototypes: str | None = option(
         None,
-        "Crystals whose elements are exchanged; empty: the known ones, or `prototypes` where none are given.",
+        "Crystals whose elements are exchanged; empty: the known ones; where none are given, `structure-types`.",
         choices=DATASETS,
         unset="",
     )

@@ -16,6 +16,7 @@ from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.structure_types import StructureTypes
 from cfrl.crystals.substitution import replacement_table
 from cfrl.errors import UserError
+from cfrl.io.datasets import load_dataset
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.options import Wishes
 from cfrl.model.prediction import ERROR, TRUST, likelihoods, likely_crystals, shared_out
@@ -60,6 +61,17 @@ def test_crystals_are_of_a_type_where_only_elements_and_scale_differ(types):
     assert types.type_of.tolist() == [0, 0, 1, 2, 2, 3, 0], "a cell twice as long is another type"
     assert types.amounts.tolist() == [[1, 1], [1, 1], [1, 2], [1, 2]]
     assert types.crystals.formulas() == ["NaCl", "CsCl", "TiO2", "TiO2"]
+
+
+def test_known_crystals_can_be_sketched(types):
+    """Letters and elements are their own, positions and cell nearly: K and Cl sit in the cell of NaCl, made larger."""
+    sketches = types.sketches()
+    assert sketches.formulas() == ["NaCl", "MgO", "CsCl", "TiO2", "SnO2", "TiO2", "KCl"]
+    assert sketches.space_group.tolist() == [225, 225, 221, 136, 136, 136, 225]
+    sodium, potassium = sketches[0].lattice[0, 0], sketches[6].lattice[0, 0]
+    assert sodium == pytest.approx(5.6) and 5.8 < potassium < 6.6
+    embedded = load_dataset("structure-types")
+    assert len(embedded) == len(StructureTypes.embedded().known) and embedded.valid().all()
 
 
 def test_likely_is_what_replaces_the_known_elements(types):

@@ -33,7 +33,7 @@ from cfrl.crystals.kinds import CLASSES, kinds
 from cfrl.crystals.substitution import substitution_table
 from cfrl.errors import UserError
 from cfrl.files import check_writable, locked
-from cfrl.io.catalogue import HDF5, PROTOTYPES
+from cfrl.io.catalogue import HDF5, STRUCTURE_TYPES
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, replace_property
 from cfrl.model.files import load_model, model_path
@@ -92,9 +92,9 @@ def grow(
     load_model(config.model)
     reference = ReferenceHull.load(config.hull)
     check_scale(config.potential, reference)
-    prototypes = (config.prototypes,) if config.prototypes else tuple(config.known or [PROTOTYPES])
+    prototypes = (config.prototypes,) if config.prototypes else tuple(config.known or [STRUCTURE_TYPES])
     known = CrystalBatch.cat(load_dataset(name) for name in config.known) if config.known else None
-    real = known if known is not None else load_dataset(PROTOTYPES)
+    real = known if known is not None else load_dataset(STRUCTURE_TYPES)
     for name in (*config.known, *prototypes):
         if not len(load_prototypes((name,), config.max_atoms)):
             raise UserError(

@@ -80,6 +80,17 @@ class StructureTypes:
         arrays = {name: getattr(self.crystals, name).numpy() for name in _ARRAYS}
         np.savez_compressed(path, **arrays, known=self.known, type_of=self.type_of.astype(np.uint16))
 
+    def sketches(self) -> CrystalBatch:
+        """(K,) the known crystals, as far as is known of them: the example of the type with the crystal's own elements.
+
+        Letters and elements are the crystal's, positions and cell nearly so.
+        """
+        examples = self.crystals[self.type_of.astype(np.int64)]
+        kinds = self.kinds[self.type_of]
+        species = np.where(kinds >= 0, np.take_along_axis(self.known, kinds.clip(min=0), 1), 0)
+        crystals = rescaled(examples, torch.from_numpy(species).to(examples.species))
+        return replace(crystals, ids=[f"{kind}-{row}" for row, kind in enumerate(self.type_of.tolist())])
+
     @cached_property
     def kinds(self) -> np.ndarray:
         """(T, s): which sites share an element: 0, 1, ... in the order of the sites; -1: no site."""

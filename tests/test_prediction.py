@@ -69,9 +69,11 @@ def test_known_crystals_can_be_sketched(types):
     assert sketches.formulas() == ["NaCl", "MgO", "CsCl", "TiO2", "SnO2", "TiO2", "KCl"]
     assert sketches.space_group.tolist() == [225, 225, 221, 136, 136, 136, 225]
     sodium, potassium = sketches[0].lattice[0, 0], sketches[6].lattice[0, 0]
-    assert sodium == pytest.approx(5.6) and 5.8 < potassium < 6.6
+    assert sodium == pytest.approx(5.6)
+    assert 5.8 < potassium < 6.6
     embedded = load_dataset("structure-types")
-    assert len(embedded) == len(StructureTypes.embedded().known) and embedded.valid().all()
+    assert len(embedded) == len(StructureTypes.embedded().known)
+    assert embedded.valid().all()
 
 
 def test_likely_is_what_replaces_the_known_elements(types):

@@ -1,5 +1,7 @@
 """Columns to filter by: crystals whose bonds and charges are known."""
 
+import math
+
 import pytest
 from pymatgen.core import Lattice, Structure
 
@@ -8,6 +10,8 @@ from tests.test_screen import perovskite, rock_salt
 
 LAYERS = Lattice.hexagonal(2.46, 6.7)
 CHAINS = Lattice.hexagonal(4.37, 4.95)
+SODALITE = Structure.from_spacegroup(229, Lattice.cubic(8.9), ["Si", "O"], [[0.25, 0.5, 0], [0.147, 0.147, 0.5]])
+RUTILE = Structure.from_spacegroup(136, Lattice.tetragonal(4.59, 2.96), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]])
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,15 @@ def test_scarcity_is_that_of_the_elements_by_mass() -> None:
     rare, common = stages.describe([rock_salt("Nd", "N", 5.1), rock_salt()])
     assert rare["hhi_production"] > 8000 > 3000 > common["hhi_production"] > 0
     assert rare["hhi_reserve"] > common["hhi_reserve"]
+
+
+def test_room_between_atoms_is_that_of_spheres(capfd: pytest.CaptureFixture[str]) -> None:
+    """Between argon atoms at the corners of a cube: in its middle; and in the middle of a face, the way out."""
+    edge, radius = 6.0, 1.88  # Zeo++'s own for argon
+    [record] = stages.describe([Structure(Lattice.cubic(edge), ["Ar"], [[0, 0, 0]])])
+    assert record["largest_sphere"] == pytest.approx(math.sqrt(3) * edge - 2 * radius, abs=1e-3)
+    assert record["free_sphere"] == pytest.approx(math.sqrt(2) * edge - 2 * radius, abs=1e-3)
+    sodalite, rutile = stages.describe([SODALITE, RUTILE])
+    assert 2 < sodalite["free_sphere"] < sodalite["largest_sphere"] < 7, "cages of 6 angstrom, windows of six rings"
+    assert rutile["free_sphere"] < 1
+    assert "Voronoi" not in capfd.readouterr().out, "nothing of what Zeo++ prints"

@@ -58,7 +58,9 @@ class ScreeningOptions(Settings):
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
     describe: bool = option(
-        False, "Columns to filter by: dimensionality of the bonds, oxidation states, Herfindahl-Hirschman indices."
+        False,
+        "Columns to filter by: dimensionality of the bonds, oxidation states, Herfindahl-Hirschman indices, voids (pip "
+        "install 'cfrl[pores]').",
     )
     elastic: bool = option(
         False, "Compute the elastic tensors of all candidates; what is mechanically unstable is none."

@@ -22,6 +22,7 @@ from cfrl.potentials.cells import reason_of
 from cfrl.potentials.pool import loaded
 from cfrl.rewards.chemistry import hhi_of
 from cfrl.runs.journal import Record
+from cfrl.screening import voids
 from cfrl.stability.flags import APART, OVERLAP
 
 if TYPE_CHECKING:
@@ -245,11 +246,12 @@ def describe(structures: list[Structure]) -> list[Record]:
 
     Records: `dimensionality` (0 molecules, 1 chains, 2 layers, 3; of pymatgen's CrystalNN bonds, counted as Larsen et
     al., Phys. Rev. Mater. 3, 034003, 2019), `oxidation_states` (the likeliest by composition, such as
-    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000). None:
-    unknown.
+    "Ba2+ Ti4+ O2-"; "" where charges do not balance), `hhi_production`, `hhi_reserve` (by mass, 0 to 10,000),
+    `largest_sphere`, `free_sphere` (angstrom, see voids.py). None: unknown.
     """
     return [
         {"dimensionality": _dimensionality(structure), "oxidation_states": _oxidation_states(structure)}
+        | dict(zip(("largest_sphere", "free_sphere"), _spheres(structure), strict=True))
         | dict(zip(("hhi_production", "hhi_reserve"), hhi_of(structure.composition.reduced_formula), strict=True))
         for structure in structures
     ]
@@ -264,6 +266,15 @@ def _dimensionality(structure: Structure) -> int | None:
         return int(get_dimensionality_larsen(StructureGraph.from_local_env_strategy(structure, CrystalNN())))
     except Exception:  # it meets crystals that nobody thought of
         return None
+
+
+def _spheres(structure: Structure) -> tuple[float | None, float | None]:
+    if not voids.installed():
+        return None, None
+    try:
+        return voids.spheres(structure)
+    except Exception:  # as above
+        return None, None
 
 
 def _oxidation_states(structure: Structure) -> str:

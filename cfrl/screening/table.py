@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 ALIASES = {"ehull": "e_above_hull"}
 
 # Columns of what is asked by flags; there where it was.
-DESCRIBED = ("dimensionality", "oxidation_states", "hhi_production", "hhi_reserve")
+DESCRIBED = (
+    *("dimensionality", "oxidation_states", "hhi_production", "hhi_reserve"),
+    *("largest_sphere", "free_sphere"),
+)
 ELASTIC = ("lowest_stiffness", "mechanically_stable", "bulk_modulus_vrh", "shear_modulus_vrh", "elastic_status")
 PHONONS = ("lowest_frequency", "dynamically_stable", "phonon_status")
 PARENT = "parent"  # id of the crystal whose imaginary mode led to this one

@@ -54,7 +54,7 @@ class ScreeningOptions(Settings):
     )
     judge_steps: CountOrZero = option(20, "Steps of the judge's own relaxation at most; 0: its energy as they stand.")
     need_both: bool = option(True, "Candidates must be metastable by the judge too; else it only adds its columns.")
-    chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 16 on a CPU, 512 on a GPU.", unset=0)
+    chunk: Count | None = option(None, "Crystals that a worker relaxes at once; 0: 32 on a CPU, 512 on a GPU.", unset=0)
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)
 
     describe: bool = option(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _CHECK_CHUNK = 64  # crystals that a worker gets at once
 _MATCH_CHUNK = 8  # formulas
-_RELAX_CHUNK = {"cpu": 16, "cuda": 512}
+_RELAX_CHUNK = {"cpu": 32, "cuda": 512}
 _JUDGE_CHUNK = {"cpu": 4, "cuda": 256}  # the best potentials are slow
 
 

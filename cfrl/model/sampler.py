@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -233,8 +234,7 @@ def sample(
             return _draw_valid(model, lots[number], options, keep_invalid, min_distance, of_lot)
 
         mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device)
-        for first in range(0, len(lots), ranks.size):
-            own = next(mine, None)
+        for first, own in zip_longest(range(0, len(lots), ranks.size), mine):
             own = own if wanted is None or own is None else own[torch.from_numpy(wanted(own))]
             for batch, groups in zip(ranks.gather(own), lots[first:], strict=False):
                 drawn += len(groups)

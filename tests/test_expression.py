@@ -167,3 +167,14 @@ def test_definitions_at_fault() -> None:
         Expression("x", {"x": {"expression": "y"}, "y": {"expression": "x + 1"}})
     with pytest.raises(UserError, match=r"no number 'widht'; did you mean 'width'"):
         Expression("x(widht=1)", {"x": {"expression": "target(a, 1, width)", "width": 1.0}})
+
+
+def test_ranges_of_a_term_are_found():
+    formula = Expression("window(a, -1, 2) + 2*target(b, 1.4, 0.2) - target(c, 3) + target(a*2, 1) + window(d, e, 3)")
+    assert {(text, str(term), reach) for text, term, reach in formula.ranges} == {
+        ("window(a, -1, 2)", "a", 1.5),
+        ("target(b, 1.4, 0.2)", "b", 0.2),
+        ("target(c, 3)", "c", 1.0),
+    }
+    named = {"near": {"expression": "target(a, 1, width)", "width": 0.5}}
+    assert [reach for *_, reach in Expression("near", named).ranges] == [0.5]

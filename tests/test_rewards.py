@@ -303,6 +303,15 @@ def test_caution_finds_the_worst_within_the_spread(crystals: CrystalBatch) -> No
     assert total("only(1, unsure > 0.7)") == [0, 0, 0, 1, 0]
     assert np.isnan(total("log(1.5 - unsure)")).tolist() == [False, False, True, True, True]
 
+    def told(spec: str, caution: float | None = None) -> list[str]:
+        reward = build_reward(spec, context=RewardContext(caution=caution))
+        return reward.smothered(reward(crystals).terms)
+
+    (line,) = told("target(unsure, 1, 0.4) - 2*window(unsure, 0, 1.2)")
+    assert line.startswith("target(unsure, 1, 0.4) is narrow beside the doubt that is taken off (0.5, median)")
+    assert len(told("target(unsure, 1, 0.4) - 2*window(unsure, 0, 1.2)", 2.0)) == 2
+    assert told("target(unsure, 1, 0.4)", 0.0) == told("abs(unsure - 1)") == []
+
 
 @pytest.mark.parametrize("spec", ["band_gap", "dielectric", "dielectric(kind=electronic)", "dielectric_bandgap",
                                   "dielectric_bandgap(kind=electronic)", "bulk_modulus", "property"])  # fmt: skip

@@ -324,6 +324,9 @@ class RunLog(Watcher):
         if self.tuning.step > self.written:
             self.waiting.append((crystals, status))
         self.live.update(self.tuning.step, metrics)
+        if self.tuning.step == 1 and self.reward is not None:
+            for line in self.reward.smothered(crystals.properties):
+                self.say(line)
         if time.monotonic() - self._when > 60 * self.minutes:
             self.save()
             self._when = time.monotonic()

@@ -41,6 +41,14 @@ class Term:
         return f"{self.name}({inside})" if inside else self.name
 
 
+def _literal(node: ast.expr) -> float:
+    """The number that is written there; NaN where something is to be computed first."""
+    try:
+        return float(ast.literal_eval(node))
+    except ValueError:
+        return np.nan
+
+
 def _where(condition: Value, yes: Value, no: Value) -> Value:
     return np.where(np.isnan(condition), np.nan, np.where(condition != 0, yes, no))
 
@@ -150,6 +158,22 @@ class Expression:
     def single(self) -> Term | None:
         """The term, if the formula is just the name of one."""
         return self._term(self._root) if self._is_term(self._root) else None
+
+    @property
+    def ranges(self) -> list[tuple[str, Term, float]]:
+        """Where a term itself is wanted in a range: the text, the term, and how far from the middle it still does."""
+        found = []
+        for node in ast.walk(self._root):
+            match node:
+                case ast.Call(func=ast.Name(id="window"), args=[of, low, high, *_]) if self._is_term(of):
+                    reach = [-0.5, 0.5] @ np.array([_literal(low), _literal(high)])
+                case ast.Call(func=ast.Name(id="target"), args=[of, _, *width]) if self._is_term(of):
+                    reach = _literal(width[0]) if width else 1.0
+                case _:
+                    continue
+            if np.isfinite(reach):
+                found.append((_text(node), self._term(of), float(reach)))
+        return found
 
     def __call__(self, values: Mapping[Term, np.ndarray], update: bool = False) -> np.ndarray:
         """Value of the formula, (n,) float64.

@@ -164,6 +164,28 @@ class Reward:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.expression.load_state_dict(state)
 
+    def smothered(self, columns: Mapping[str, Any]) -> list[str]:
+        """What caution leaves next to nothing of: a range that is narrower than what is typically taken off for doubt.
+
+        Args:
+            columns: (n,) numbers by name, with the terms' own (`RewardResult.terms`).
+        """
+        told = []
+        for text, term, reach in self.expression.ranges:
+            spread = np.asarray(columns.get(f"{term}/spread", np.nan), float)
+            doubt = self._caution(term) * np.median(spread[np.isfinite(spread)]) if np.isfinite(spread).any() else 0.0
+            if doubt > reach:
+                told.append(
+                    f"{text} is narrow beside the doubt that is taken off ({doubt:.2g}, median): little of it is left "
+                    f"to tell crystals apart. Ask for the probability, in_range(of={term.name}, low=..., high=...), or "
+                    "trust the means: --caution 0."
+                )
+        return told
+
+    def _caution(self, term: Term) -> float:
+        own = self._terms[term].info.caution
+        return own if self.context.caution is None else self.context.caution
+
     def _rows(self, crystals: CrystalBatch, structures: Sequence[Any] | None) -> list[dict[Term, _Row]]:
         """Every crystal's terms, from the cache where a crystal has been seen."""
         if not len(crystals):
@@ -214,9 +236,8 @@ class Reward:
         """Caution times spread of the terms that have both."""
         doubts = {}
         for term, score in scores.items():
-            info = self._terms[term].info
-            caution = info.caution if self.context.caution is None else self.context.caution
-            if info.spread and caution:
+            caution = self._caution(term)
+            if self._terms[term].info.spread and caution:
                 doubts[term] = caution * score.spread
         return doubts
 

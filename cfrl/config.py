@@ -214,7 +214,8 @@ class FinetuneInputs(Settings):
     )
     dataset: str | None = option(
         None,
-        "Pre-training data: watch the validation loss on it, and measure novelty against it; empty: do neither.",
+        "Pre-training data: watch the validation loss on it, measure novelty against it, hold the model to it "
+        "(--anchor); empty: none of that.",
         choices=DATASETS,
         unset="",
     )
@@ -266,7 +267,7 @@ class FinetuneConfig(ScoringWorkers, TuningOptions, ScoringInputs, FinetuneInput
             *("clip_advantage", "baseline_decay"),
             *("entropy_wyckoff", "entropy_species", "entropy_coords", "entropy_lattice"),
         ),
-        "How far it may go": ("kl", "target_kl", "max_kl", "max_step_kl"),
+        "How far it may go": ("kl", "anchor", "target_kl", "max_kl", "max_step_kl"),
         "When it ends, what is kept": ("time_limit", "validate_every", "evaluate", "plots", "checkpoint_minutes"),
     }
 

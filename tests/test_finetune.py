@@ -775,6 +775,39 @@ def test_validation_loss_evaluation_and_plots(tiny_model, tmp_path, capsys):
     assert "model.safetensors" in shown
 
 
+def test_an_anchor_holds_the_model_to_real_crystals(tiny_model, tmp_path):
+    """Where nothing is to be earned it is maximum likelihood; where something is, less of the data is forgotten."""
+    real = load_dataset("prototypes", split="train").canonical()
+    real = real[real.num_sites < SIZES.max_sites]
+
+    @torch.no_grad()
+    def nats(model) -> float:
+        return -float(sum(values.double().mean() for values in load_model(model).log_prob(real).values()))
+
+    def indifferent(crystals):
+        return scored(torch.zeros(len(crystals)))
+
+    shared = dict(steps=8, n=64, batch_size=32, dataset="prototypes", validate_every=100, beta=0.0)
+    run = tune(tiny_model, tmp_path / "a", indifferent, anchor=1.0, max_step_kl=None, **shared)
+    told = run.metrics()["real"]
+    assert told[0] == pytest.approx(nats(tiny_model), rel=0.05), "of the crystals that a step has seen"
+    assert nats(run.path) < nats(tiny_model) - 0.5
+    free, held = (
+        tune(tiny_model, tmp_path / name, anchor=weight, **shared) for name, weight in (("b", 0.0), ("c", 0.3))
+    )
+    assert nats(held.path) < nats(free.path) - 0.5
+    assert "real" not in free.metrics()
+    earned = held.metrics()["reward/mean"]
+    assert np.mean(earned[-2:]) > 1.5 * np.mean(earned[:2])
+
+
+def test_what_no_anchor_can_hold_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"anchor: vargrad's optimum .* --algorithm ppo"):
+        tune(tiny_model, tmp_path, algorithm="vargrad", anchor=1.0, dataset="prototypes")
+    with pytest.raises(UserError, match=r"anchor: there are no real crystals; .* --dataset"):
+        tune(tiny_model, tmp_path, anchor=1.0)
+
+
 def test_no_crystal_of_before_is_scored_anew_after_a_survey(tiny_model, tmp_path, monkeypatch):
     """The tuning learns from known crystals too, which a tuned model withholds: both see the same draws."""
     asked = []

@@ -35,7 +35,8 @@ def oxygen(crystals):
 model, root, algorithm, steps, resume = sys.argv[1:]
 config = FinetuneConfig(model=model, reward="toy", algorithm=algorithm, steps=int(steps), n=24, batch_size=16,
     micro_batch=4, draw_size=8, scale_crystals=32, evaluate=8, plots=False, device="cpu", lr=1e-3, lr_final=1.0,
-    beta=0.1, min_distance=0.0, max_atoms=16, critic=CRITIC, unscored=16, checkpoint_minutes=0, diversity=2)
+    beta=0.1, min_distance=0.0, max_atoms=16, critic=CRITIC, unscored=16, checkpoint_minutes=0, diversity=2,
+    dataset="prototypes", anchor=0.1 if algorithm == "ppo" else 0.0)
 try:
     finetune(config, reward=oxygen, root=root, resume=resume or None, quiet=True)
 except KeyboardInterrupt:

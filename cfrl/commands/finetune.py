@@ -178,7 +178,18 @@ def start(config: FinetuneConfig, ranks: Ranks | None = None) -> Tuning:
     """The state before the first step."""
     ranks = ranks or Ranks(device=choose_device(config.device))
     model = load_model(config.model, ranks.device)
-    return Tuning(model, config, offline=config.rollouts is not None, settings=config.plain(), ranks=ranks)
+    real = _real_crystals(config, model.config.max_sites - 1) if config.anchor else None
+    return Tuning(model, config, config.rollouts is not None, config.plain(), ranks, real)
+
+
+def _real_crystals(config: FinetuneConfig, most_sites: int) -> CrystalBatch | None:
+    """The training split of the dataset, as pretraining shows it."""
+    if not config.dataset:
+        return None
+    from cfrl.io.datasets import load_dataset
+
+    crystals = load_dataset(config.dataset, split="train")
+    return crystals[crystals.num_sites <= most_sites].canonical()
 
 
 def settings_beside(model: Path) -> FinetuneConfig | None:

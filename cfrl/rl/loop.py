@@ -197,7 +197,7 @@ def _prepare(
 def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[str, float]:
     """Passes of minibatches over one batch, until the policy is `max_step_kl` from its start; means over all of them.
 
-    `epochs` of the metrics is how many passes were learned from.
+    `epochs` of the metrics is how many passes were learned from, `real` what a real crystal costs (nats, all factors).
 
     Raises:
         NotFinite: a loss or a gradient is, or the policy that the step leaves behind.
@@ -208,6 +208,7 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
     for group in tuning.optimiser.param_groups:
         group["lr"] = group["peak"] * rate_fraction(options, tuning.step, tuning.seconds)
     sums = dict.fromkeys((*WATCHED, "gradient_norm"), 0.0)
+    real = torch.zeros(1, dtype=torch.float64, device=batch.items.device)
     seen = learned = 0
     sites = batch.crystals.num_sites[batch.items].amax(1).cpu()
     for chosen in _minibatches(options, len(batch.items), generator):
@@ -218,6 +219,7 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
             loss, watched = _loss(tuning, batch, batch.items[part.to(batch.items.device)])
             (loss.sum() / len(chosen)).backward()
             found += torch.stack([watched[name].double().sum() for name in WATCHED])
+        real += _recall(tuning, len(chosen), generator)
         ranks.add([found])
         ranks.add(_gradients(parameters) if ranks.size > 1 else [])
         for name, value in zip(WATCHED, found.tolist(), strict=True):
@@ -236,8 +238,30 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
         after = tuning.log_probs(batch.crystals[: options.micro_batch], few).sum()
         weights = sum(p.sum() for p in parameters)
     _require_finite({"sum of the weights": float(weights), "log-probability after the step": float(after)})
+    ranks.add([real])
+    if tuning.real is not None:
+        sums["real"] = float(real)
     means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
+
+
+def _recall(tuning: Tuning, n: int, generator: torch.Generator) -> Tensor:
+    """Adds the gradient of the anchor, minus the mean log P(C | G) of n real crystals; the sum of that, (1,) nats.
+
+    The mixed objective of Ouyang et al. 2022 (arXiv 2203.02155, eq. 2). Of several processes each does its part.
+    """
+    nats = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
+    if tuning.real is None:
+        return nats
+    options, ranks = tuning.options, tuning.ranks
+    rows = torch.randint(len(tuning.real), (n,), generator=generator)
+    rows = rows[tuning.real.num_sites[rows].argsort()]
+    for part in rows.split(options.micro_batch)[ranks.rank :: ranks.size]:
+        scores = tuning.model.log_prob(tuning.real[part].to(tuning.model.device))
+        loss = -torch.stack([scores[name].sum() for name in FACTORS]).sum()
+        (options.anchor * loss / n).backward()
+        nats += loss.detach().double()
+    return nats
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -428,6 +452,7 @@ def finetune(
     *,
     context: RewardContext | None = None,
     watch: Callable[[int, dict[str, float]], None] | None = None,
+    real: CrystalBatch | None = None,
     **options: Any,
 ) -> Tuned:
     """Tune a model towards a reward; the model itself stays as it is.
@@ -436,6 +461,7 @@ def finetune(
         reward: a name or an expression (see `build_reward`), or what scores a batch of crystals.
         context: what a named reward works with; None: the embedded models.
         watch: called with the step's number and its metrics.
+        real: crystals whose likelihood counts beside the reward, if anchor=... gives it a weight.
         options: fields of `TuningOptions`, such as steps=60, n=128, beta=0.1.
 
     Raises:
@@ -447,7 +473,7 @@ def finetune(
         settings = settled(settings, reward.needs)
         if context is None:
             reward.context.relax_steps = relax_steps_for(reward)
-    tuning = Tuning(copy.deepcopy(model), settings)
+    tuning = Tuning(copy.deepcopy(model), settings, real=real)
     source = FreshCrystals(tuning, reward)
     begin(tuning, source)
     metrics, parts = [], []

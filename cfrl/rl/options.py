@@ -80,6 +80,11 @@ class TuningOptions(Wishes):
         "critic takes part, else 0.2.",
         unset=-1.0,
     )
+    anchor: Weight = option(
+        0.0,
+        "Weight of the likelihood of real crystals (--dataset) beside the reward, in units of the reward per nat: "
+        "what was learned from data is not forgotten; 0: none. Not for vargrad.",
+    )
     kl: Literal["reward", "loss"] = option("reward", "Where the KL enters: reward (as in the paper) or loss.")
     target_kl: PositiveWeight | None = option(
         None, "Adapt beta so that the KL stays near this many nats; 0: fixed beta.", unset=0.0

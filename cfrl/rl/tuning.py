@@ -105,9 +105,10 @@ class Tuning:
         offline: learn from crystals that were drawn before.
         settings: all that the run was asked for, by name; a checkpoint keeps it. None: the options.
         ranks: the processes that share the work; each holds the same state.
+        real: crystals that `options.anchor` holds the model to.
 
     Raises:
-        UserError: no such element, space group or penalty.
+        UserError: no such element, space group or penalty, or an anchor that the objective or the crystals are not for.
     """
 
     def __init__(
@@ -117,10 +118,16 @@ class Tuning:
         offline: bool = False,
         settings: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
+        real: CrystalBatch | None = None,
     ) -> None:
+        if options.anchor and options.algorithm == "vargrad":
+            raise UserError("anchor: vargrad's optimum is pi_base exp(r / beta), of no data; give --algorithm ppo")
+        if options.anchor and not (real is not None and len(real)):
+            raise UserError("anchor: there are no real crystals; name a dataset that has a training split: --dataset")
         if options.algorithm == "vargrad" and not options.kl_weight:
             raise UserError("beta: vargrad regresses to pi_base exp(r / beta); give more than 0, or --algorithm ppo")
         self.options, self.settings, self.ranks = options, dict(settings or options.plain()), ranks
+        self.real = real if options.anchor else None
         self.base = copy.deepcopy(model).requires_grad_(False)
         self.model, device = model.requires_grad_(True), model.device
         self.sampler = sampler_options(options, model.config.max_sites - 1, options.temperature, options.top_p)

@@ -329,8 +329,7 @@ def test_elements_are_exchanged_ever_more_rarely(dataset):
 
     known = set(train.formulas())
     assert changed(0) > 0.8  # a few cannot be changed, or become another of these
-    assert 0.3 < changed(30) < 0.6
-    assert changed(60) == changed(89) == 0
+    assert changed(0) > changed(45) > changed(89) > 0.2
 
 
 def test_learning_rate_warms_up_and_decays():

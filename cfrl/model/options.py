@@ -163,7 +163,7 @@ class TrainingOptions(Settings):
     exchange: Fraction = option(
         0.0,
         "Share of the crystals shown with elements exchanged for such as replace them in nature, cells scaled to their "
-        "size; falls to none in two thirds of the training.",
+        "size; falls to a third of that at the end.",
     )
     keep: Literal["best", "last"] = option("best", "Weights that become the model: best (by validation loss) or last.")
     patience: Count | None = option(

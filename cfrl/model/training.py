@@ -30,7 +30,7 @@ from cfrl.runs.interrupt import stop_on_signal
 
 BUCKET = 50  # batches among which crystals are sorted by length
 LOOK = 10  # steps between two looks at what the device has summed up, for which it must have come so far
-EXCHANGING = 2 / 3  # of the training, in which ever fewer crystals are shown with other elements
+EXCHANGED_LAST = 1 / 3  # of the share of crystals with other elements is left at the end; without, letters overfit
 
 
 class Watcher:
@@ -139,9 +139,9 @@ class Trainer:
 
     def _exchanged(self, crystals: CrystalBatch) -> CrystalBatch:
         """Some of the crystals with other elements; the fewer the later."""
-        share = self.options.exchange * (1 - self.step / (EXCHANGING * self.total_steps))
-        if self.exchanges is None or share <= 0:
+        if self.exchanges is None:
             return crystals
+        share = self.options.exchange * (1 - (1 - EXCHANGED_LAST) * self.step / self.total_steps)
         rng = np.random.default_rng([self.options.seed, self.step, self.rank])
         chosen = torch.from_numpy(rng.random(len(crystals)) < share)
         others = substitute(crystals[chosen], self.exchanges, rng)

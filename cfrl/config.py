@@ -46,7 +46,7 @@ T = TypeVar("T")
 USER_FILE = "cfrl.toml"
 
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
-DATASETS = ("prototypes", "structure-types", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
+DATASETS = ("prototypes", "structure-types", "grown", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
 NO_TYPES = "none"
 EMBEDDED = ("default", "stable")
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
@@ -170,7 +170,14 @@ class DrawInputs(Wishes, SampleInputs):
         unset="",
     )
     min_distance: Distance = option(0.5, "Angstrom; crystals with atoms closer than this are invalid.")
-    keep_invalid: bool = option(False, "Keep invalid crystals instead of drawing again.")
+    min_contact: Annotated[float, Range(0, 2)] = option(
+        0.0,
+        "In sums of covalent radii: where atoms are nearer (no known crystal has them nearer than 0.7), positions and "
+        "cell are drawn up to 4 times, which takes longer; 0: once. Not with --toward.",
+    )
+    keep_invalid: bool = option(
+        False, "Keep invalid crystals; else positions and cell are drawn again, then letters and elements too."
+    )
     draw_size: Count | None = option(
         None, "Crystals drawn at once; fewer need less memory; 0: 256 on a CPU, 8192 on a GPU.", unset=0
     )

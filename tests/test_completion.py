@@ -66,7 +66,7 @@ def test_bash(type_in, tmp_path):
 
 
 def test_only_what_the_commands_accept():
-    from cfrl.io.catalogue import PROTOTYPES, STRUCTURE_TYPES
+    from cfrl.io.catalogue import GROWN, PROTOTYPES, STRUCTURE_TYPES
     from cfrl.io.fetch import SOURCES
     from cfrl.io.storage import SPLITS
     from cfrl.model.options import PRESETS
@@ -83,7 +83,8 @@ def test_only_what_the_commands_accept():
         return set(closed or cls.__dataclass_fields__[name].metadata["choices"])
 
     assert offered("pretrain", "preset") == set(PRESETS)
-    assert {PROTOTYPES, STRUCTURE_TYPES} < offered("pretrain", "dataset") <= {PROTOTYPES, STRUCTURE_TYPES, *SOURCES}
+    always = {PROTOTYPES, STRUCTURE_TYPES, GROWN}
+    assert always < offered("pretrain", "dataset") <= {*always, *SOURCES}
     assert offered("finetune", "algorithm") == set(ALGORITHMS)
     assert offered("finetune", "reward") == {r.name for r in all_rewards() if r.function.__module__.startswith("cfrl.")}
     assert offered("screen", "properties") - {"all"} == set(BUILT_IN)

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from ase.data import covalent_radii
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Composition, Element, Lattice, Structure
@@ -15,7 +16,8 @@ from cfrl.crystals import symmetry
 from cfrl.crystals.analysis import AsymmetricUnit
 from cfrl.crystals.conversion import from_units
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.elements import ATOMIC_NUMBERS, MASSES, SYMBOLS, atomic_number
+from cfrl.crystals.distances import closest_contact
+from cfrl.crystals.elements import ATOMIC_NUMBERS, COVALENT_RADII, MASSES, SYMBOLS, atomic_number
 from cfrl.crystals.symmetry import SymmetryError
 from cfrl.errors import UserError
 
@@ -236,6 +238,7 @@ def test_elements_are_those_of_pymatgen() -> None:
         element = Element.from_Z(number)
         assert SYMBOLS[number] == element.symbol
         assert MASSES[number] == pytest.approx(float(element.atomic_mass))
+        assert COVALENT_RADII[number] == pytest.approx(covalent_radii[number])
     assert atomic_number("Ti") == ATOMIC_NUMBERS["Ti"] == 22
     with pytest.raises(UserError, match="'Xx' is not an element"):
         atomic_number("Xx")
@@ -249,6 +252,16 @@ def test_shortest_distances_are_those_of_pymatgen(batch: CrystalBatch) -> None:
         own = min(structure.lattice.get_niggli_reduced_lattice().abc)
         expected = min([own, *pairs])
         assert float(ours[row]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_closest_contacts_are_those_of_the_neighbour_list(batch: CrystalBatch) -> None:
+    ours = batch.closest_contacts().tolist()
+    assert ours == pytest.approx([closest_contact(structure, 3.0) for structure in batch.to_structures()], abs=1e-6)
+    rock_salt = CrystalBatch.from_structures([ROCK_SALT])
+    contact = float(rock_salt.closest_contacts())
+    assert contact == pytest.approx(float(rock_salt.shortest_distances()) / (1.66 + 1.02))
+    assert rock_salt.valid(min_contact=contact - 0.01).tolist() == [True]
+    assert rock_salt.valid(min_contact=contact + 0.01).tolist() == [False]
 
 
 def test_valid_flags_what_is_impossible() -> None:

@@ -23,8 +23,10 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, SYMBOLS
 from cfrl.crystals.kinds import kinds
 from cfrl.crystals.known import KnownFormulas
+from cfrl.crystals.refusal import REFUSED, Refusal
 from cfrl.crystals.substitution import substitute, substitution_table
 from cfrl.errors import UserError
+from cfrl.io.catalogue import dataset_path
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, write_crystals
 from cfrl.potentials import load_potential
@@ -469,3 +471,19 @@ def test_added_rows_of_others_are_left_alone(folder, straight, tmp_path):
     mine = np.isin(columns["ids"], ["mine-1", "mine-2"])
     assert np.isnan(columns["e_above_hull"][mine]).all()
     assert np.isfinite(columns["e_above_hull"][~mine]).all()
+
+
+# ---- the embedded ones -------------------------------------------------------------------------------------------
+
+
+def test_embedded_crystals_are_what_their_card_says():
+    crystals = load_dataset("grown")
+    guards = Refusal(REFUSED, KnownFormulas.embedded())
+    assert not any(guards.reasons(crystals.formulas())), "known, not neutral, radioactive, ..."
+    assert crystals.valid(min_contact=0.7).all()
+    assert (crystals.properties["e_above_hull"] <= 0.1).all()
+    assert (crystals.properties["e_above_hull"] >= crystals.properties["e_above_reference"].clamp(min=0) - 1e-9).all()
+    keys = near_copies(crystals)
+    assert len(set(keys)) == len(keys), "no near-copies"
+    parents = read_columns(dataset_path("grown"), ["parent"])["parent"]
+    assert 0.1 < (parents != "").mean() < 0.9

@@ -308,6 +308,23 @@ def test_invalid_crystals_are_drawn_again_in_their_own_group():
     assert set(crystals.space_group.tolist()) == {2, 225}
 
 
+def test_atoms_that_overlap_are_moved_and_letters_and_elements_stay():
+    """Rare kinds of crystals overlap most: if they were drawn anew, there would be fewer of them."""
+    model = cfrl.load_model()
+    as_they_come, apart = (sample(model, 96, seed=3, min_distance=0, min_contact=limit) for limit in (0, 0.7))
+    overlap, still = as_they_come.closest_contacts() < 0.7, apart.closest_contacts() < 0.7
+    assert 10 < overlap.sum() < 50
+    assert still.sum() < overlap.sum() / 2
+    assert torch.equal(apart.properties["draws"] > 1, overlap)
+    assert (apart.properties["draws"][still] == 4).all()
+    assert torch.equal(as_they_come.wyckoff, apart.wyckoff)
+    assert torch.equal(as_they_come.species, apart.species)
+    assert torch.equal(as_they_come.frac_coords[~overlap], apart.frac_coords[~overlap])
+    with torch.no_grad():
+        scores = sum(model.log_prob(apart).values())
+    assert torch.allclose(scores.double(), apart.properties["log_prob"], atol=1e-3), "the model's own density"
+
+
 def test_space_group_prior():
     model = tiny_model()
     model.space_group_log_prob.fill_(-torch.inf)

@@ -228,6 +228,7 @@ def _checks() -> dict[str, Callable[[], str]]:
         "assets/hull.h5": _hull,
         "assets/known.npy": _known,
         "assets/structure_types.npz": _structure_types,
+        "assets/grown.h5": _grown,
         **predictors,
         "reports/assets/": _report_parts,
     }
@@ -268,6 +269,13 @@ def _structure_types() -> str:
 
     types = StructureTypes.embedded()
     return f"{len(types):,} structure types of {len(types.type_of):,} known crystals"
+
+
+def _grown() -> str:
+    from cfrl.io.catalogue import GROWN
+    from cfrl.io.datasets import load_dataset
+
+    return f"{len(load_dataset(GROWN)):,} crystals of the program's own near the hull"
 
 
 def _predictor(name: str) -> str:

@@ -99,6 +99,7 @@ def draw(
             seed=config.seed,
             keep_invalid=config.keep_invalid,
             min_distance=config.min_distance,
+            min_contact=config.min_contact,
             draw_size=config.draw_size,
             wanted=refusal if refusal.names else None,
             progress=advance,

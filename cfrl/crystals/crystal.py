@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cfrl.crystals import canonical, symmetry
 from cfrl.crystals.analysis import MAX_SITES
-from cfrl.crystals.elements import FORMULA_RANK, MASSES, SYMBOLS
+from cfrl.crystals.elements import COVALENT_RADII, FORMULA_RANK, MASSES, SYMBOLS
 from cfrl.crystals.wyckoff import normalizer_tables
 
 if TYPE_CHECKING:
@@ -232,28 +232,48 @@ class CrystalBatch:
         Every representative against every atom of its crystal in 27 cells: exact whenever the result is
         below the smallest height of the cell, else an upper bound. Infinite for a crystal without atoms.
         """
-        frac, _, crystal, _ = self.atoms()
+        return self._nearest()[0]
+
+    def closest_contacts(self) -> Tensor:
+        """Smallest distance of two atoms over the sum of their covalent radii (Cordero et al. 2008), (n,).
+
+        Exact or not as `shortest_distances`.
+        """
+        return self._nearest()[1]
+
+    def site_contacts(self, site: int) -> Tensor:
+        """As `closest_contacts`, but between the atoms of one site, 0 to S - 1, and all; infinite where it is empty."""
+        return self._nearest(site)[1]
+
+    def _nearest(self, site: int | None = None) -> tuple[Tensor, Tensor]:
+        """What `shortest_distances` and `closest_contacts` tell; with a site, of its atoms alone."""
+        frac, number, crystal, _ = self.atoms()
+        radius = torch.tensor(COVALENT_RADII, device=self.device, dtype=frac.dtype)[number]
         matrix = self.lattice_matrix()
         steps = torch.tensor([-1, 0, 1], device=self.device, dtype=frac.dtype)
         images = torch.cartesian_prod(steps, steps, steps) @ matrix  # (n, 27, 3)
-        squared = torch.full((len(self),), torch.inf, dtype=frac.dtype, device=self.device)
-        for mine, theirs in zip(*(pair.split(_PAIRS_PER_CHUNK) for pair in self._pairs()), strict=True):
+        squared, scaled = torch.full((2, len(self)), torch.inf, dtype=frac.dtype, device=self.device)
+        for mine, theirs in zip(*(pair.split(_PAIRS_PER_CHUNK) for pair in self._pairs(site)), strict=True):
             delta = frac[theirs] - frac[mine]
             delta = torch.einsum("pi,pij->pj", delta - delta.round(), matrix[crystal[mine]])
             distance = (delta[:, None] + images[crystal[mine]]).square().sum(-1)  # (p, 27)
             distance[mine == theirs, _SAME_CELL] = torch.inf  # an atom and itself
-            squared.scatter_reduce_(0, crystal[mine], distance.amin(-1), "amin")
-        return squared.sqrt()
+            nearest = distance.amin(-1)
+            squared.scatter_reduce_(0, crystal[mine], nearest, "amin")
+            scaled.scatter_reduce_(0, crystal[mine], nearest / (radius[mine] + radius[theirs]).square(), "amin")
+        return squared.sqrt(), scaled.sqrt()
 
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """The representative of every site with every atom of its crystal: two lists of atoms as in `atoms`."""
+    def _pairs(self, only: int | None = None) -> tuple[Tensor, Tensor]:
+        """The representative of every (or one) site with all atoms of its crystal: two lists, rows of `atoms`."""
         crystal, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
         in_site = self.multiplicity[crystal, column]
+        representative = in_site.cumsum(0) - in_site
+        if only is not None:
+            crystal, representative = crystal[column == only], representative[column == only]
         in_crystal = self.num_atoms
         site = torch.repeat_interleave(in_crystal[crystal])  # one entry per pair
         first_pair = in_crystal[crystal].cumsum(0) - in_crystal[crystal]
         first_atom = in_crystal.cumsum(0) - in_crystal
-        representative = in_site.cumsum(0) - in_site
         others = (first_atom[crystal] - first_pair)[site] + torch.arange(len(site), device=self.device)
         return representative[site], others
 
@@ -269,19 +289,21 @@ class CrystalBatch:
             & (self.volumes() > MIN_VOLUME_PER_ATOM * self.num_atoms)
         )
 
-    def valid(self, min_distance: float = 0.5) -> Tensor:
+    def valid(self, min_distance: float = 0.5, min_contact: float = 0.0) -> Tensor:
         """Geometrically possible, (n,) bool: existing Wyckoff positions, a real cell, no atoms too close.
 
         Says nothing of stability, nor of chemistry.
 
         Args:
             min_distance: angstrom; atoms nearer than this are too close.
+            min_contact: the same, in sums of covalent radii.
         """
         occupied = self.wyckoff > 0
         sites = (occupied == (self.multiplicity > 0)).all(-1) & (occupied == (self.species > 0)).all(-1)
         good = self.possible_cells() & sites & (self.num_sites > 0) & self.frac_coords.isfinite().all(-1).all(-1)
         index = good.nonzero()[:, 0]
-        good[index] = self[index].shortest_distances() >= min_distance
+        distance, contact = self[index]._nearest()
+        good[index] = (distance >= min_distance) & (contact >= min_contact)
         return good
 
     def num_descriptions(self, mirror: bool = False) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cfrl.crystals.elements import COVALENT_RADII
+
 if TYPE_CHECKING:
     from pymatgen.core import Structure
 
@@ -23,9 +25,7 @@ def contacts(structure: Structure, limit: float) -> np.ndarray:
 
     The smallest of all tells overlaps, the largest an atom on its own.
     """
-    from ase.data import covalent_radii
-
-    radii = covalent_radii[[site.specie.Z for site in structure]]
+    radii = np.array([COVALENT_RADII[site.specie.Z] for site in structure])
     center, neighbour, _, distance = structure.get_neighbor_list(2 * limit * radii.max())
     nearest = np.full(len(structure), limit)
     np.minimum.at(nearest, center, distance / (radii[center] + radii[neighbour]))

@@ -1,4 +1,4 @@
-"""Datasets by name: where their HDF5 files lie, and the two that are always there."""
+"""Datasets by name: where their HDF5 files lie, and the three that are always there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cfrl import __version__
+from cfrl.assets import ASSETS
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.structure_types import StructureTypes
 from cfrl.errors import UserError, nearest
@@ -17,17 +18,20 @@ from cfrl.tables import distinct
 
 PROTOTYPES = "prototypes"  # pymatgen's
 STRUCTURE_TYPES = "structure-types"  # of the crystals that the embedded generator learnt from
+GROWN = "grown"  # near the hull and unknown: what `cfrl data grow` has made for this package (assets/grown.md)
 
 HDF5 = (".h5", ".hdf5")
 
 
 def dataset_path(name: str | Path) -> Path:
-    """The HDF5 file of a dataset: "prototypes", "structure-types", a fetched name, or the path of an `.h5` file itself.
+    """The HDF5 file of a dataset: "prototypes", "structure-types", "grown", a fetched name, or an `.h5` file itself.
 
     Raises:
         UserError: there is none; a structure file has to be imported first.
     """
     path = Path(name)
+    if str(name) == GROWN and not path.exists():
+        return ASSETS / "grown.h5"
     if str(name) in _MADE and not path.exists():
         return _made(str(name))
     if path.suffix in HDF5:
@@ -41,7 +45,7 @@ def dataset_path(name: str | Path) -> Path:
         return prepared
     if str(name) in fetch.SOURCES:
         raise UserError(f"the dataset '{name}' is not on this machine; get it with: cfrl data fetch {name}")
-    known = [*_MADE, *sorted(fetch.SOURCES)]
+    known = [*_MADE, GROWN, *sorted(fetch.SOURCES)]
     raise UserError(
         f"no dataset named '{name}' is known or fetched{nearest(str(name), known)} (known: {', '.join(known)})"
     )

@@ -76,8 +76,7 @@ def coordinates(prior: Prior, crystals: CrystalBatch, generator: torch.Generator
 
     Letters and elements then have other probabilities, given what stands before them: that is the ratio.
     """
-    sites = crystals.num_sites
-    new = prior.draw(crystals.space_group, generator, Given(crystals, sites + 1, sites, torch.zeros_like(sites)))
+    new = prior.draw(crystals.space_group, generator, Given.composition(crystals))
     return new, _gain(new, crystals, ("wyckoff", "species"))
 
 

@@ -39,6 +39,18 @@ class KeyValueCache:
         self.keys = [store[rows] for store in self.keys]
         self.values = [store[rows] for store in self.values]
 
+    def first(self, length: int, rows: Tensor) -> KeyValueCache:
+        """The first tokens of some sequences, rows (B,) bool or their numbers: a cache of its own."""
+        part = KeyValueCache(0)
+        part.keys, part.values, part.length = [*self.keys], [*self.values], length
+        part.select(rows)
+        return part
+
+    def put(self, rows: Tensor, other: KeyValueCache, start: int) -> None:
+        """What another cache, as long as this one, holds from token `start` on, for these sequences of this one."""
+        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+            mine[rows, :, start : self.length] = theirs[:, :, start : self.length]
+
 
 class Attention(nn.Module):
     """Causal multi-head attention with rotary positions over the whole key size."""

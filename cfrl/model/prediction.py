@@ -216,7 +216,5 @@ def _more(
     if not rows:
         return crystals[[]]
     given = crystals[rows].to(model.device)
-    sites = given.num_sites
     free = replace(options, constraint=None)
-    letters_and_elements = Given(given, sites + 1, sites, torch.zeros_like(sites))
-    return draw(model, given.space_group, free, seeded(model.device, seed), letters_and_elements).to("cpu")
+    return draw(model, given.space_group, free, seeded(model.device, seed), Given.composition(given)).to("cpu")

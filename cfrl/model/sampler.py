@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -46,6 +47,8 @@ PILOT_SEED = 0
 LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
+PLACES = 8  # tried of a site, in which its atoms may overlap with earlier ones
+GEOMETRIES = 4  # of the same letters and elements; then these too are drawn again, or atoms may overlap
 
 
 @dataclass
@@ -54,17 +57,31 @@ class Given:
 
     crystals: n.
     letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
+    min_contact: coordinates are drawn up to `PLACES` times, until in the cell of the given crystal no atom of the site
+        overlaps with an earlier one: is nearer than this, in sums of covalent radii. 0: once.
     """
 
     crystals: CrystalBatch
     letters: Tensor
     species: Tensor
     coords: Tensor
+    min_contact: float = 0.0
+
+    @classmethod
+    def composition(cls, crystals: CrystalBatch, min_contact: float = 0.0) -> Given:
+        """Letters, elements and where to stop; coordinates and cell are drawn."""
+        sites = crystals.num_sites
+        return cls(crystals, sites + 1, sites, torch.zeros_like(sites), min_contact)
 
     def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
         """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
         fed = getattr(self, kind)[rows] > site
         return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
+
+    def angle(self, rows: Tensor, site: int, axis: int, drawn: Tensor) -> Tensor:
+        """(B,) as `of`, of a coordinate, 2 pi (x - 1/2)."""
+        known = 2 * math.pi * (self.crystals.frac_coords[..., axis].to(drawn.dtype) - 0.5)  # (n, s)
+        return self.of("coords", known, rows, site, drawn)
 
 
 @torch.no_grad()
@@ -150,28 +167,64 @@ def draw(
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
 
-        free = t.free[group, letter]  # (B, 3)
-        matrix = t.project_matrix[group, letter].to(model.dtype)  # (B, 3, 3)
-        shift = t.project_shift[group, letter].to(model.dtype)  # (B, 3)
-        coords = torch.zeros(len(rows), 3, dtype=model.dtype, device=device)
-        for axis in range(3):
-            if free[:, axis].any():
-                distribution = model.coordinate_distribution(features, options)
-                angle = distribution.sample(generator)  # (B,)
-                if given:
-                    known = 2 * math.pi * (given.crystals.frac_coords[..., axis].to(angle.dtype) - 0.5)  # (n, s)
-                    angle = given.of("coords", known, rows, site, angle)
-                log_prob["coords"][rows] += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
-                coords[:, axis] = angle / (2 * math.pi) + 0.5
-            # A tied coordinate follows from the free ones before it.
-            tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
-            coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
-            features = advance(model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1]))
-        frac_coords[rows, site] = coords
+        before, begin = features, cache.length
+        features, nats = torch.empty_like(before), torch.zeros(len(rows), dtype=torch.float64, device=device)
+        todo, contact = torch.arange(len(rows), device=device), given.min_contact if given else 0.0
+        for attempt in range(PLACES if contact else 1):
+            here, part = rows[todo], cache.first(begin, todo) if attempt else cache
+            fixed = partial(given.angle, here, site) if given else None
+            found = _place(model, group[todo], letter[todo], before[todo], part, options, generator, fixed)
+            frac_coords[here, site], nats[todo], features[todo] = found
+            if attempt:
+                cache.put(todo, part, begin)
+            if contact:  # once more where its atoms overlap with earlier ones
+                sites = (table[here, : site + 1] for table in (wyckoff, species, frac_coords))
+                cells = CrystalBatch(group[todo], *sites, given.crystals.lattice[here])
+                todo = todo[(cells.site_contacts(site) < contact) & t.free[group, letter][todo].any(1)]
+                if not len(todo):
+                    break
+        log_prob["coords"][rows] += nats
 
     properties = {"log_prob": sum(log_prob.values()), **{f"log_prob/{name}": x for name, x in log_prob.items()}}
     lattice = constrain_lattice(space_group.to(device), lattice)
     return CrystalBatch(space_group.to(device), wyckoff, species, frac_coords, lattice, properties=properties).trim()
+
+
+def _place(
+    model: CrystalTransformer,
+    group: Tensor,
+    letter: Tensor,
+    features: Tensor,
+    cache: KeyValueCache,
+    options: SamplerOptions,
+    generator: torch.Generator | None,
+    fixed: Callable[[int, Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coordinates of one site, (B, 3), their log-probability (B,), and the features (B, d) after the three tokens.
+
+    Args:
+        features: of the token before. fixed: what replaces the (B,) angle drawn of an axis; None: nothing.
+    """
+    t = tables(group.device)
+    free = t.free[group, letter]  # (B, 3)
+    matrix = t.project_matrix[group, letter].to(model.dtype)  # (B, 3, 3)
+    shift = t.project_shift[group, letter].to(model.dtype)  # (B, 3)
+    coords = torch.zeros(len(group), 3, dtype=model.dtype, device=group.device)
+    nats = torch.zeros(len(group), dtype=torch.float64, device=group.device)
+    for axis in range(3):
+        if free[:, axis].any():
+            distribution = model.coordinate_distribution(features, options)
+            angle = distribution.sample(generator)  # (B,)
+            angle = fixed(axis, angle) if fixed else angle
+            nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
+            coords[:, axis] = angle / (2 * math.pi) + 0.5
+        # A tied coordinate follows from the free ones before it.
+        tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
+        coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
+        features = model.transform(model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1]), cache)[
+            :, 0
+        ]
+    return coords, nats, features
 
 
 @torch.no_grad()
@@ -186,6 +239,7 @@ def sample(
     seed: int | None = None,
     keep_invalid: bool = False,
     min_distance: float = 0.5,
+    min_contact: float = 0.0,
     draw_size: int | None = None,
     wanted: Wanted | None = None,
     progress: Callable[[int], None] | None = None,
@@ -200,8 +254,11 @@ def sample(
         elements: symbols or atomic numbers that may occur; None: all.
         temperature, top_p: see `SamplerOptions`.
         seed: same seed and device, same crystals, however many processes draw; None: other crystals each time.
-        keep_invalid: hand out impossible crystals too; else they are drawn again, in the same space group.
+        keep_invalid: hand out impossible crystals too; else their coordinates and cell are drawn again, and where this
+            does not help, all but the space group.
         min_distance: angstrom; see `CrystalBatch.valid`.
+        min_contact: sums of covalent radii; where atoms are nearer, coordinates and cell are drawn again, each site
+            where there is room, up to `GEOMETRIES` times.
         draw_size: crystals drawn at once; None: what goes quickest on the model's device.
         wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
             space group and all.
@@ -231,7 +288,7 @@ def sample(
 
         def drawn_lot(number: int, lots: Sequence[Tensor] = lots, before: int = lot) -> CrystalBatch:
             of_lot = seeded(model.device, random_seed(seed, before + number))
-            return _draw_valid(model, lots[number], options, keep_invalid, min_distance, of_lot)
+            return _draw_valid(model, lots[number], options, keep_invalid, (min_distance, min_contact), of_lot)
 
         mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device)
         for first, own in zip_longest(range(0, len(lots), ranks.size), mine):
@@ -262,21 +319,29 @@ def _draw_valid(
     groups: Tensor,
     options: SamplerOptions,
     keep_invalid: bool,
-    min_distance: float,
+    apart: tuple[float, float],
     generator: torch.Generator,
 ) -> CrystalBatch:
-    missing, draws = torch.arange(len(groups)), 0
+    """One crystal of each group, valid by `CrystalBatch.valid(*apart)`.
+
+    What is invalid is so by its geometry, mostly, and the more easily the larger it is: if it were drawn again as a
+    whole, small cells would be more frequent than the model has them. So letters and elements stay at first. Where
+    atoms overlap but are no nearer than the smallest distance, they stay for good.
+    """
+    missing, draws, given = torch.arange(len(groups)), 0, None
     order, batches = [], []
     while len(missing):
         draws += 1
-        batch = draw(model, groups[missing], options, generator).to("cpu")
-        valid = batch.valid(min_distance)
+        drawn = draw(model, groups[missing], options, generator, given)
+        batch, last = drawn.to("cpu"), draws % GEOMETRIES == 0
+        valid = batch.valid(apart[0])
         batch.properties["valid"] = valid.double()
         batch.properties["draws"] = torch.full((len(batch),), float(draws), dtype=torch.float64)
-        keep = torch.ones_like(valid) if keep_invalid or draws == MAX_DRAWS else valid
+        keep = torch.ones_like(valid) if keep_invalid or draws == MAX_DRAWS else valid if last else batch.valid(*apart)
         order.append(missing[keep])
         batches.append(batch[keep])
         missing = missing[~keep]
+        given = None if last else Given.composition(drawn[~keep.to(drawn.device)], apart[1])
     return CrystalBatch.cat(batches)[torch.cat(order).argsort()]
 
 

@@ -39,17 +39,20 @@ class KeyValueCache:
         self.keys = [store[rows] for store in self.keys]
         self.values = [store[rows] for store in self.values]
 
-    def first(self, length: int, rows: Tensor) -> KeyValueCache:
-        """The first tokens of some sequences, rows (B,) bool or their numbers: a cache of its own."""
+    def first(self, length: int, rows: Tensor, room: int) -> KeyValueCache:
+        """The first tokens of some sequences, by their numbers (k,): a cache of its own, with room for some more."""
         part = KeyValueCache(0)
-        part.keys, part.values, part.length = [*self.keys], [*self.values], length
-        part.select(rows)
+        part.length = length
+        for mine, new in ((self.keys, part.keys), (self.values, part.values)):
+            new.extend(store.new_empty(len(rows), store.shape[1], length + room, store.shape[3]) for store in mine)
+            for store, larger in zip(mine, new, strict=True):
+                larger[:, :, :length] = store[rows, :, :length]
         return part
 
-    def put(self, rows: Tensor, other: KeyValueCache, start: int) -> None:
-        """What another cache, as long as this one, holds from token `start` on, for these sequences of this one."""
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[rows, :, start : self.length] = theirs[:, :, start : self.length]
+    def put(self, rows: Tensor, other: KeyValueCache, theirs: Tensor, start: int) -> None:
+        """Of another cache, as long as this one, what it holds from token `start` on: its rows `theirs` for `rows`."""
+        for mine, new in zip(self.keys + self.values, other.keys + other.values, strict=True):
+            mine[rows, :, start : self.length] = new[theirs, :, start : self.length]
 
 
 class Attention(nn.Module):

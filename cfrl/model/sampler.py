@@ -167,22 +167,24 @@ def draw(
         wyckoff[rows, site], species[rows, site] = letter, element
         features = advance(model.embed_species(group[:, None], element[:, None]))
 
-        before, begin = features, cache.length
-        features, nats = torch.empty_like(before), torch.zeros(len(rows), dtype=torch.float64, device=device)
-        todo, contact = torch.arange(len(rows), device=device), given.min_contact if given else 0.0
-        for attempt in range(PLACES if contact else 1):
-            here, part = rows[todo], cache.first(begin, todo) if attempt else cache
-            fixed = partial(given.angle, here, site) if given else None
-            found = _place(model, group[todo], letter[todo], before[todo], part, options, generator, fixed)
-            frac_coords[here, site], nats[todo], features[todo] = found
-            if attempt:
-                cache.put(todo, part, begin)
-            if contact:  # once more where its atoms overlap with earlier ones
-                sites = (table[here, : site + 1] for table in (wyckoff, species, frac_coords))
-                cells = CrystalBatch(group[todo], *sites, given.crystals.lattice[here])
-                todo = todo[(cells.site_contacts(site) < contact) & t.free[group, letter][todo].any(1)]
-                if not len(todo):
-                    break
+        begin, where = cache.length, (group, letter, rows, features)
+        place = partial(_place, model, site=site, options=options, generator=generator, given=given)
+        coords, nats, features = place(*where, cache)
+        if given and given.min_contact:
+            sites = (table[rows, : site + 1] for table in (wyckoff, species, frac_coords))
+            cells = CrystalBatch(group, *sites, given.crystals.lattice[rows])
+            clash = _overlap(cells, coords, given.min_contact) & t.free[group, letter].any(1)
+            # Other places for its atoms: the cache of these sequences is rewound, and several are tried at once.
+            tried = clash.nonzero()[:, 0].repeat_interleave(PLACES)
+            if len(tried):
+                part = cache.first(begin, tried, room=3)
+                others = place(*(x[tried] for x in where), part)
+                clash = _overlap(cells[tried], others[0], given.min_contact)
+                first = clash.view(-1, PLACES).int().argmin(1) + torch.arange(0, len(tried), PLACES, device=device)
+                for old, new in zip((coords, nats, features), others, strict=True):
+                    old[tried[first]] = new[first]
+                cache.put(tried[first], part, first, begin)
+        frac_coords[rows, site] = coords
         log_prob["coords"][rows] += nats
 
     properties = {"log_prob": sum(log_prob.values()), **{f"log_prob/{name}": x for name, x in log_prob.items()}}
@@ -194,16 +196,18 @@ def _place(
     model: CrystalTransformer,
     group: Tensor,
     letter: Tensor,
+    rows: Tensor,
     features: Tensor,
     cache: KeyValueCache,
+    site: int,
     options: SamplerOptions,
     generator: torch.Generator | None,
-    fixed: Callable[[int, Tensor], Tensor] | None,
+    given: Given | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The coordinates of one site, (B, 3), their log-probability (B,), and the features (B, d) after the three tokens.
+    """The coordinates of a site, (B, 3), their log-probability (B,), and the features (B, d) after their three tokens.
 
     Args:
-        features: of the token before. fixed: what replaces the (B,) angle drawn of an axis; None: nothing.
+        rows: which of the crystals these are. features: of the token before.
     """
     t = tables(group.device)
     free = t.free[group, letter]  # (B, 3)
@@ -215,7 +219,7 @@ def _place(
         if free[:, axis].any():
             distribution = model.coordinate_distribution(features, options)
             angle = distribution.sample(generator)  # (B,)
-            angle = fixed(axis, angle) if fixed else angle
+            angle = given.angle(rows, site, axis, angle) if given else angle
             nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
             coords[:, axis] = angle / (2 * math.pi) + 0.5
         # A tied coordinate follows from the free ones before it.
@@ -225,6 +229,12 @@ def _place(
             :, 0
         ]
     return coords, nats, features
+
+
+def _overlap(crystals: CrystalBatch, coords: Tensor, min_contact: float) -> Tensor:
+    """(n,) whether atoms of the last site, at these coordinates (n, 3), are nearer than this to any atom."""
+    crystals.frac_coords[:, -1] = coords
+    return crystals.site_contacts(crystals.wyckoff.shape[1] - 1) < min_contact
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ import cfrl
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.model.chains import MOVES, Prior, Tally, accept, chosen, walk
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import Given, draw, space_group_prior
+from cfrl.model.drawing import Given, draw
+from cfrl.model.sampler import space_group_prior
 from cfrl.rl.mixing import effective_draws, effective_size, next_temperature, split_r_hat, systematic
 from tests.test_model import tiny_model
 

@@ -16,8 +16,9 @@ from cfrl.crystals.wyckoff import arrays
 from cfrl.errors import UserError
 from cfrl.model.constraints import MOST_ATOMS, Composition, Demand, Template
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.drawing import draw
 from cfrl.model.options import Wishes
-from cfrl.model.sampler import draw, evidence, space_group_shares
+from cfrl.model.sampler import evidence, space_group_shares
 from cfrl.model.wishes import parse_formula, sampler_options
 from tests.test_model import tiny_model
 

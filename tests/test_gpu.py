@@ -6,7 +6,8 @@ import torch
 
 import cfrl
 from cfrl.config import PretrainConfig
-from cfrl.model.sampler import draw, seeded
+from cfrl.model.drawing import draw
+from cfrl.model.sampler import seeded
 from cfrl.model.training import Trainer
 
 DEVICE = "cuda"

@@ -17,12 +17,12 @@ from cfrl.crystals.symmetry import multiplicity
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
 from cfrl.model.published import import_published, read_checkpoint
-from cfrl.model.sampler import draw
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
 

@@ -25,8 +25,9 @@ from cfrl.errors import UserError
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.drawing import draw
 from cfrl.model.files import load_model, save_model
-from cfrl.model.sampler import draw, sample
+from cfrl.model.sampler import sample
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.screening.ranking import composition_neighbours, expected_hits, is_good, rank_correlation, rate_ranking
 from cfrl.screening.retrieval import Meetings, discovery_curve, log_ratios, meet, rank

@@ -24,8 +24,9 @@ from cfrl.errors import NotFinite, UserError
 from cfrl.io.export import export_crystals
 from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
+from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
-from cfrl.model.sampler import draw, sample, space_group_prior
+from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import FACTORS, TINY, tiny_model
 

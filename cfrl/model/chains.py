@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import Given, draw
+from cfrl.model.drawing import Given, draw
 from cfrl.model.transformer import CrystalTransformer
 
 Proposal = tuple[CrystalBatch, Tensor]  # n crystals, and the log ratios (n,) float64

@@ -27,8 +27,9 @@ from cfrl.crystals.substitution import replacement_table
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
+from cfrl.model.drawing import Given, draw
 from cfrl.model.options import Wishes
-from cfrl.model.sampler import Given, draw, pilots, seeded, space_group_prior, weighted_draws
+from cfrl.model.sampler import pilots, seeded, space_group_prior, weighted_draws
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.model.wishes import parse_formula, sampler_options
 

@@ -1,15 +1,12 @@
-"""Draws crystals from the transformer, one token at a time for a whole batch.
+"""What users call to generate crystals: it chooses space groups and seeds, and draws impossible crystals again.
 
-`draw` is the plain sampler: what it returns follows exactly the distribution that `log_prob` scores. `sample` is what
-users call: it also chooses space groups, seeds, and draws impossible crystals again.
+`drawing.py` is the plain sampler, whose crystals follow exactly the distribution that `log_prob` scores.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -18,16 +15,14 @@ import torch
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import constrain_lattice
 from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS, tables
 from cfrl.errors import UserError
 from cfrl.model.constraints import Constraint
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.layers import KeyValueCache
-from cfrl.model.network import unscale_lattice
+from cfrl.model.drawing import Given, draw
 from cfrl.model.options import Wishes
 from cfrl.model.threads import side_by_side
-from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.model.transformer import CrystalTransformer
 from cfrl.model.transformer import draw_size as quickest
 from cfrl.model.wishes import (
     UNIFORM,
@@ -47,194 +42,7 @@ PILOT_SEED = 0
 LOT = 64  # crystals drawn at least, where not all are wanted: few take as long as one
 RAREST = 1000  # draws a crystal that is wanted, on average; where it takes more, there may be none
 MAX_DRAWS = 50  # of one crystal, before an invalid one is handed out as it is
-PLACES = 8  # tried of a site, in which its atoms may overlap with earlier ones
 GEOMETRIES = 4  # of the same letters and elements; then these too are drawn again, or atoms may overlap
-
-
-@dataclass
-class Given:
-    """What `draw` feeds to the model in place of drawing it: the first tokens of each kind of n given crystals.
-
-    crystals: n.
-    letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
-    min_contact: coordinates are drawn up to `PLACES` times, until in the cell of the given crystal no atom of the site
-        overlaps with an earlier one: is nearer than this, in sums of covalent radii. 0: once.
-    """
-
-    crystals: CrystalBatch
-    letters: Tensor
-    species: Tensor
-    coords: Tensor
-    min_contact: float = 0.0
-
-    @classmethod
-    def composition(cls, crystals: CrystalBatch, min_contact: float = 0.0) -> Given:
-        """Letters, elements and where to stop; coordinates and cell are drawn."""
-        sites = crystals.num_sites
-        return cls(crystals, sites + 1, sites, torch.zeros_like(sites), min_contact)
-
-    def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
-        """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
-        fed = getattr(self, kind)[rows] > site
-        return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
-
-    def angle(self, rows: Tensor, site: int, axis: int, drawn: Tensor) -> Tensor:
-        """(B,) as `of`, of a coordinate, 2 pi (x - 1/2)."""
-        known = 2 * math.pi * (self.crystals.frac_coords[..., axis].to(drawn.dtype) - 0.5)  # (n, s)
-        return self.of("coords", known, rows, site, drawn)
-
-
-@torch.no_grad()
-def draw(
-    model: CrystalTransformer,
-    space_group: Tensor,
-    options: SamplerOptions | None = None,
-    generator: torch.Generator | None = None,
-    given: Given | None = None,
-) -> CrystalBatch:
-    """One crystal per entry of `space_group` (n,), as the model writes it: nothing rejected, nothing re-sorted.
-
-    Args:
-        generator: on the model's device; None: torch's global one, which other threads may draw from too.
-        given: on the model's device, what is not drawn; the log-probability counts it all the same.
-
-    Returns:
-        Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
-        "log_prob/<factor>".
-
-    Raises:
-        NotFinite: the model's probabilities are not.
-    """
-    options = options or SamplerOptions()
-    device, n, S = model.device, len(space_group), model.config.max_sites - 1
-    t = tables(device)
-    group = space_group.to(device)
-    wyckoff = torch.zeros(n, S, dtype=torch.long, device=device)
-    species = torch.zeros_like(wyckoff)
-    frac_coords = torch.zeros(n, S, 3, dtype=model.dtype, device=device)
-    lattice = torch.zeros(n, 6, dtype=model.dtype, device=device)
-    log_prob = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in FACTORS}
-
-    # Crystals that are finished leave the batch: `rows` says which one each running sequence is.
-    rows = torch.arange(n, device=device)  # (B,), and so are group, letter and atoms
-    atoms = torch.zeros_like(rows)
-    cache = KeyValueCache(model.config.num_layers)
-    features = letter = None
-    constraint = options.constraint
-    state = constraint.start(n, device) if constraint else torch.zeros(n, 0, dtype=torch.long, device=device)
-
-    def advance(token: Tensor) -> Tensor:
-        return model.transform(token, cache)[:, 0]  # (B, d)
-
-    for site in range(S + 1):
-        if site == S:
-            letter = torch.zeros_like(rows)  # no room for more: the stop is no choice
-        else:
-            if features is None:
-                logits = model.first_wyckoff_logits(group)  # (B, 28)
-            else:
-                logits = model.wyckoff_logits(features.unsqueeze(1), group)[:, 0]
-            wished = constraint.letters(state, group) if constraint else None
-            distribution = model.wyckoff_distribution(logits, group, letter, atoms, options, wished=wished)
-            letter = distribution.sample(generator)
-            letter = given.of("letters", given.crystals.wyckoff, rows, site, letter) if given else letter
-            log_prob["wyckoff"][rows] += distribution.log_prob(letter)
-        features = advance(model.embed_wyckoff(group[:, None], letter[:, None]))
-
-        stopped = letter == 0
-        if stopped.any():
-            done = rows[stopped]
-            distribution = model.lattice_distribution(features[stopped], group[stopped], options)
-            scaled = distribution.sample(generator)  # (those that stopped, 6)
-            log_prob["lattice"][done] = distribution.log_prob(scaled).double()
-            lattice[done] = unscale_lattice(scaled.to(model.dtype), atoms[stopped])
-            running = ~stopped
-            rows, group, letter, atoms, features, state = (
-                x[running] for x in (rows, group, letter, atoms, features, state)
-            )
-            if not len(rows):
-                break
-            cache.select(running)
-
-        atoms = atoms + t.multiplicity[group, letter]
-        wished = constraint.species(state, group, letter) if constraint else None
-        distribution = model.species_distribution(features, options, wished=wished)
-        element = distribution.sample(generator)
-        element = given.of("species", given.crystals.species, rows, site, element) if given else element
-        log_prob["species"][rows] += distribution.log_prob(element)
-        if constraint:
-            state = constraint.after(state, group, letter, element)
-        wyckoff[rows, site], species[rows, site] = letter, element
-        features = advance(model.embed_species(group[:, None], element[:, None]))
-
-        begin, where = cache.length, (group, letter, rows, features)
-        place = partial(_place, model, site=site, options=options, generator=generator, given=given)
-        coords, nats, features = place(*where, cache)
-        if given and given.min_contact:
-            sites = (table[rows, : site + 1] for table in (wyckoff, species, frac_coords))
-            cells = CrystalBatch(group, *sites, given.crystals.lattice[rows])
-            clash = _overlap(cells, coords, given.min_contact) & t.free[group, letter].any(1)
-            # Other places for its atoms: the cache of these sequences is rewound, and several are tried at once.
-            tried = clash.nonzero()[:, 0].repeat_interleave(PLACES)
-            if len(tried):
-                part = cache.first(begin, tried, room=3)
-                others = place(*(x[tried] for x in where), part)
-                clash = _overlap(cells[tried], others[0], given.min_contact)
-                first = clash.view(-1, PLACES).int().argmin(1) + torch.arange(0, len(tried), PLACES, device=device)
-                for old, new in zip((coords, nats, features), others, strict=True):
-                    old[tried[first]] = new[first]
-                cache.put(tried[first], part, first, begin)
-        frac_coords[rows, site] = coords
-        log_prob["coords"][rows] += nats
-
-    properties = {"log_prob": sum(log_prob.values()), **{f"log_prob/{name}": x for name, x in log_prob.items()}}
-    lattice = constrain_lattice(space_group.to(device), lattice)
-    return CrystalBatch(space_group.to(device), wyckoff, species, frac_coords, lattice, properties=properties).trim()
-
-
-def _place(
-    model: CrystalTransformer,
-    group: Tensor,
-    letter: Tensor,
-    rows: Tensor,
-    features: Tensor,
-    cache: KeyValueCache,
-    site: int,
-    options: SamplerOptions,
-    generator: torch.Generator | None,
-    given: Given | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The coordinates of a site, (B, 3), their log-probability (B,), and the features (B, d) after their three tokens.
-
-    Args:
-        rows: which of the crystals these are. features: of the token before.
-    """
-    t = tables(group.device)
-    free = t.free[group, letter]  # (B, 3)
-    matrix = t.project_matrix[group, letter].to(model.dtype)  # (B, 3, 3)
-    shift = t.project_shift[group, letter].to(model.dtype)  # (B, 3)
-    coords = torch.zeros(len(group), 3, dtype=model.dtype, device=group.device)
-    nats = torch.zeros(len(group), dtype=torch.float64, device=group.device)
-    for axis in range(3):
-        if free[:, axis].any():
-            distribution = model.coordinate_distribution(features, options)
-            angle = distribution.sample(generator)  # (B,)
-            angle = given.angle(rows, site, axis, angle) if given else angle
-            nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
-            coords[:, axis] = angle / (2 * math.pi) + 0.5
-        # A tied coordinate follows from the free ones before it.
-        tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
-        coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
-        features = model.transform(model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1]), cache)[
-            :, 0
-        ]
-    return coords, nats, features
-
-
-def _overlap(crystals: CrystalBatch, coords: Tensor, min_contact: float) -> Tensor:
-    """(n,) whether atoms of the last site, at these coordinates (n, 3), are nearer than this to any atom."""
-    crystals.frac_coords[:, -1] = coords
-    return crystals.site_contacts(crystals.wyckoff.shape[1] - 1) < min_contact
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import draw, random_seed, require_common, seeded
+from cfrl.model.drawing import draw
+from cfrl.model.sampler import random_seed, require_common, seeded
 from cfrl.runs.ranks import ALONE, Ranks
 from cfrl.tables import spread_out
 

@@ -16,8 +16,9 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS
 from cfrl.crystals.refusal import RADIOACTIVE
 from cfrl.model.constraints import Composition
+from cfrl.model.drawing import draw
 from cfrl.model.options import Wishes
-from cfrl.model.sampler import draw, seeded, space_group_shares
+from cfrl.model.sampler import seeded, space_group_shares
 from cfrl.model.wishes import sampler_options
 
 LI_MN_O = {ATOMIC_NUMBERS[symbol] for symbol in ("Li", "Mn", "O")}

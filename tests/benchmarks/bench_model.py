@@ -19,7 +19,8 @@ from cfrl.config import DataConfig, PretrainConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.datasets import load_dataset
 from cfrl.io.importing import read_files
-from cfrl.model.sampler import draw, space_group_prior
+from cfrl.model.drawing import draw
+from cfrl.model.sampler import space_group_prior
 from cfrl.model.training import Trainer, epoch_batches
 from cfrl.model.transformer import draw_size
 from cfrl.runs.devices import choose_device

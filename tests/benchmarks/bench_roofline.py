@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cfrl
 from cfrl.config import PretrainConfig
 from cfrl.model import training, transformer
-from cfrl.model.sampler import draw, seeded, space_group_prior
+from cfrl.model.drawing import draw
+from cfrl.model.sampler import seeded, space_group_prior
 from cfrl.model.training import Trainer, epoch_batches
 
 GPU_CHUNK = transformer.chunk_size(torch.device("cuda"))

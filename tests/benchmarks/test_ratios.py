@@ -20,7 +20,8 @@ from cfrl.crystals.elements import SYMBOLS
 from cfrl.crystals.fingerprint import find_duplicates
 from cfrl.io.datasets import load_dataset
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.sampler import draw, seeded
+from cfrl.model.drawing import draw
+from cfrl.model.sampler import seeded
 from cfrl.potentials import load_potential
 from cfrl.potentials.relax import relax
 from cfrl.stability.hull import ReferenceHull

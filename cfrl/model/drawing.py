@@ -1,0 +1,238 @@
+"""Draws crystals from the transformer, one token at a time for a whole batch.
+
+What comes out follows exactly the distribution that `log_prob` scores: nothing is rejected, nothing re-sorted. What
+users call is in `sampler.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.symmetry import constrain_lattice
+from cfrl.crystals.wyckoff import tables
+from cfrl.model.distributions import SamplerOptions
+from cfrl.model.layers import KeyValueCache
+from cfrl.model.network import unscale_lattice
+from cfrl.model.transformer import FACTORS, CrystalTransformer
+
+PLACES = 8  # tried of a site whose atoms overlap with earlier ones
+
+
+@dataclass
+class Given:
+    """What `draw` feeds to the model in place of drawing it: the first tokens of each kind of n given crystals.
+
+    crystals: n.
+    letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
+    min_contact: coordinates are drawn up to `PLACES` times, until in the cell of the given crystal no atom of the site
+        overlaps with an earlier one: is nearer than this, in sums of covalent radii. 0: once.
+    """
+
+    crystals: CrystalBatch
+    letters: Tensor
+    species: Tensor
+    coords: Tensor
+    min_contact: float = 0.0
+
+    @classmethod
+    def composition(cls, crystals: CrystalBatch, min_contact: float = 0.0) -> Given:
+        """Letters, elements and where to stop; coordinates and cell are drawn."""
+        sites = crystals.num_sites
+        return cls(crystals, sites + 1, sites, torch.zeros_like(sites), min_contact)
+
+    def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
+        """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
+        fed = getattr(self, kind)[rows] > site
+        return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
+
+    def angle(self, rows: Tensor, site: int, axis: int, drawn: Tensor) -> Tensor:
+        """(B,) as `of`, of a coordinate, 2 pi (x - 1/2)."""
+        known = 2 * math.pi * (self.crystals.frac_coords[..., axis].to(drawn.dtype) - 0.5)  # (n, s)
+        return self.of("coords", known, rows, site, drawn)
+
+
+@torch.no_grad()
+def draw(
+    model: CrystalTransformer,
+    space_group: Tensor,
+    options: SamplerOptions | None = None,
+    generator: torch.Generator | None = None,
+    given: Given | None = None,
+) -> CrystalBatch:
+    """One crystal per entry of `space_group` (n,), as the model writes it.
+
+    Args:
+        generator: on the model's device; None: torch's global one, which other threads may draw from too.
+        given: on the model's device, what is not drawn; the log-probability counts it all the same.
+
+    Returns:
+        Batch on the model's device, with properties "log_prob" (log P(C | G) under `options`, nats) and
+        "log_prob/<factor>".
+
+    Raises:
+        NotFinite: the model's probabilities are not.
+    """
+    return _Drawing(model, space_group, options or SamplerOptions(), generator, given).run()
+
+
+class _Drawing:
+    """n crystals, drawn as far as they are.
+
+    Those that are finished leave the batch: `rows` (B,) says which ones are running, and `group`, `letter`, `atoms`,
+    `state` (of the constraint), `features` (B, d) after the last token, and the cache are theirs.
+    """
+
+    def __init__(
+        self,
+        model: CrystalTransformer,
+        space_group: Tensor,
+        options: SamplerOptions,
+        generator: torch.Generator | None,
+        given: Given | None,
+    ) -> None:
+        self.model, self.options, self.generator, self.given = model, options, generator, given
+        self.constraint, self.device = options.constraint, model.device
+        n, self.room = len(space_group), model.config.max_sites - 1
+        self.space_group = self.group = space_group.to(self.device)
+        self.wyckoff = torch.zeros(n, self.room, dtype=torch.long, device=self.device)
+        self.species = torch.zeros_like(self.wyckoff)
+        self.frac_coords = torch.zeros(n, self.room, 3, dtype=model.dtype, device=self.device)
+        self.lattice = torch.zeros(n, 6, dtype=model.dtype, device=self.device)
+        self.log_prob = {name: torch.zeros(n, dtype=torch.float64, device=self.device) for name in FACTORS}
+        self.rows = torch.arange(n, device=self.device)
+        self.atoms = torch.zeros_like(self.rows)
+        self.letter = self.features = None
+        nothing = torch.zeros(n, 0, dtype=torch.long, device=self.device)
+        self.state = self.constraint.start(n, self.device) if self.constraint else nothing
+        self.cache = KeyValueCache(model.config.num_layers)
+        self.tables = tables(self.device)
+
+    def run(self) -> CrystalBatch:
+        for site in range(self.room + 1):
+            self._letters(site)
+            self._cells()
+            if not len(self.rows):
+                break
+            self._elements(site)
+            self._coordinates(site)
+        each = {f"log_prob/{name}": nats for name, nats in self.log_prob.items()}
+        properties = {"log_prob": sum(self.log_prob.values()), **each}
+        lattice = constrain_lattice(self.space_group, self.lattice)
+        sites = (self.wyckoff, self.species, self.frac_coords)
+        return CrystalBatch(self.space_group, *sites, lattice, properties=properties).trim()
+
+    def _advance(self, token: Tensor) -> None:
+        self.features = self.model.transform(token, self.cache)[:, 0]
+
+    def _letters(self, site: int) -> None:
+        """The Wyckoff letter of the next site, or the stop."""
+        if site == self.room:
+            self.letter = torch.zeros_like(self.rows)  # no room for more: the stop is no choice
+        else:
+            if self.features is None:
+                logits = self.model.first_wyckoff_logits(self.group)  # (B, 28)
+            else:
+                logits = self.model.wyckoff_logits(self.features.unsqueeze(1), self.group)[:, 0]
+            wished = self.constraint.letters(self.state, self.group) if self.constraint else None
+            so_far = (logits, self.group, self.letter, self.atoms)
+            distribution = self.model.wyckoff_distribution(*so_far, self.options, wished=wished)
+            letter = distribution.sample(self.generator)
+            if self.given:
+                letter = self.given.of("letters", self.given.crystals.wyckoff, self.rows, site, letter)
+            self.letter = letter
+            self.log_prob["wyckoff"][self.rows] += distribution.log_prob(letter)
+        self._advance(self.model.embed_wyckoff(self.group[:, None], self.letter[:, None]))
+
+    def _cells(self) -> None:
+        """The lattice of the crystals that have stopped, which leave the batch."""
+        stopped = self.letter == 0
+        if not stopped.any():
+            return
+        done = self.rows[stopped]
+        distribution = self.model.lattice_distribution(self.features[stopped], self.group[stopped], self.options)
+        scaled = distribution.sample(self.generator)  # (those that stopped, 6)
+        self.log_prob["lattice"][done] = distribution.log_prob(scaled).double()
+        self.lattice[done] = unscale_lattice(scaled.to(self.model.dtype), self.atoms[stopped])
+        running = ~stopped
+        for name in ("rows", "group", "letter", "atoms", "features", "state"):
+            setattr(self, name, getattr(self, name)[running])
+        if len(self.rows):
+            self.cache.select(running)
+
+    def _elements(self, site: int) -> None:
+        self.atoms = self.atoms + self.tables.multiplicity[self.group, self.letter]
+        wished = self.constraint.species(self.state, self.group, self.letter) if self.constraint else None
+        distribution = self.model.species_distribution(self.features, self.options, wished=wished)
+        element = distribution.sample(self.generator)
+        if self.given:
+            element = self.given.of("species", self.given.crystals.species, self.rows, site, element)
+        self.log_prob["species"][self.rows] += distribution.log_prob(element)
+        if self.constraint:
+            self.state = self.constraint.after(self.state, self.group, self.letter, element)
+        self.wyckoff[self.rows, site], self.species[self.rows, site] = self.letter, element
+        self._advance(self.model.embed_species(self.group[:, None], element[:, None]))
+
+    def _coordinates(self, site: int) -> None:
+        begin, before, some = self.cache.length, self.features, torch.arange(len(self.rows), device=self.device)
+        coords, nats, self.features = self._place(site, some, before, self.cache)
+        self.frac_coords[self.rows, site] = coords
+        if self.given and self.given.min_contact:
+            free = self.tables.free[self.group, self.letter].any(1)
+            some = some[self._overlap(site, some, coords) & free]
+            if len(some):
+                self._place_again(site, some, before, begin, nats)
+        self.log_prob["coords"][self.rows] += nats
+
+    def _place(self, site: int, some: Tensor, features: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates of a site, (k, 3), their log-probability (k,), and the features (k, d) after their three tokens.
+
+        Args:
+            some: (k,) which of the running crystals; the cache is theirs.
+            features: (B, d) of the token before.
+        """
+        group, letter, rows, features = self.group[some], self.letter[some], self.rows[some], features[some]
+        free = self.tables.free[group, letter]  # (k, 3)
+        matrix = self.tables.project_matrix[group, letter].to(self.model.dtype)  # (k, 3, 3)
+        shift = self.tables.project_shift[group, letter].to(self.model.dtype)  # (k, 3)
+        coords = torch.zeros(len(some), 3, dtype=self.model.dtype, device=self.device)
+        nats = torch.zeros(len(some), dtype=torch.float64, device=self.device)
+        for axis in range(3):
+            if free[:, axis].any():
+                distribution = self.model.coordinate_distribution(features, self.options)
+                angle = distribution.sample(self.generator)  # (k,)
+                angle = self.given.angle(rows, site, axis, angle) if self.given else angle
+                nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
+                coords[:, axis] = angle / (2 * math.pi) + 0.5
+            # A tied coordinate follows from the free ones before it.
+            tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
+            coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
+            token = self.model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1])
+            features = self.model.transform(token, cache)[:, 0]
+        return coords, nats, features
+
+    def _place_again(self, site: int, some: Tensor, before: Tensor, begin: int, nats: Tensor) -> None:
+        """Other places of a site, of which the first without an overlap is taken; `nats` (B,) becomes theirs.
+
+        Several are tried at once, each with a copy of the cache as it was before the site's three tokens.
+        """
+        tried = some.repeat_interleave(PLACES - 1)
+        cache = self.cache.first(begin, tried, room=3)
+        coords, theirs, features = self._place(site, tried, before, cache)
+        clash = self._overlap(site, tried, coords).view(len(some), -1)
+        taken = clash.int().argmin(1) + torch.arange(0, len(tried), PLACES - 1, device=self.device)
+        self.frac_coords[self.rows[some], site] = coords[taken]
+        nats[some], self.features[some] = theirs[taken], features[taken]
+        self.cache.put(some, cache, taken, begin)
+
+    def _overlap(self, site: int, some: Tensor, coords: Tensor) -> Tensor:
+        """(k,) whether atoms of a site, at these coordinates (k, 3), are too near to each other or to earlier ones."""
+        rows = self.rows[some]
+        sites = [table[rows, : site + 1] for table in (self.wyckoff, self.species, self.frac_coords)]
+        sites[-1][:, site] = coords
+        cells = CrystalBatch(self.group[some], *sites, self.given.crystals.lattice[rows])
+        return cells.site_contacts(site) < self.given.min_contact

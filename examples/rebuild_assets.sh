@@ -44,9 +44,9 @@ train fourth finetune --reward sun --model "$(realpath cfrl/assets/default.safet
 cfrl model pack "$(trained fourth)" -o cfrl/assets/stable.safetensors \
     --dataset "mp_20, mpts_52, elements, prototypes, mixed databases near the hull"
 
-# The grown dataset: crystals of our own near the hull (2 cores: 9,000 an hour)
+# The grown dataset: crystals of our own near the hull (2 cores: 4,000 to 9,000 an hour); a later round draws from `wide`
 [ -f "$work/grown.h5" ] || cfrl data grow -o "$work/grown.h5" --model stable --known "$work/known.h5" \
-    --hull "$data/mp_energies.csv.gz" --lots 32 --balance 0.4 --substitute 0.3 --seed 11 -n 10000
+    --hull "$data/mp_energies.csv.gz" --lots 32 --balance 0.4 --substitute 0.3 --seed 11 -n 5600
 python scripts/make_grown.py "$work/grown.h5"
 
 # The wide generator: 20 epochs (47 min), 20 more beside the grown crystals (60 min), each as two processes on two cores:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
+from rich.console import Console
 from scipy import integrate, stats
 
 import cfrl
@@ -461,3 +462,10 @@ def test_sample_refuses_what_the_tuning_did_unless_told_otherwise(tmp_path):
     assert shares(refuse="none")[0] > 0.15
     assert shares(refuse="element")[0] > 0.15
     assert shares(refuse="element")[1] == 0
+
+
+def test_sample_says_how_many_have_no_overlap(tmp_path):
+    told = Console(record=True, width=200)
+    path = run_sample(SampleConfig(n=48, seed=3, min_contact=0.7), str(tmp_path / "apart.h5"), told)
+    share = (read_crystals(path).closest_contacts() >= 0.7).double().mean()
+    assert f"{share:.1%} have no overlap (of 0.7)" in told.export_text()

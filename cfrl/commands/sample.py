@@ -81,7 +81,7 @@ def _sample(config: SampleConfig, output: str | None, console: Console, ranks: R
     console.print(f"Model: {model_path(config.model)}", highlight=False, soft_wrap=True)
     if refusal.names:
         console.print(f"{refusal}; --refuse none: draw them too", highlight=False)
-    _describe(crystals, console)
+    _describe(crystals, config.min_contact, console)
     console.print(f"Written: {path}", highlight=False, soft_wrap=True)
     return path
 
@@ -226,12 +226,17 @@ def refusal_of(config: SampleConfig) -> Refusal:
     return Refusal(names, KnownFormulas.of(load_dataset(config.known).formulas()))
 
 
-def _describe(crystals: CrystalBatch, console: Console) -> None:
+def _describe(crystals: CrystalBatch, min_contact: float, console: Console) -> None:
     if not len(crystals):
         return
     draws, valid = crystals.properties["draws"].sum(), crystals.properties["valid"].sum()
     # Every crystal's last draw is the only one of its draws that can have been valid.
-    console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
+    if min_contact:
+        apart = (crystals.closest_contacts() >= min_contact).double().mean()
+        placed = f"{len(crystals)} crystals, placed {draws:.0f} times"
+        console.print(f"{placed}; {apart:.1%} have no overlap (of {min_contact:g})", highlight=False)
+    else:
+        console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
     if valid < len(crystals):
         console.print(f"{len(crystals) - valid:.0f} invalid crystals are among them (valid = 0)")
     formulas = Counter(crystals.formulas())

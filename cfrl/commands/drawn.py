@@ -13,7 +13,7 @@ from cfrl.commands.sample import draw, refusal_of
 from cfrl.config import FinetuneConfig, SampleConfig, ScreenConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import write_crystals
-from cfrl.model.files import BASE, EMBEDDED, load_extras, load_model, model_path
+from cfrl.model.files import DEFAULT, EMBEDDED, load_extras, load_model, model_path
 from cfrl.rewards.trust import confirm_code
 from cfrl.runs.devices import choose_device
 from cfrl.runs.folder import RunFolder
@@ -82,7 +82,7 @@ def tuned_reward(config: ScreenConfig, trust: bool) -> Reward | None:
         UserError: the reward, or what it works with, is not here any more.
     """
     path = model_path(config.model)
-    if path in [EMBEDDED[name] for name in BASE]:
+    if path == EMBEDDED[DEFAULT]:
         return None
     settings = path.parent / "config.toml"
     tuning = settings_beside(path)

@@ -230,12 +230,11 @@ def _describe(crystals: CrystalBatch, min_contact: float, console: Console) -> N
     if not len(crystals):
         return
     draws, valid = crystals.properties["draws"].sum(), crystals.properties["valid"].sum()
-    # Every crystal's last draw is the only one of its draws that can have been valid.
     if min_contact:
         apart = (crystals.closest_contacts() >= min_contact).double().mean()
         placed = f"{len(crystals)} crystals, placed {draws:.0f} times"
         console.print(f"{placed}; {apart:.1%} have no overlap (of {min_contact:g})", highlight=False)
-    else:
+    else:  # every crystal's last draw is the only one of its draws that can have been valid
         console.print(f"{len(crystals)} crystals; {valid / draws:.1%} of {draws:.0f} draws were valid")
     if valid < len(crystals):
         console.print(f"{len(crystals) - valid:.0f} invalid crystals are among them (valid = 0)")

@@ -1,7 +1,7 @@
 """Draws crystals from the transformer, one token at a time for a whole batch.
 
-What comes out follows exactly the distribution that `log_prob` scores: nothing is rejected, nothing re-sorted. What
-users call is in `sampler.py`.
+What comes out follows exactly the distribution that `log_prob` scores: nothing is rejected, unless `Given.min_contact`
+asks for it, and nothing re-sorted. What users call is in `sampler.py`.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from cfrl.untrusted import fitting, one_line, read_tensors
 
 DEFAULT, WIDE, STABLE = "default", "wide", "stable"
 EMBEDDED = {name: ASSETS / f"{name}.safetensors" for name in (DEFAULT, WIDE, STABLE)}
-BASE = (DEFAULT, WIDE)  # tuned towards no property
 REFUSES = "refuses"  # of the header
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
 CRITIC = "critic."  # how the names of a critic's tensors begin

@@ -106,7 +106,7 @@ def sample(
 
         def drawn_lot(number: int, lots: Sequence[Tensor] = lots, before: int = lot) -> CrystalBatch:
             of_lot = seeded(model.device, random_seed(seed, before + number))
-            return _draw_valid(model, lots[number], options, keep_invalid, (min_distance, min_contact), of_lot)
+            return _draw_valid(model, lots[number], options, keep_invalid, min_distance, min_contact, of_lot)
 
         mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device)
         for first, own in zip_longest(range(0, len(lots), ranks.size), mine):
@@ -137,10 +137,11 @@ def _draw_valid(
     groups: Tensor,
     options: SamplerOptions,
     keep_invalid: bool,
-    apart: tuple[float, float],
+    min_distance: float,
+    min_contact: float,
     generator: torch.Generator,
 ) -> CrystalBatch:
-    """One crystal of each group, valid by `CrystalBatch.valid(*apart)`.
+    """One crystal of each group, as `sample` says.
 
     What is invalid is so by its geometry, mostly, and the more easily the larger it is: if it were drawn again as a
     whole, small cells would be more frequent than the model has them. So letters and elements stay at first. Where
@@ -152,14 +153,17 @@ def _draw_valid(
         draws += 1
         drawn = draw(model, groups[missing], options, generator, given)
         batch, last = drawn.to("cpu"), draws % GEOMETRIES == 0
-        valid = batch.valid(apart[0])
+        valid = batch.valid(min_distance)
         batch.properties["valid"] = valid.double()
         batch.properties["draws"] = torch.full((len(batch),), float(draws), dtype=torch.float64)
-        keep = torch.ones_like(valid) if keep_invalid or draws == MAX_DRAWS else valid if last else batch.valid(*apart)
+        if keep_invalid or draws == MAX_DRAWS:
+            keep = torch.ones_like(valid)
+        else:
+            keep = batch.valid(min_distance, min_contact) if min_contact and not last else valid
         order.append(missing[keep])
         batches.append(batch[keep])
         missing = missing[~keep]
-        given = None if last else Given.composition(drawn[~keep.to(drawn.device)], apart[1])
+        given = None if last else Given.composition(drawn[~keep.to(drawn.device)], min_contact)
     return CrystalBatch.cat(batches)[torch.cat(order).argsort()]
 
 

@@ -207,7 +207,7 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
     ranks = tuning.ranks
     for group in tuning.optimiser.param_groups:
         group["lr"] = group["peak"] * rate_fraction(options, tuning.step, tuning.seconds)
-    sums = dict.fromkeys((*WATCHED, "gradient_norm", *(["real"] if tuning.real is not None else [])), 0.0)
+    sums = dict.fromkeys((*WATCHED, "gradient_norm", "real"), 0.0)
     seen = learned = 0
     sites = batch.crystals.num_sites[batch.items].amax(1).cpu()
     for chosen in _minibatches(options, len(batch.items), generator):
@@ -218,13 +218,12 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
             loss, watched = _loss(tuning, batch, batch.items[part.to(batch.items.device)])
             (loss.sum() / len(chosen)).backward()
             found += torch.stack([watched[name].double().sum() for name in WATCHED])
-        real = _recall(tuning, len(chosen), generator) if tuning.real is not None else found.new_zeros(1)
+        real = _recall(tuning, len(chosen), generator)
         ranks.add([found, real])
         ranks.add(_gradients(parameters) if ranks.size > 1 else [])
         for name, value in zip(WATCHED, found.tolist(), strict=True):
             sums[name] += value
-        if tuning.real is not None:
-            sums["real"] += float(real)
+        sums["real"] += float(real)
         kl = float(found[WATCHED.index("step_kl")]) / len(chosen)
         norm = float(nn.utils.clip_grad_norm_(parameters, options.clip_gradient))
         _require_finite({"loss": sums["loss"], "gradient": norm})
@@ -239,6 +238,8 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
         after = tuning.log_probs(batch.crystals[: options.micro_batch], few).sum()
         weights = sum(p.sum() for p in parameters)
     _require_finite({"sum of the weights": float(weights), "log-probability after the step": float(after)})
+    if tuning.real is None:
+        del sums["real"]
     means = {name: value / max(seen, 1) for name, value in sums.items()}  # there may be no pair
     return {**means, "epochs": learned / max(len(batch.items), 1)}
 
@@ -248,8 +249,10 @@ def _recall(tuning: Tuning, n: int, generator: torch.Generator) -> Tensor:
 
     The mixed objective of Ouyang et al. 2022 (arXiv 2203.02155, eq. 2). Of several processes each does its part.
     """
-    options, ranks = tuning.options, tuning.ranks
     nats = torch.zeros(1, dtype=torch.float64, device=tuning.model.device)
+    if tuning.real is None:
+        return nats
+    options, ranks = tuning.options, tuning.ranks
     rows = torch.randint(len(tuning.real), (n,), generator=generator)
     rows = rows[tuning.real.num_sites[rows].argsort()]
     for part in rows.split(options.micro_batch)[ranks.rank :: ranks.size]:

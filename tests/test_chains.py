@@ -13,6 +13,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.model.chains import MOVES, Prior, Tally, accept, chosen, walk
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.drawing import Given, draw
+from cfrl.model.network import TOKENS
 from cfrl.model.sampler import space_group_prior
 from cfrl.rl.mixing import effective_draws, effective_size, next_temperature, split_r_hat, systematic
 from tests.test_model import tiny_model
@@ -23,9 +24,9 @@ SMALL = SamplerOptions(elements=THREE, max_atoms=8)
 FIXED = {1: (0.0, 0.0, 0.0), 2: (0.5, 0.5, 0.5), 3: (0.25, 0.25, 0.25)}  # positions a, b, c of Fm-3m
 
 
-def prior_of(groups=(225,), options=SMALL, seed=4):
+def prior_of(groups=(225,), options=SMALL, seed=4, order="site"):
     """A tiny model whose choices hang on each other strongly, so that a wrong ratio shows."""
-    model = tiny_model(seed=seed)
+    model = tiny_model(seed=seed, order=order)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
@@ -86,8 +87,9 @@ def compared(crystals, expected):
 
 
 @pytest.mark.parametrize("weights", [{"fresh": 1.0}, {"regrow": 1.0}, ALL], ids=["fresh", "regrow", "all"])
-def test_stationary_distribution_is_the_enumerated_one(weights):
-    prior = prior_of()
+@pytest.mark.parametrize("order", TOKENS)
+def test_stationary_distribution_is_the_enumerated_one(weights, order):
+    prior = prior_of(order=order)
     expected = enumerated(prior)
     start = draw(prior.model, torch.full((4000,), 225), SMALL, torch.Generator().manual_seed(0))
     assert compared(start, expected) < 1e-6  # the model's crystals are others
@@ -151,10 +153,11 @@ def watched(crystals):
     }
 
 
+@pytest.mark.parametrize("order", TOKENS)
 @pytest.mark.parametrize("name", MOVES)
-def test_a_move_leaves_the_distribution_as_it_is(name):
+def test_a_move_leaves_the_distribution_as_it_is(name, order):
     """From exact draws of the target to exact draws of the target, coordinates, lattice and space groups included."""
-    prior = prior_of((4, 99, 186), SamplerOptions(elements=THREE, max_atoms=8))
+    prior = prior_of((4, 99, 186), SamplerOptions(elements=THREE, max_atoms=8), order=order)
     start, other = exact(prior, 1500, 0), exact(prior, 1500, 7)
     end, tally = moved(prior, start, {name: 1.0}, 4, tilt=geometric)
     assert 0.02 < tally.rates()[name] < 1

@@ -20,7 +20,7 @@ from cfrl.model.distributions import SamplerOptions
 from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
 from cfrl.model.layers import KeyValueCache
-from cfrl.model.network import unscale_lattice
+from cfrl.model.network import TOKENS, unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
 from cfrl.model.published import import_published, read_checkpoint
 from cfrl.model.transformer import CrystalTransformer
@@ -96,9 +96,9 @@ def test_outputs_of_the_published_code(published, published_crystals):
         close(first.log_probs[0], expected[i, 0, :28])
         for site in range(int(row.num_sites)):
             theirs = expected[i, 1 + 5 * site : 6 + 5 * site]
-            ours = features[i, 5 * site : 5 * site + 5]
+            ours = [features[name][i, site] for name in ("species", "x", "y", "z", "wyckoff")]
             close(model.species_distribution(ours[0], options).log_probs, theirs[0, :119])
-            lattice = model.lattice_distribution(ours[:1], group, options)
+            lattice = model.lattice_distribution(ours[0][None], group, options)
             close(lattice.components.log_probs[0], theirs[0, 119 : 119 + kl])
             close(lattice.mean[0].flatten(), theirs[0, 119 + kl : 119 + 7 * kl])
             close(lattice.std[0].flatten(), theirs[0, 119 + 7 * kl : 119 + 13 * kl])
@@ -107,7 +107,7 @@ def test_outputs_of_the_published_code(published, published_crystals):
                 parts = mixture.components.log_probs, mixture.mean, mixture.concentration
                 for k, part in enumerate(parts):
                     close(part, theirs[1 + axis, k * kx : (k + 1) * kx])
-            logits = model.wyckoff_logits(ours[None, 4:], group)[:, 0]
+            logits = model.wyckoff_logits(ours[4][None, None], group)[:, 0]
             later = model.wyckoff_distribution(logits, group, wyckoff[site : site + 1], atoms, options)
             close(later.log_probs[0], theirs[4, :28])
 
@@ -228,19 +228,20 @@ def test_cached_decoding_equals_the_full_pass(descriptors):
     model = tiny_model(descriptors=descriptors)
     tokens = torch.randn(6, 31, TINY.model_size, dtype=torch.float64)
     with torch.no_grad():
-        full = model.transform(tokens)
+        full = model.transform(tokens, torch.arange(31))
         cache, rows = KeyValueCache(TINY.num_layers), torch.arange(6)
         for position in range(31):
             if position == 13:  # two crystals finish: the batch is compacted
                 keep = torch.tensor([True, False, True, True, False, True])
                 cache.select(keep)
                 rows = rows[keep]
-            step = model.transform(tokens[rows, position : position + 1], cache)[:, 0]
+            step = model.transform(tokens[rows, position : position + 1], torch.tensor([position]), cache)[:, 0]
             torch.testing.assert_close(step, full[rows, position], atol=1e-12, rtol=0)
 
 
-def test_nothing_after_the_stop_matters(crystals):
-    model = tiny_model()
+@pytest.mark.parametrize("order", TOKENS)
+def test_nothing_after_the_stop_matters(crystals, order):
+    model = tiny_model(order=order)
     padded = crystals._pad(20)
     with torch.no_grad():
         alone, together = model(crystals.trim()), model(padded)
@@ -257,8 +258,9 @@ def test_log_prob_keeps_the_order_of_the_crystals(crystals):
         torch.testing.assert_close(straight[name][order], shuffled[name], atol=1e-10, rtol=0)
 
 
-def test_gradient_of_log_prob_against_finite_differences(crystals):
-    model = tiny_model(descriptors=True)
+@pytest.mark.parametrize("order", TOKENS)
+def test_gradient_of_log_prob_against_finite_differences(crystals, order):
+    model = tiny_model(descriptors=True, order=order)
     parameter = model.blocks[0].attention.key.weight
     direction = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sum(x.sum() for x in model.log_prob(crystals).values()).backward()
@@ -282,9 +284,10 @@ def test_too_many_sites_are_refused(crystals):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("order", TOKENS)
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_save_and_load(tmp_path, crystals, descriptors):
-    model = tiny_model(descriptors=descriptors).float()
+def test_save_and_load(tmp_path, crystals, descriptors, order):
+    model = tiny_model(descriptors=descriptors, order=order).float()
     model.space_group_log_prob[225] = -0.5
     save_model(model, tmp_path / "model.safetensors", Extras({"dataset": "prototypes"}))
     for name in (tmp_path, tmp_path / "model.safetensors"):

@@ -27,6 +27,7 @@ from cfrl.io.storage import read_crystals
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture, von_mises
 from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
+from cfrl.model.network import TOKENS
 from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from tests.test_model import FACTORS, TINY, tiny_model
@@ -40,9 +41,10 @@ SHARP = SamplerOptions(temperature=0.6, top_p=0.8, elements=(3, 8, 22, 38), max_
 
 
 @pytest.mark.parametrize("options", [PLAIN, SHARP], ids=["plain", "temperature, top-p, masks"])
+@pytest.mark.parametrize("order", TOKENS)
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_log_prob_of_a_draw_is_what_the_sampler_says(options, descriptors):
-    model = tiny_model(descriptors=descriptors)
+def test_log_prob_of_a_draw_is_what_the_sampler_says(options, descriptors, order):
+    model = tiny_model(descriptors=descriptors, order=order)
     torch.manual_seed(0)
     crystals = draw(model, torch.arange(1, 231)[tables().multiplicity[1:, 1] <= 24], options)
     with torch.no_grad():
@@ -74,9 +76,10 @@ def test_masks_hold():
     ],
     ids=["plain", "temperature", "top-p"],
 )
-def test_frequencies_of_discrete_choices(options):
+@pytest.mark.parametrize("order", TOKENS)
+def test_frequencies_of_discrete_choices(options, order):
     """Group 225 within 8 atoms has only a, b, c and ab: all outcomes are listed and counted (chi-square)."""
-    model, n = tiny_model(seed=4), 20_000
+    model, n = tiny_model(seed=4, order=order), 20_000
     outcomes = [
         (letters, elements)
         for letters in [(1,), (2,), (3,), (1, 2)]

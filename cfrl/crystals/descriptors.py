@@ -7,6 +7,7 @@ comes from assets/elements.csv and from the symmetry tables.
 from __future__ import annotations
 
 import csv
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,16 @@ def element_descriptors() -> Tensor:
     scalars = ((scalars - mean) / std).nan_to_num(0.0)
     table = torch.cat([period, group, shells, states, scalars], 1).float()
     return F.pad(table, (0, 0, 1, NUM_ELEMENTS - 1 - len(rows)))
+
+
+@cache
+def electronegativities() -> tuple[float, ...]:
+    """Pauling's, by atomic number, 119 of them; the mean where there is none."""
+    with ELEMENTS_PATH.open(newline="") as file:
+        known = [float(row["electronegativity"] or "nan") for row in csv.DictReader(file)]
+    table = torch.full((NUM_ELEMENTS,), torch.nan)
+    table[1 : 1 + len(known)] = torch.tensor(known)
+    return tuple(table.nan_to_num(table.nanmean().item()).tolist())
 
 
 def space_group_descriptors() -> Tensor:

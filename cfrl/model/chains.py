@@ -63,11 +63,13 @@ def fresh(prior: Prior, crystals: CrystalBatch, generator: torch.Generator) -> P
 def regrow(prior: Prior, crystals: CrystalBatch, generator: torch.Generator) -> Proposal:
     """The first k sites stay, k = 0..n at random; all that follows is drawn anew.
 
+    Where coordinates follow the letters and elements of all sites, these alone stay.
     The model's probabilities cancel; left is that of choosing k, 1 / (n + 1) here and 1 / (n' + 1) on the way back.
     """
     choices = crystals.num_sites + 1  # (B,)
     kept = (_uniform(choices, generator) * choices).long()
-    new = prior.draw(crystals.space_group, generator, Given(crystals, kept, kept, kept))
+    placed = kept if prior.model.config.order == "site" else torch.zeros_like(kept)
+    new = prior.draw(crystals.space_group, generator, Given(crystals, kept, kept, placed))
     return new, (choices.double() / (new.num_sites + 1)).log()
 
 
@@ -81,8 +83,12 @@ def coordinates(prior: Prior, crystals: CrystalBatch, generator: torch.Generator
 
 
 def lattice(prior: Prior, crystals: CrystalBatch, generator: torch.Generator) -> Proposal:
-    """All sites stay; the lattice, which comes last, is drawn anew."""
-    return _in_new_cell(prior, crystals, generator), torch.zeros(len(crystals), dtype=torch.float64).to(crystals.device)
+    """All sites stay; the lattice is drawn anew.
+
+    Where it comes before the coordinates, these then have other probabilities.
+    """
+    new = _in_new_cell(prior, crystals, generator)
+    return new, _gain(new, crystals, ("coords",))
 
 
 def site(prior: Prior, crystals: CrystalBatch, generator: torch.Generator) -> Proposal:

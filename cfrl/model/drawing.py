@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
@@ -17,8 +18,8 @@ from cfrl.crystals.symmetry import constrain_lattice
 from cfrl.crystals.wyckoff import tables
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
-from cfrl.model.network import unscale_lattice
-from cfrl.model.transformer import FACTORS, CrystalTransformer
+from cfrl.model.network import LastCoordinates, unscale_lattice
+from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer
 
 PLACES = 8  # tried of a site whose atoms overlap with earlier ones
 
@@ -30,7 +31,8 @@ class Given:
     crystals: n.
     letters, species, coords: (n,) of how many sites; one letter more than there are sites is the stop.
     min_contact: coordinates are drawn up to `PLACES` times, until in the cell of the given crystal no atom of the site
-        overlaps with an earlier one: is nearer than this, in sums of covalent radii. 0: once.
+        overlaps with an earlier one: is nearer than this, in sums of covalent radii. 0: once. A model that draws the
+        cell before the coordinates looks at the one that it drew.
     """
 
     crystals: CrystalBatch
@@ -77,7 +79,8 @@ def draw(
     Raises:
         NotFinite: the model's probabilities are not.
     """
-    return _Drawing(model, space_group, options or SamplerOptions(), generator, given).run()
+    drawing = _CompositionFirst if model.config.order == "composition" else _SiteBySite
+    return drawing(model, space_group, options or SamplerOptions(), generator, given).run()
 
 
 class _Drawing:
@@ -113,21 +116,26 @@ class _Drawing:
         self.tables = tables(self.device)
 
     def run(self) -> CrystalBatch:
-        for site in range(self.room + 1):
-            self._letters(site)
-            self._cells()
-            if not len(self.rows):
-                break
-            self._elements(site)
-            self._coordinates(site)
+        """All of it."""
+        raise NotImplementedError
+
+    def _drawn(self) -> CrystalBatch:
         each = {f"log_prob/{name}": nats for name, nats in self.log_prob.items()}
         properties = {"log_prob": sum(self.log_prob.values()), **each}
-        lattice = constrain_lattice(self.space_group, self.lattice)
         sites = (self.wyckoff, self.species, self.frac_coords)
-        return CrystalBatch(self.space_group, *sites, lattice, properties=properties).trim()
+        return CrystalBatch(self.space_group, *sites, self.lattice, properties=properties).trim()
 
-    def _advance(self, token: Tensor) -> None:
-        self.features = self.model.transform(token, self.cache)[:, 0]
+    def _step(self, name: str, site: int, token: Tensor, cache: KeyValueCache, some: Tensor | None = None) -> Tensor:
+        """(k, d) features after one more token (k, 1, d) of a site.
+
+        some: (k,) which of the running crystals; None: all.
+        """
+        positions = self.model.positions(name, site)
+        return self.model.transform(token, positions, cache, self._seen(cache.length + 1, some))[:, 0]
+
+    def _seen(self, tokens: int, some: Tensor | None) -> Tensor | None:
+        """(k, 1, 1, tokens) which tokens the next one knows of; None: all."""
+        return None
 
     def _letters(self, site: int) -> None:
         """The Wyckoff letter of the next site, or the stop."""
@@ -146,7 +154,8 @@ class _Drawing:
                 letter = self.given.of("letters", self.given.crystals.wyckoff, self.rows, site, letter)
             self.letter = letter
             self.log_prob["wyckoff"][self.rows] += distribution.log_prob(letter)
-        self._advance(self.model.embed_wyckoff(self.group[:, None], self.letter[:, None]))
+        token = self.model.embed_wyckoff(self.group[:, None], self.letter[:, None])
+        self.features = self._step("W", site, token, self.cache)
 
     def _cells(self) -> None:
         """The lattice of the crystals that have stopped, which leave the batch."""
@@ -157,7 +166,8 @@ class _Drawing:
         distribution = self.model.lattice_distribution(self.features[stopped], self.group[stopped], self.options)
         scaled = distribution.sample(self.generator)  # (those that stopped, 6)
         self.log_prob["lattice"][done] = distribution.log_prob(scaled).double()
-        self.lattice[done] = unscale_lattice(scaled.to(self.model.dtype), self.atoms[stopped])
+        lattice = unscale_lattice(scaled.to(self.model.dtype), self.atoms[stopped])
+        self.lattice[done] = constrain_lattice(self.space_group[done], lattice)
         running = ~stopped
         for name in ("rows", "group", "letter", "atoms", "features", "state"):
             setattr(self, name, getattr(self, name)[running])
@@ -175,7 +185,8 @@ class _Drawing:
         if self.constraint:
             self.state = self.constraint.after(self.state, self.group, self.letter, element)
         self.wyckoff[self.rows, site], self.species[self.rows, site] = self.letter, element
-        self._advance(self.model.embed_species(self.group[:, None], element[:, None]))
+        token = self.model.embed_species(self.group[:, None], element[:, None])
+        self.features = self._step("A", site, token, self.cache)
 
     def _coordinates(self, site: int) -> None:
         begin, before, some = self.cache.length, self.features, torch.arange(len(self.rows), device=self.device)
@@ -201,9 +212,10 @@ class _Drawing:
         shift = self.tables.project_shift[group, letter].to(self.model.dtype)  # (k, 3)
         coords = torch.zeros(len(some), 3, dtype=self.model.dtype, device=self.device)
         nats = torch.zeros(len(some), dtype=torch.float64, device=self.device)
-        for axis in range(3):
+        for axis, name in enumerate(AXES):
             if free[:, axis].any():
-                distribution = self.model.coordinate_distribution(features, self.options)
+                last = self._last_coordinates(site, rows, coords, axis)
+                distribution = self.model.coordinate_distribution(features, self.options, last=last)
                 angle = distribution.sample(self.generator)  # (k,)
                 angle = self.given.angle(rows, site, axis, angle) if self.given else angle
                 nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
@@ -212,7 +224,7 @@ class _Drawing:
             tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
             coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
             token = self.model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1])
-            features = self.model.transform(token, cache)[:, 0]
+            features = self._step(name, site, token, cache, some)
         return coords, nats, features
 
     def _place_again(self, site: int, some: Tensor, before: Tensor, begin: int, nats: Tensor) -> None:
@@ -231,8 +243,84 @@ class _Drawing:
 
     def _overlap(self, site: int, some: Tensor, coords: Tensor) -> Tensor:
         """(k,) whether atoms of a site, at these coordinates (k, 3), are too near to each other or to earlier ones."""
-        rows = self.rows[some]
+        return self._so_far(site, self.rows[some], coords).site_contacts(site) < self.given.min_contact
+
+    def _so_far(self, site: int, rows: Tensor, coords: Tensor) -> CrystalBatch:
+        """Sites up to this one, which stands at these coordinates (k, 3), of the crystals `rows` (k,)."""
         sites = [table[rows, : site + 1] for table in (self.wyckoff, self.species, self.frac_coords)]
         sites[-1][:, site] = coords
-        cells = CrystalBatch(self.group[some], *sites, self.given.crystals.lattice[rows])
-        return cells.site_contacts(site) < self.given.min_contact
+        return CrystalBatch(self.space_group[rows], *sites, self._lattice(rows))
+
+    def _lattice(self, rows: Tensor) -> Tensor:
+        """(k, 6) of the cells in which sites are placed."""
+        return self.lattice[rows]
+
+    def _last_coordinates(self, site: int, rows: Tensor, coords: Tensor, axis: int) -> LastCoordinates | None:
+        """As the model's: of one site of the crystals `rows` (k,), its coordinates (k, 3) known before this axis."""
+        return None
+
+
+class _SiteBySite(_Drawing):
+    """Each site with its letter, element and coordinates; the cell last."""
+
+    def run(self) -> CrystalBatch:
+        for site in range(self.room + 1):
+            self._letters(site)
+            self._cells()
+            if not len(self.rows):
+                break
+            self._elements(site)
+            self._coordinates(site)
+        return self._drawn()
+
+    def _lattice(self, rows: Tensor) -> Tensor:
+        return self.given.crystals.lattice[rows]
+
+
+class _CompositionFirst(_Drawing):
+    """Letters and elements of all sites, each crystal's cell with its stop, then all coordinates.
+
+    seen: (B, 2 S + 1) which tokens of letters and elements each running crystal has; None as long as these are drawn.
+    """
+
+    seen: Tensor | None = None
+
+    def run(self) -> CrystalBatch:
+        for site in range(self.room + 1):
+            self._letters(site)
+            self._cells()
+            if not len(self.rows):
+                break
+            self._elements(site)
+        self._fill_cells()
+        return self._drawn()
+
+    def _fill_cells(self) -> None:
+        crystals = CrystalBatch(self.space_group, self.wyckoff, self.species, self.frac_coords, self.lattice).trim()
+        count, S = crystals.num_sites, crystals.wyckoff.shape[1]
+        self.rows = torch.arange(len(crystals), device=self.device)
+        tokens, self.seen = self.model.composition_tokens(crystals)
+        self.cache = KeyValueCache(self.model.config.num_layers)
+        known = self.seen[:, None] & torch.ones(2 * S + 1, 2 * S + 1, dtype=torch.bool, device=self.device).tril()
+        self.model.transform(tokens, self.model.composition_positions(S), self.cache, known.unsqueeze(1))
+        sites = self.model.embed_sites(crystals)  # (n, S, d)
+        for site in range(S):
+            running = count[self.rows] > site
+            if not running.all():
+                self.rows, self.seen = self.rows[running], self.seen[running]
+                self.cache.select(running)
+            self.group, self.letter = self.space_group[self.rows], self.wyckoff[self.rows, site]
+            self.features = self._step("S", site, sites[self.rows, site : site + 1], self.cache)
+            self._coordinates(site)
+
+    def _seen(self, tokens: int, some: Tensor | None) -> Tensor | None:
+        if self.seen is None:
+            return None
+        seen = self.seen if some is None else self.seen[some]
+        return F.pad(seen, (0, tokens - seen.shape[1]), value=True)[:, None, None]
+
+    def _last_coordinates(self, site: int, rows: Tensor, coords: Tensor, axis: int) -> LastCoordinates:
+        free = self.tables.free[self.space_group[rows], self.wyckoff[rows, site]]  # (k, 3)
+        index = (free[:, axis] & ~free[:, axis + 1 :].any(-1)).nonzero()[:, 0]
+        crystals = self._so_far(site, rows, coords)
+        return LastCoordinates(crystals, index, torch.full_like(index, site), axis, (index,))

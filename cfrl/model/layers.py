@@ -56,7 +56,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions over the whole key size."""
+    """Multi-head attention with rotary positions over the whole key size; causal, unless it is told what to see."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -67,8 +67,10 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.model_size, inner)
         self.out = nn.Linear(inner, config.model_size)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        """(B, T, d) to (B, T, d); rotary (2, T, 1, D / 2), of the tokens' positions."""
+    def forward(
+        self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int, seen: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, d) to (B, T, d); rotary (2, T, 1, D / 2), of the tokens' positions; seen as for `_attend`."""
         B, T, _ = x.shape
         maps = (self.query, self.key, self.value)  # as one product, which is quicker
         weight, bias = (torch.cat([getattr(f, name) for f in maps]) for name in ("weight", "bias"))
@@ -78,17 +80,21 @@ class Attention(nn.Module):
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, T, D)
         if cache is not None:
             key, value = cache.append(layer, key, value)  # (B, H, all tokens so far, D)
-        # One new token sees everything before it; a whole sequence needs the causal mask.
-        y = _attend(query, key, value, causal=T > 1)  # (B, H, T, D)
+        y = _attend(query, key, value, seen)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attention; what comes in bfloat16 on a CPU in float32, where its gradient takes a twentieth of the time."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention; what comes in bfloat16 on a CPU in float32, where its gradient takes a twentieth of the time.
+
+    seen: (B, 1, T or 1, tokens so far) bool, of which keys each query knows. None: of all before it; one new token sees
+        everything, a whole sequence needs the causal mask.
+    """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=causal)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+            return _attend(query.float(), key.float(), value.float(), seen)
+    causal = seen is None and query.shape[2] > 1
+    return F.scaled_dot_product_attention(query, key, value, seen, is_causal=causal)
 
 
 class Block(nn.Module):
@@ -106,9 +112,11 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int, seen: Tensor | None = None
+    ) -> Tensor:
         """(B, T, d) to (B, T, d); the rest as for `Attention`."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, layer))
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache, layer, seen))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 

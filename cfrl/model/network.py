@@ -5,6 +5,9 @@ token predicts the next one; the output at the stop token predicts the lattice. 
 (arXiv 2403.15734), parameter for parameter, so that published weights load; `descriptors` adds what lets space
 groups, Wyckoff positions and elements learn from each other.
 
+In order "composition" it is W A, m times, the stop, and then S x y z, m times, where S tells the site's letter, its
+element and the cell: what chooses a coordinate then knows all letters and elements, and where there is room.
+
 B: crystals, S: sites, T: tokens, d: model size, e: embedding size. Layers are in layers.py, what a distribution is in
 distributions.py; drawing crystals is sampler.py's work, scoring them transformer.py's.
 """
@@ -12,20 +15,40 @@ distributions.py; drawing crystals is sampler.py's work, scoring them transforme
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.elements import NUM_ELEMENTS
+from cfrl.crystals.surroundings import SURROUNDINGS, surroundings
 from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, tables
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.model.layers import Block, DescribedEmbedding, KeyValueCache, rotary_table
 from cfrl.model.options import ModelConfig
 
-TOKENS_PER_SITE = 5
+TOKENS = {"site": ("W", "A", "x", "y", "z"), "composition": ("W", "A", "S", "x", "y", "z")}  # of a site, by order
 MIN_STD = 1e-3  # of lattice parameters
+_CELL = 8  # numbers that describe a cell
+_ROOM = 32  # hidden units that judge a place by its surroundings
+
+
+@dataclass
+class LastCoordinates:
+    """Coordinates after which a site has no free one left: what stands around it is known for each of their values.
+
+    crystals: cell and earlier sites are known. crystal, site: (E,) whose coordinates these are. axis: 0, 1, 2.
+    index: their places among the leading axes (...) of the features that they are chosen from.
+    """
+
+    crystals: CrystalBatch
+    crystal: Tensor
+    site: Tensor
+    axis: int
+    index: tuple[Tensor, ...]
 
 
 class CrystalNetwork(nn.Module):
@@ -57,11 +80,16 @@ class CrystalNetwork(nn.Module):
         self.wyckoff_in = nn.Linear(2 * e + 1, d)
         self.species_in = nn.Linear(2 * e, d)
         self.coords_in = nn.ModuleList(nn.Linear(e + 2 * config.fourier, d) for _ in range(3))
+        if config.order == "composition":
+            self.site_in = nn.Linear(3 * e + _CELL, d)
+            self.room_in = nn.Linear(SURROUNDINGS + d, _ROOM)
+            self.room_out = nn.Linear(_ROOM, 1)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(d)
         self.head = nn.Linear(d, config.output_size)
-        self.register_buffer("rotary", rotary_table(TOKENS_PER_SITE * config.max_sites, config.key_size), False)
+        self.tokens = TOKENS[config.order]
+        self.register_buffer("rotary", rotary_table(len(self.tokens) * config.max_sites, config.key_size), False)
         self.register_buffer("space_group_log_prob", space_group_shares(torch.arange(1, NUM_SPACE_GROUPS + 1)))
         self._initialise()
 
@@ -102,6 +130,20 @@ class CrystalNetwork(nn.Module):
         waves = torch.stack([phase.sin(), phase.cos()], -1).flatten(-2)  # (B, S, 2 Nf) sin 1, cos 1, sin 2, ...
         return self.coords_in[axis](torch.cat([self._group(space_group, coordinate), waves], -1))
 
+    def embed_sites(self, crystals: CrystalBatch) -> Tensor:
+        """(B, S, d) inputs of S tokens; coordinates are not looked at."""
+        group, atoms = crystals.space_group.unsqueeze(1), crystals.num_atoms
+        scaled = scale_lattice(crystals.lattice.to(self.dtype), atoms)  # (B, 6)
+        room = (crystals.volumes() / atoms).nan_to_num(0).clamp(min=0.1).log()  # of a cell that cannot be, too
+        cell = torch.cat([scaled, atoms.log().to(self.dtype)[:, None], room.to(self.dtype)[:, None]], -1)  # (B, 8)
+        parts = [
+            self._group(group, crystals.wyckoff),
+            self._site_embedding(group, crystals.wyckoff),
+            self.species_embedding(crystals.species),
+            cell.unsqueeze(1).expand(-1, crystals.wyckoff.shape[1], -1),
+        ]
+        return self.site_in(torch.cat(parts, -1))
+
     def _group(self, space_group: Tensor, like: Tensor) -> Tensor:
         """(B, S, e) the space group beside each of `like` (B, S)."""
         embedding = self.space_group_embedding(space_group - 1)  # (B, 1, e)
@@ -114,13 +156,25 @@ class CrystalNetwork(nn.Module):
             letter = letter + self.site_project(self.site_descriptors[space_group, wyckoff])
         return letter
 
-    def transform(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """(B, T, d) token inputs to (B, T, d) features; with a cache the tokens follow those that it holds."""
-        start = cache.length if cache is not None else 0
-        rotary = self.rotary[:, start : start + tokens.shape[1]]  # (2, T, 1, D / 2)
+    def positions(self, tokens: str, site: int | Tensor) -> Tensor:
+        """Of the named tokens, e.g. "WA", of one site or of sites (S,) one after the other: (S k,) int64."""
+        places = torch.tensor([self.tokens.index(name) for name in tokens], device=self.device)
+        sites = torch.as_tensor(site, device=self.device).reshape(-1, 1)
+        return (len(self.tokens) * sites + places).flatten()
+
+    def transform(
+        self, tokens: Tensor, positions: Tensor, cache: KeyValueCache | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, d) token inputs at positions (T,) to (B, T, d) features.
+
+        Args:
+            cache: holds the tokens that come before; these are added.
+            seen: (B, 1, T or 1, tokens so far) bool, which of them each token knows; None: all up to itself.
+        """
+        rotary = self.rotary[:, positions]  # (2, T, 1, D / 2)
         x = self.dropout(tokens)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer)
+            x = block(x, rotary, cache, layer, seen)
         if cache is not None:
             cache.length += tokens.shape[1]
         return self.norm(x)
@@ -207,12 +261,31 @@ class CrystalNetwork(nn.Module):
         return Categorical(logits, mask, options, nucleus)
 
     def coordinate_distribution(
-        self, features: Tensor, options: SamplerOptions, nucleus: Tensor | None = None
+        self,
+        features: Tensor,
+        options: SamplerOptions,
+        nucleus: Tensor | None = None,
+        last: LastCoordinates | None = None,
     ) -> VonMisesMixture:
-        """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate."""
+        """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate.
+
+        Args:
+            last: which of them are weighed by what stands around the place that each component points at; None: none.
+        """
         k = self.config.coord_components
         logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)  # (..., Kx) each
+        if last is not None:
+            room = self._room(features[last.index], mean[last.index], last)
+            logits = logits.index_put(last.index, logits[last.index] + room.to(logits.dtype))
         return VonMisesMixture(logits, mean, F.softplus(width), options, nucleus)
+
+    def _room(self, features: Tensor, mean: Tensor, last: LastCoordinates) -> Tensor:
+        """(E, Kx) what speaks for the places at angles (E, Kx), by their surroundings and features (E, d)."""
+        values = mean / (2 * math.pi) + 0.5
+        around = surroundings(last.crystals, last.crystal, last.site, last.axis, values).to(features.dtype)
+        by_place, by_features = self.room_in.weight.split([SURROUNDINGS, features.shape[-1]], 1)
+        hidden = F.linear(around, by_place) + F.linear(features, by_features, self.room_in.bias).unsqueeze(1)
+        return self.room_out(F.gelu(hidden, approximate="tanh")).squeeze(-1)
 
     def lattice_distribution(
         self, features: Tensor, space_group: Tensor, options: SamplerOptions, nucleus: Tensor | None = None

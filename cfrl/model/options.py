@@ -34,6 +34,9 @@ class ModelConfig(Settings):
     max_sites: sites plus one stop; n_max of the papers.
     descriptors: physical descriptors of elements, space groups and Wyckoff positions beside the learned tables,
         and output weights shared through them.
+    order: "site": one site after the other, its letter, element and coordinates, and the cell last, as published.
+        "composition": letters and elements of all sites, then the cell, then all coordinates, each of which knows what
+        stands around the places that it could take.
     likelihood: "exact": the density of the sampler. "published": lattice parameters scored by marginal mixtures
         and tied coordinates scored too, as the published code does.
     """
@@ -50,6 +53,7 @@ class ModelConfig(Settings):
     max_sites: Size = 21
     dropout: FractionBelowOne = 0.1
     descriptors: bool = False
+    order: Literal["site", "composition"] = "site"
     likelihood: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
@@ -134,6 +138,16 @@ PRESETS = {
     "wide": ModelConfig(
         embed_size=64, model_size=256, num_layers=4, num_heads=4, key_size=32, dropout=0.15, descriptors=True
     ),
+    "composition": ModelConfig(
+        embed_size=64,
+        model_size=256,
+        num_layers=4,
+        num_heads=4,
+        key_size=32,
+        dropout=0.15,
+        descriptors=True,
+        order="composition",
+    ),
     "small": ModelConfig(
         embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
     ),
@@ -145,7 +159,10 @@ PRESETS = {
 class TrainingOptions(Settings):
     """Maximum likelihood on crystals."""
 
-    preset: Literal[*PRESETS] = option("default", "Architecture: default, wide, small, alex-20 (the published one).")
+    preset: Literal[*PRESETS] = option(
+        "default",
+        "Architecture: default, wide, composition (cell before coordinates), small, alex-20 (the published one).",
+    )
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")
     lr: PositiveFraction = option(1e-3, "Peak learning rate of AdamW, per optimiser step.")

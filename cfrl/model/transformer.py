@@ -17,7 +17,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.wyckoff import tables
 from cfrl.errors import UserError
 from cfrl.model.distributions import Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
-from cfrl.model.network import TOKENS_PER_SITE, CrystalNetwork, scale_lattice
+from cfrl.model.network import CrystalNetwork, LastCoordinates, scale_lattice
 from cfrl.model.threads import side_by_side
 
 FACTORS = ("wyckoff", "species", "coords", "lattice")
@@ -27,20 +27,69 @@ AXES = ("x", "y", "z")
 class CrystalTransformer(CrystalNetwork):
     """log P(crystal | space group) and its parts; attributes as those of `CrystalNetwork`."""
 
-    def features(self, crystals: CrystalBatch) -> Tensor:
-        """(B, 5 S + 1, d) features at all tokens of a batch with S sites; later tokens than a stop mean nothing."""
-        group = crystals.space_group.unsqueeze(1)  # (B, 1)
-        wyckoff = F.pad(crystals.wyckoff, (0, 1))  # (B, S + 1), with the stop of the longest crystal
-        sites = torch.stack(
-            [
-                self.embed_wyckoff(group, wyckoff[:, :-1]),
-                self.embed_species(group, crystals.species),
-                *(self.embed_coordinate(axis, group, crystals.frac_coords[..., axis]) for axis in range(3)),
-            ],
-            2,
-        )  # (B, S, 5, d)
-        tokens = torch.cat([sites.flatten(1, 2), self.embed_wyckoff(group, wyckoff[:, -1:])], 1)  # (B, 5 S + 1, d)
-        return self.transform(tokens)
+    def features(self, crystals: CrystalBatch) -> dict[str, Tensor]:
+        """What each choice along crystals with S sites is made from.
+
+        "wyckoff": of the letter or stop after each site, "species", and "x", "y", "z": (B, S, d); "lattice": (B, d).
+        Those beyond a crystal's stop mean nothing.
+        """
+        if self.config.order == "composition":
+            return self._composition_first(crystals)
+        return self._site_by_site(crystals)
+
+    def _site_by_site(self, crystals: CrystalBatch) -> dict[str, Tensor]:
+        group, S = crystals.space_group.unsqueeze(1), crystals.wyckoff.shape[1]
+        sites = torch.stack([*self._letters_and_elements(crystals), *self._coordinates(crystals)], 2)  # (B, S, 5, d)
+        stop = self.embed_wyckoff(group, torch.zeros_like(group))  # of the longest crystal
+        tokens = torch.cat([sites.flatten(1, 2), stop], 1)  # (B, 5 S + 1, d)
+        features = self.transform(tokens, torch.arange(5 * S + 1, device=self.device))
+        species, x, y, z, wyckoff = (features[:, k : 5 * S : 5] for k in range(5))  # at W, A, x, y, z
+        lattice = features[torch.arange(len(crystals), device=self.device), 5 * crystals.num_sites]
+        return {"wyckoff": wyckoff, "species": species, "x": x, "y": y, "z": z, "lattice": lattice}
+
+    def _composition_first(self, crystals: CrystalBatch) -> dict[str, Tensor]:
+        sites = torch.arange(crystals.wyckoff.shape[1], device=self.device)
+        before, seen = self.composition_tokens(crystals)  # (B, 2 S + 1, d)
+        after = torch.stack([self.embed_sites(crystals), *self._coordinates(crystals)], 2).flatten(1, 2)  # (B, 4 S, d)
+        positions = torch.cat([self.composition_positions(len(sites)), self.positions("Sxyz", sites)])
+        known = torch.cat([seen, seen.new_ones(len(crystals), 4 * len(sites))], 1)  # (B, T)
+        known = known[:, None] & torch.ones(2 * (len(positions),), dtype=torch.bool, device=self.device).tril()
+        features = self.transform(torch.cat([before, after], 1), positions, seen=known.unsqueeze(1))
+        begin = before.shape[1]
+        stop = features[torch.arange(len(crystals), device=self.device), 2 * crystals.num_sites]
+        coords = {name: features[:, begin + k :: 4] for k, name in enumerate(AXES)}  # at S, x, y
+        return {"wyckoff": features[:, 1:begin:2], "species": features[:, 0 : begin - 1 : 2], **coords, "lattice": stop}
+
+    def composition_tokens(self, crystals: CrystalBatch) -> tuple[Tensor, Tensor]:
+        """(B, 2 S + 1, d) inputs of letters, elements and the last stop; (B, 2 S + 1) whether others may know of them.
+
+        A crystal's tokens end with its own stop.
+        """
+        group, S = crystals.space_group.unsqueeze(1), crystals.wyckoff.shape[1]
+        stop = self.embed_wyckoff(group, torch.zeros_like(group))
+        tokens = torch.cat([torch.stack(self._letters_and_elements(crystals), 2).flatten(1, 2), stop], 1)
+        seen = torch.arange(2 * S + 1, device=self.device) <= 2 * crystals.num_sites[:, None]
+        return tokens, seen
+
+    def composition_positions(self, sites: int) -> Tensor:
+        """(2 S + 1,) of letters, elements and the last stop."""
+        return self.positions("WA", torch.arange(sites + 1, device=self.device))[:-1]
+
+    def _letters_and_elements(self, crystals: CrystalBatch) -> list[Tensor]:
+        group = crystals.space_group.unsqueeze(1)
+        return [self.embed_wyckoff(group, crystals.wyckoff), self.embed_species(group, crystals.species)]
+
+    def _coordinates(self, crystals: CrystalBatch) -> list[Tensor]:
+        group = crystals.space_group.unsqueeze(1)
+        return [self.embed_coordinate(axis, group, crystals.frac_coords[..., axis]) for axis in range(3)]
+
+    def last_coordinates(self, crystals: CrystalBatch, axis: int) -> LastCoordinates | None:
+        """Those along this axis that are weighed by their surroundings, among features (B, S, d); None: none are."""
+        if self.config.order == "site":
+            return None
+        free = tables(self.device).free[crystals.space_group.unsqueeze(1), crystals.wyckoff]  # (B, S, 3)
+        index = (free[..., axis] & ~free[..., axis + 1 :].any(-1)).nonzero(as_tuple=True)
+        return LastCoordinates(crystals, *index, axis, index)
 
     def distributions(
         self, crystals: CrystalBatch, options: SamplerOptions, nuclei: dict[str, Tensor] | None = None
@@ -51,13 +100,10 @@ class CrystalTransformer(CrystalNetwork):
         "z": (B, S); "lattice": (B,). Batch and `nuclei` as in `forward`.
         """
         features, nuclei = self.features(crystals), nuclei or {}
-        S, group, wyckoff = crystals.wyckoff.shape[1], crystals.space_group, crystals.wyckoff
-        at = [features[:, k : 5 * S : 5] for k in range(TOKENS_PER_SITE)]  # W, A, x, y, z: (B, S, d)
-        stop = crystals.num_sites  # (B,) index of the first empty site
-        at_stop = features[torch.arange(len(stop), device=stop.device), TOKENS_PER_SITE * stop]  # (B, d)
+        group, wyckoff = crystals.space_group, crystals.wyckoff
         none, atoms = torch.zeros_like(group), crystals.multiplicity.cumsum(1)  # (B,), (B, S)
         wished = options.constraint.along(crystals) if options.constraint else {}
-        first, later = self.first_wyckoff_logits(group), self.wyckoff_logits(at[4], group)
+        first, later = self.first_wyckoff_logits(group), self.wyckoff_logits(features["wyckoff"], group)
         return {
             "first": self.wyckoff_distribution(
                 first, group, None, none, options, nuclei.get("first"), wished.get("first")
@@ -65,9 +111,16 @@ class CrystalTransformer(CrystalNetwork):
             "wyckoff": self.wyckoff_distribution(
                 later, group.unsqueeze(1), wyckoff, atoms, options, nuclei.get("wyckoff"), wished.get("wyckoff")
             ),
-            "species": self.species_distribution(at[0], options, nuclei.get("species"), wished.get("species")),
-            **{name: self.coordinate_distribution(at[k + 1], options, nuclei.get(name)) for k, name in enumerate(AXES)},
-            "lattice": self.lattice_distribution(at_stop, group, options, nuclei.get("lattice")),
+            "species": self.species_distribution(
+                features["species"], options, nuclei.get("species"), wished.get("species")
+            ),
+            **{
+                name: self.coordinate_distribution(
+                    features[name], options, nuclei.get(name), self.last_coordinates(crystals, axis)
+                )
+                for axis, name in enumerate(AXES)
+            },
+            "lattice": self.lattice_distribution(features["lattice"], group, options, nuclei.get("lattice")),
         }
 
     def forward(

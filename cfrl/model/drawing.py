@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfrl.crystals.crystal import CrystalBatch
-from cfrl.crystals.symmetry import constrain_lattice
+from cfrl.crystals.symmetry import constrain_lattice, project_coords
 from cfrl.crystals.wyckoff import tables
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
@@ -168,11 +168,15 @@ class _Drawing:
         self.log_prob["lattice"][done] = distribution.log_prob(scaled).double()
         lattice = unscale_lattice(scaled.to(self.model.dtype), self.atoms[stopped])
         self.lattice[done] = constrain_lattice(self.space_group[done], lattice)
+        self._leave(stopped)
         running = ~stopped
         for name in ("rows", "group", "letter", "atoms", "features", "state"):
             setattr(self, name, getattr(self, name)[running])
         if len(self.rows):
             self.cache.select(running)
+
+    def _leave(self, stopped: Tensor) -> None:
+        """The batch goes on without these, (B,) bool."""
 
     def _elements(self, site: int) -> None:
         self.atoms = self.atoms + self.tables.multiplicity[self.group, self.letter]
@@ -280,9 +284,11 @@ class _SiteBySite(_Drawing):
 class _CompositionFirst(_Drawing):
     """Letters and elements of all sites, each crystal's cell with its stop, then all coordinates.
 
-    seen: (B, 2 S + 1) which tokens of letters and elements each running crystal has; None as long as these are drawn.
+    kept: what the network said to the letters and elements of crystals that have stopped, (n, ..., up to 2 S + 1, ...).
+    seen: (B, 2 S + 1) which of these each running crystal has; None as long as they are drawn.
     """
 
+    kept: KeyValueCache | None = None
     seen: Tensor | None = None
 
     def run(self) -> CrystalBatch:
@@ -295,17 +301,27 @@ class _CompositionFirst(_Drawing):
         self._fill_cells()
         return self._drawn()
 
+    def _leave(self, stopped: Tensor) -> None:
+        if self.kept is None:
+            self.kept = self.cache.blank(len(self.space_group), 2 * self.room + 1)
+        self.kept.length = self.cache.length
+        self.kept.put(self.rows[stopped], self.cache, stopped.nonzero()[:, 0], 0)
+
     def _fill_cells(self) -> None:
-        crystals = CrystalBatch(self.space_group, self.wyckoff, self.species, self.frac_coords, self.lattice).trim()
-        count, S = crystals.num_sites, crystals.wyckoff.shape[1]
-        self.rows = torch.arange(len(crystals), device=self.device)
-        tokens, self.seen = self.model.composition_tokens(crystals)
-        self.cache = KeyValueCache(self.model.config.num_layers)
-        known = self.seen[:, None] & torch.ones(2 * S + 1, 2 * S + 1, dtype=torch.bool, device=self.device).tril()
-        self.model.transform(tokens, self.model.composition_positions(S), self.cache, known.unsqueeze(1))
-        sites = self.model.embed_sites(crystals)  # (n, S, d)
+        """All coordinates. A crystal has left when its last site with a free one has been placed: the rest follows."""
+        group, S = self.space_group[:, None], int((self.wyckoff > 0).any(0).sum())
+        wyckoff, species = self.wyckoff[:, :S], self.species[:, :S]
+        coords = project_coords(self.space_group, wyckoff, self.frac_coords[:, :S])
+        self.frac_coords[:, :S] = coords
+        sites = self.model.embed_sites(CrystalBatch(self.space_group, wyckoff, species, coords, self.lattice))
+        number = torch.arange(1, S + 1, device=self.device)
+        to_place = (number * self.tables.free[group, wyckoff].any(-1)).amax(1)  # (n,) sites
+        self.seen = torch.arange(2 * S + 1, device=self.device) <= 2 * (wyckoff > 0).sum(1, keepdim=True)
+        self.rows, self.cache = torch.arange(len(group), device=self.device), self.kept
         for site in range(S):
-            running = count[self.rows] > site
+            running = to_place[self.rows] > site
+            if not running.any():
+                break
             if not running.all():
                 self.rows, self.seen = self.rows[running], self.seen[running]
                 self.cache.select(running)

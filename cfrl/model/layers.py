@@ -39,6 +39,13 @@ class KeyValueCache:
         self.keys = [store[rows] for store in self.keys]
         self.values = [store[rows] for store in self.values]
 
+    def blank(self, sequences: int, room: int) -> KeyValueCache:
+        """One of as many layers that holds nothing yet, with room for so many tokens of so many sequences."""
+        other = KeyValueCache(0)
+        for mine, new in ((self.keys, other.keys), (self.values, other.values)):
+            new.extend(store.new_zeros(sequences, store.shape[1], room, store.shape[3]) for store in mine)
+        return other
+
     def first(self, length: int, rows: Tensor, room: int) -> KeyValueCache:
         """The first tokens of some sequences, by their numbers (k,): a cache of its own, with room for some more."""
         part = KeyValueCache(0)

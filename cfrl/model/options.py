@@ -136,9 +136,6 @@ PRESETS = {
         embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
     ),
     "wide": ModelConfig(
-        embed_size=64, model_size=256, num_layers=4, num_heads=4, key_size=32, dropout=0.15, descriptors=True
-    ),
-    "composition": ModelConfig(
         embed_size=64,
         model_size=256,
         num_layers=4,
@@ -161,7 +158,7 @@ class TrainingOptions(Settings):
 
     preset: Literal[*PRESETS] = option(
         "default",
-        "Architecture: default, wide, composition (cell before coordinates), small, alex-20 (the published one).",
+        "Architecture: default, wide (cell before coordinates), small, alex-20 (the published one).",
     )
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")

@@ -65,7 +65,7 @@ def test_against_all_atoms_in_125_cells(crystals):
             axis = last_free(crystals, row, site)
             if axis is None:
                 continue
-            at = torch.tensor([row]), torch.tensor([site]), axis
+            at = [torch.tensor([number]) for number in (row, site, axis)]
             told = surroundings(crystals, *at, torch.tensor(values)[None])[0].numpy()
             wanted = [naive(crystals, row, site, axis, value) for value in values]
             np.testing.assert_allclose(told, wanted, atol=0.02)  # what is nearer than 0.01 angstrom is as near as that
@@ -83,7 +83,7 @@ def test_later_sites_are_not_looked_at(crystals):
     moved = replace(crystals, frac_coords=crystals.frac_coords.clone(), species=crystals.species.clone())
     moved.frac_coords[:, 1:] += 0.3
     moved.species[:, 1:] = (moved.species[:, 1:] > 0) * ATOMIC_NUMBERS["Cs"]
-    told, again = (surroundings(batch, row[free], first[free], 2, values) for batch in (crystals, moved))
+    told, again = (surroundings(batch, row[free], first[free], first[free] + 2, values) for batch in (crystals, moved))
     torch.testing.assert_close(told, again)
 
 
@@ -97,7 +97,7 @@ def test_on_top_of_an_atom_the_gradient_is_finite():
         torch.tensor([[5.0, 5.0, 5.0, 90.0, 90.0, 90.0]]).double(),
     )
     values = torch.tensor([[0.0, 0.1, 0.5]], dtype=torch.float64, requires_grad=True)
-    told = surroundings(crystal, torch.tensor([0]), torch.tensor([1]), 2, values)
+    told = surroundings(crystal, torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), values)
     reach = COVALENT_RADII[11] + COVALENT_RADII[17]
     assert told[0, :, 0].tolist() == pytest.approx([0.01 / reach, 0.5 / reach, 2.5 / reach])
     told.sum().backward()

@@ -241,11 +241,15 @@ class CrystalBatch:
         """
         return self._nearest()[1]
 
-    def site_contacts(self, site: int) -> Tensor:
-        """As `closest_contacts`, but between the atoms of one site, 0 to S - 1, and all; infinite where it is empty."""
+    def site_contacts(self, site: int | Tensor) -> Tensor:
+        """As `closest_contacts`, but between the atoms of one site and all; infinite where it is empty.
+
+        Args:
+            site: 0 to S - 1, the same of all crystals or (n,).
+        """
         return self._nearest(site)[1]
 
-    def _nearest(self, site: int | None = None) -> tuple[Tensor, Tensor]:
+    def _nearest(self, site: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What `shortest_distances` and `closest_contacts` tell; with a site, of its atoms alone."""
         frac, number, crystal, _ = self.atoms()
         radius = torch.tensor(COVALENT_RADII, device=self.device, dtype=frac.dtype)[number]
@@ -263,13 +267,14 @@ class CrystalBatch:
             scaled.scatter_reduce_(0, crystal[mine], nearest / (radius[mine] + radius[theirs]).square(), "amin")
         return squared.sqrt(), scaled.sqrt()
 
-    def _pairs(self, only: int | None = None) -> tuple[Tensor, Tensor]:
+    def _pairs(self, only: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The representative of every (or one) site with all atoms of its crystal: two lists, rows of `atoms`."""
         crystal, column = self.multiplicity.nonzero(as_tuple=True)  # one entry per site
         in_site = self.multiplicity[crystal, column]
         representative = in_site.cumsum(0) - in_site
         if only is not None:
-            crystal, representative = crystal[column == only], representative[column == only]
+            asked = column == torch.as_tensor(only, device=self.device).expand(len(self))[crystal]
+            crystal, representative = crystal[asked], representative[asked]
         in_crystal = self.num_atoms
         site = torch.repeat_interleave(in_crystal[crystal])  # one entry per pair
         first_pair = in_crystal[crystal].cumsum(0) - in_crystal[crystal]

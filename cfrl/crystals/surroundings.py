@@ -24,7 +24,7 @@ _BOND = 0.15  # width of what counts as a bond about the sum of the covalent rad
 _MOST_BONDS, _USUAL_BONDS = 12, 4
 
 
-def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: int, values: Tensor) -> Tensor:
+def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
     """Of k places for each of E sites, (E, k, 5): distances to atoms of earlier sites and to the site's own images.
 
     Distances are in sums of covalent radii: the shortest, its logarithm, the shortest to an atom of like
@@ -33,7 +33,7 @@ def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: in
 
     Args:
         crystal, site: (E,) which site of which crystal.
-        axis: 0, 1, 2: the coordinate that is not known; those after it must follow from it.
+        axis: (E,) 0, 1 or 2: the coordinate that is not known; those after it must follow from it.
         values: (E, k) what it might be, fractional.
     """
     group = crystals.space_group[crystal]
@@ -63,12 +63,13 @@ def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: in
     return torch.stack([nearest, nearest.clamp(min=0.05).log(), alike, total(bonds), total(bonds * polarity)], -1)
 
 
-def _places(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: int, values: Tensor) -> Tensor:
+def _places(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
     """(E, k, 3) the representative of each site with these values of one coordinate; tied ones follow."""
     t = tables(values.device)
     group, letter = crystals.space_group[crystal], crystals.wyckoff[crystal, site]
-    coords = crystals.frac_coords[crystal, site].to(values.dtype).unsqueeze(1).repeat(1, values.shape[1], 1)
-    coords[..., axis] = values
+    coords = crystals.frac_coords[crystal, site].to(values.dtype).unsqueeze(1)  # (E, 1, 3)
+    asked = torch.arange(3, device=axis.device) == axis[:, None, None]
+    coords = torch.where(asked, values.unsqueeze(-1), coords)  # (E, k, 3)
     free = t.free[group, letter].unsqueeze(1)  # (E, 1, 3)
     matrix, shift = (table[group, letter].to(values.dtype) for table in (t.project_matrix, t.project_shift))
     return torch.where(free, coords, coords.masked_fill(~free, 0) @ matrix.mT + shift.unsqueeze(1))

@@ -19,7 +19,7 @@ from cfrl.crystals.wyckoff import tables
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import LastCoordinates, unscale_lattice
-from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer
+from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer, coordinate_slots
 
 PLACES = 8  # tried of a site whose atoms overlap with earlier ones
 
@@ -52,10 +52,11 @@ class Given:
         fed = getattr(self, kind)[rows] > site
         return torch.where(fed, value[rows, site], drawn) if site < value.shape[1] else drawn.masked_fill(fed, 0)
 
-    def angle(self, rows: Tensor, site: int, axis: int, drawn: Tensor) -> Tensor:
-        """(B,) as `of`, of a coordinate, 2 pi (x - 1/2)."""
-        known = 2 * math.pi * (self.crystals.frac_coords[..., axis].to(drawn.dtype) - 0.5)  # (n, s)
-        return self.of("coords", known, rows, site, drawn)
+    def angle(self, rows: Tensor, site: int | Tensor, axis: int | Tensor, drawn: Tensor) -> Tensor:
+        """(B,) as `of`, of a coordinate, 2 pi (x - 1/2); site and axis one for all, or (B,)."""
+        known = self.crystals.frac_coords.to(drawn.dtype)  # (n, s, 3)
+        inside = torch.as_tensor(site, device=drawn.device).clamp(max=known.shape[1] - 1)
+        return torch.where(self.coords[rows] > site, 2 * math.pi * (known[rows, inside, axis] - 0.5), drawn)
 
 
 @torch.no_grad()
@@ -125,17 +126,9 @@ class _Drawing:
         sites = (self.wyckoff, self.species, self.frac_coords)
         return CrystalBatch(self.space_group, *sites, self.lattice, properties=properties).trim()
 
-    def _step(self, name: str, site: int, token: Tensor, cache: KeyValueCache, some: Tensor | None = None) -> Tensor:
-        """(k, d) features after one more token (k, 1, d) of a site.
-
-        some: (k,) which of the running crystals; None: all.
-        """
-        positions = self.model.positions(name, site)
-        return self.model.transform(token, positions, cache, self._seen(cache.length + 1, some))[:, 0]
-
-    def _seen(self, tokens: int, some: Tensor | None) -> Tensor | None:
-        """(k, 1, 1, tokens) which tokens the next one knows of; None: all."""
-        return None
+    def _step(self, name: str, site: int, token: Tensor, cache: KeyValueCache) -> Tensor:
+        """(k, d) features after one more token (k, 1, d), of the same site of all crystals that the cache holds."""
+        return self.model.transform(token, self.model.positions(name, site), cache)[:, 0]
 
     def _letters(self, site: int) -> None:
         """The Wyckoff letter of the next site, or the stop."""
@@ -192,6 +185,20 @@ class _Drawing:
         token = self.model.embed_species(self.group[:, None], element[:, None])
         self.features = self._step("A", site, token, self.cache)
 
+
+class _SiteBySite(_Drawing):
+    """Each site with its letter, element and coordinates; the cell last."""
+
+    def run(self) -> CrystalBatch:
+        for site in range(self.room + 1):
+            self._letters(site)
+            self._cells()
+            if not len(self.rows):
+                break
+            self._elements(site)
+            self._coordinates(site)
+        return self._drawn()
+
     def _coordinates(self, site: int) -> None:
         begin, before, some = self.cache.length, self.features, torch.arange(len(self.rows), device=self.device)
         coords, nats, self.features = self._place(site, some, before, self.cache)
@@ -218,8 +225,7 @@ class _Drawing:
         nats = torch.zeros(len(some), dtype=torch.float64, device=self.device)
         for axis, name in enumerate(AXES):
             if free[:, axis].any():
-                last = self._last_coordinates(site, rows, coords, axis)
-                distribution = self.model.coordinate_distribution(features, self.options, last=last)
+                distribution = self.model.coordinate_distribution(features, self.options)
                 angle = distribution.sample(self.generator)  # (k,)
                 angle = self.given.angle(rows, site, axis, angle) if self.given else angle
                 nats += distribution.log_prob(angle).masked_fill(~free[:, axis], 0)
@@ -228,7 +234,7 @@ class _Drawing:
             tied = (matrix[:, axis] * coords).sum(-1) + shift[:, axis]
             coords[:, axis] = torch.where(free[:, axis], coords[:, axis], tied) % 1
             token = self.model.embed_coordinate(axis, group[:, None], coords[:, axis : axis + 1])
-            features = self._step(name, site, token, cache, some)
+            features = self._step(name, site, token, cache)
         return coords, nats, features
 
     def _place_again(self, site: int, some: Tensor, before: Tensor, begin: int, nats: Tensor) -> None:
@@ -247,49 +253,24 @@ class _Drawing:
 
     def _overlap(self, site: int, some: Tensor, coords: Tensor) -> Tensor:
         """(k,) whether atoms of a site, at these coordinates (k, 3), are too near to each other or to earlier ones."""
-        return self._so_far(site, self.rows[some], coords).site_contacts(site) < self.given.min_contact
-
-    def _so_far(self, site: int, rows: Tensor, coords: Tensor) -> CrystalBatch:
-        """Sites up to this one, which stands at these coordinates (k, 3), of the crystals `rows` (k,)."""
+        rows = self.rows[some]
         sites = [table[rows, : site + 1] for table in (self.wyckoff, self.species, self.frac_coords)]
         sites[-1][:, site] = coords
-        return CrystalBatch(self.space_group[rows], *sites, self._lattice(rows))
-
-    def _lattice(self, rows: Tensor) -> Tensor:
-        """(k, 6) of the cells in which sites are placed."""
-        return self.lattice[rows]
-
-    def _last_coordinates(self, site: int, rows: Tensor, coords: Tensor, axis: int) -> LastCoordinates | None:
-        """As the model's: of one site of the crystals `rows` (k,), its coordinates (k, 3) known before this axis."""
-        return None
-
-
-class _SiteBySite(_Drawing):
-    """Each site with its letter, element and coordinates; the cell last."""
-
-    def run(self) -> CrystalBatch:
-        for site in range(self.room + 1):
-            self._letters(site)
-            self._cells()
-            if not len(self.rows):
-                break
-            self._elements(site)
-            self._coordinates(site)
-        return self._drawn()
-
-    def _lattice(self, rows: Tensor) -> Tensor:
-        return self.given.crystals.lattice[rows]
+        cells = CrystalBatch(self.space_group[rows], *sites, self.given.crystals.lattice[rows])
+        return cells.site_contacts(site) < self.given.min_contact
 
 
 class _CompositionFirst(_Drawing):
     """Letters and elements of all sites, each crystal's cell with its stop, then all coordinates.
 
     kept: what the network said to the letters and elements of crystals that have stopped, (n, ..., up to 2 S + 1, ...).
-    seen: (B, 2 S + 1) which of these each running crystal has; None as long as they are drawn.
+    slots: (n, 4 S) which of S x y z, site after site, hold tokens, in their order; the first `count` (n,) do.
+
+    Then each running crystal is at a token of its own, slots[at]. Of those: at (B,); seen (B, T) which tokens in the
+    cache the next one knows of; nats (B,) of the site's coordinates so far, and how often they were tried (B,).
     """
 
     kept: KeyValueCache | None = None
-    seen: Tensor | None = None
 
     def run(self) -> CrystalBatch:
         for site in range(self.room + 1):
@@ -298,7 +279,9 @@ class _CompositionFirst(_Drawing):
             if not len(self.rows):
                 break
             self._elements(site)
-        self._fill_cells()
+        self._turn_to_coordinates()
+        while len(self.rows):
+            self._next_token()
         return self._drawn()
 
     def _leave(self, stopped: Tensor) -> None:
@@ -307,36 +290,94 @@ class _CompositionFirst(_Drawing):
         self.kept.length = self.cache.length
         self.kept.put(self.rows[stopped], self.cache, stopped.nonzero()[:, 0], 0)
 
-    def _fill_cells(self) -> None:
-        """All coordinates. A crystal has left when its last site with a free one has been placed: the rest follows."""
-        group, S = self.space_group[:, None], int((self.wyckoff > 0).any(0).sum())
-        wyckoff, species = self.wyckoff[:, :S], self.species[:, :S]
-        coords = project_coords(self.space_group, wyckoff, self.frac_coords[:, :S])
-        self.frac_coords[:, :S] = coords
-        sites = self.model.embed_sites(CrystalBatch(self.space_group, wyckoff, species, coords, self.lattice))
-        number = torch.arange(1, S + 1, device=self.device)
-        to_place = (number * self.tables.free[group, wyckoff].any(-1)).amax(1)  # (n,) sites
-        self.seen = torch.arange(2 * S + 1, device=self.device) <= 2 * (wyckoff > 0).sum(1, keepdim=True)
-        self.rows, self.cache = torch.arange(len(group), device=self.device), self.kept
-        for site in range(S):
-            running = to_place[self.rows] > site
-            if not running.any():
-                break
-            if not running.all():
-                self.rows, self.seen = self.rows[running], self.seen[running]
-                self.cache.select(running)
-            self.group, self.letter = self.space_group[self.rows], self.wyckoff[self.rows, site]
-            self.features = self._step("S", site, sites[self.rows, site : site + 1], self.cache)
-            self._coordinates(site)
+    def _turn_to_coordinates(self) -> None:
+        sites = (self.wyckoff > 0).sum(1)  # (n,)
+        self.width = S = int((self.wyckoff > 0).any(0).sum())
+        wyckoff, coords = self.wyckoff[:, :S], self.frac_coords[:, :S]
+        coords[:] = project_coords(self.space_group, wyckoff, coords)  # what is fixed stays so
+        cells = CrystalBatch(self.space_group, wyckoff, self.species[:, :S], coords, self.lattice)
+        self.inputs = self.model.embed_sites(cells)  # (n, S, d)
+        there = coordinate_slots(self.space_group, wyckoff)
+        self.slots, self.count = (~there).int().argsort(dim=1, stable=True), there.sum(1)
+        self.positions = self.model.positions("Sxyz", torch.arange(S, device=self.device))  # (4 S,)
+        self.rows, self.cache = torch.arange(len(sites), device=self.device), self.kept
+        self.seen = torch.arange(2 * S + 1, device=self.device) <= 2 * sites.unsqueeze(1)
+        self.at, self.tried = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+        self.nats = torch.zeros(len(self.rows), dtype=torch.float64, device=self.device)
+        self._keep(self.count > 0)
 
-    def _seen(self, tokens: int, some: Tensor | None) -> Tensor | None:
-        if self.seen is None:
-            return None
-        seen = self.seen if some is None else self.seen[some]
-        return F.pad(seen, (0, tokens - seen.shape[1]), value=True)[:, None, None]
+    def _keep(self, running: Tensor) -> None:
+        """The batch goes on with these, (B,) bool."""
+        if running.all():
+            return
+        for name in ("rows", "seen", "at", "tried", "nats"):
+            setattr(self, name, getattr(self, name)[running])
+        if len(self.rows):
+            self.cache.select(running)
 
-    def _last_coordinates(self, site: int, rows: Tensor, coords: Tensor, axis: int) -> LastCoordinates:
-        free = self.tables.free[self.space_group[rows], self.wyckoff[rows, site]]  # (k, 3)
-        index = (free[:, axis] & ~free[:, axis + 1 :].any(-1)).nonzero()[:, 0]
-        crystals = self._so_far(site, rows, coords)
-        return LastCoordinates(crystals, index, torch.full_like(index, site), axis, (index,))
+    def _next_token(self) -> None:
+        """One more of each crystal, and the coordinate that comes after it, if one does."""
+        features = self._feed(self.slots[self.rows, self.at])
+        self.at = self.at + 1
+        slot = self.slots[self.rows, self.at]
+        some = (slot % 4 > 0).nonzero()[:, 0]
+        if len(some):
+            self._choose(some, slot[some] // 4, slot[some] % 4 - 1, features[some])
+        self._keep(self.at < self.count[self.rows] - 1)
+
+    def _feed(self, slot: Tensor) -> Tensor:
+        """(B, d) features after the tokens in these slots (B,)."""
+        site, kind = slot // 4, slot % 4
+        tokens = self.inputs[self.rows, site]  # (B, d)
+        for axis in range(3):
+            these = (kind == axis + 1).nonzero()[:, 0]
+            rows = self.rows[these]
+            value = self.frac_coords[rows, site[these], axis].unsqueeze(1)
+            tokens[these] = self.model.embed_coordinate(axis, self.space_group[rows, None], value)[:, 0]
+        self.seen = F.pad(self.seen, (0, 1), value=True)
+        positions, seen = self.positions[slot].unsqueeze(1), self.seen[:, None, None]
+        return self.model.transform(tokens.unsqueeze(1), positions, self.cache, seen)[:, 0]
+
+    def _choose(self, some: Tensor, site: Tensor, axis: Tensor, features: Tensor) -> None:
+        """A coordinate of each of some running crystals; all (k,), features (k, d)."""
+        rows = self.rows[some]
+        group, letter = self.space_group[rows], self.wyckoff[rows, site]
+        free = self.tables.free[group, letter]  # (k, 3)
+        is_last = ~(free & (torch.arange(3, device=self.device) > axis.unsqueeze(1))).any(1)
+        last, crystals = is_last.nonzero()[:, 0], self._so_far(rows, site)
+        weighed = LastCoordinates(crystals, last, site[last], axis[last], (last,))
+        distribution = self.model.coordinate_distribution(features, self.options, last=weighed)
+        angle = distribution.sample(self.generator)  # (k,)
+        angle = self.given.angle(rows, site, axis, angle) if self.given else angle
+        self.nats[some] += distribution.log_prob(angle)
+        self.frac_coords[rows, site, axis] = angle / (2 * math.pi) + 0.5
+        coords = self.frac_coords[rows, site].unsqueeze(1)
+        self.frac_coords[rows, site] = project_coords(group, letter.unsqueeze(1), coords)[:, 0]
+        if len(last):
+            self._settle(some[last], site[last], free[last].sum(1))
+
+    def _settle(self, some: Tensor, site: Tensor, free: Tensor) -> None:
+        """Sites of some running crystals (k,), all of whose free coordinates, so many (k,), have been chosen.
+
+        Where there is an overlap they are chosen again: the tokens since the site began are as if they had never been.
+        """
+        if self.given and self.given.min_contact:
+            overlap = self._so_far(self.rows[some], site).site_contacts(site) < self.given.min_contact
+            again = overlap & (self.tried[some] < PLACES - 1)
+            anew, back = some[again], free[again]
+            self.tried[anew] += 1
+            self.nats[anew] = 0
+            self.at[anew] -= back
+            tokens = self.seen.shape[1]
+            self.seen[anew] &= torch.arange(tokens, device=self.device) < tokens - back.unsqueeze(1)
+            some = some[~again]
+        self.log_prob["coords"][self.rows[some]] += self.nats[some]
+        self.nats[some], self.tried[some] = 0, 0
+
+    def _so_far(self, rows: Tensor, site: Tensor) -> CrystalBatch:
+        """The crystals `rows` (k,) with their sites up to these (k,)."""
+        there = torch.arange(self.width, device=self.device) <= site.unsqueeze(1)
+        letters, elements = (table[rows, : self.width] * there for table in (self.wyckoff, self.species))
+        return CrystalBatch(
+            self.space_group[rows], letters, elements, self.frac_coords[rows, : self.width], self.lattice[rows]
+        )

@@ -77,7 +77,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotary: Tensor, cache: KeyValueCache | None, layer: int, seen: Tensor | None = None
     ) -> Tensor:
-        """(B, T, d) to (B, T, d); rotary (2, T, 1, D / 2), of the tokens' positions; seen as for `_attend`."""
+        """(B, T, d) to (B, T, d); rotary (2, ..., T, 1, D / 2), of the tokens' positions; seen as for `_attend`."""
         B, T, _ = x.shape
         maps = (self.query, self.key, self.value)  # as one product, which is quicker
         weight, bias = (torch.cat([getattr(f, name) for f in maps]) for name in ("weight", "bias"))
@@ -152,7 +152,7 @@ def rotary_table(length: int, size: int) -> Tensor:
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary position embedding, the halves of a key paired: (B, T, H, D) by angles (T, 1, D / 2).
+    """Rotary position embedding, the halves of a key paired: (B, T, H, D) by angles (..., T, 1, D / 2).
 
     Written out, because left to autograd it costs as much as the attention itself; its gradient is the rotation back.
     """

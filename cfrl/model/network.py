@@ -5,8 +5,9 @@ token predicts the next one; the output at the stop token predicts the lattice. 
 (arXiv 2403.15734), parameter for parameter, so that published weights load; `descriptors` adds what lets space
 groups, Wyckoff positions and elements learn from each other.
 
-In order "composition" it is W A, m times, the stop, and then S x y z, m times, where S tells the site's letter, its
-element and the cell: what chooses a coordinate then knows all letters and elements, and where there is room.
+In order "composition" it is W A, m times, the stop, and S x y z for each site with a free coordinate, where S tells
+its letter, its element and the cell, and what symmetry fixes is no token: what chooses a coordinate then knows all
+letters and elements, and where there is room.
 
 B: crystals, S: sites, T: tokens, d: model size, e: embedding size. Layers are in layers.py, what a distribution is in
 distributions.py; drawing crystals is sampler.py's work, scoring them transformer.py's.
@@ -40,14 +41,14 @@ _ROOM = 32  # hidden units that judge a place by its surroundings
 class LastCoordinates:
     """Coordinates after which a site has no free one left: what stands around it is known for each of their values.
 
-    crystals: cell and earlier sites are known. crystal, site: (E,) whose coordinates these are. axis: 0, 1, 2.
+    crystals: cell and earlier sites are known. crystal, site, axis: (E,) whose coordinates these are, and which.
     index: their places among the leading axes (...) of the features that they are chosen from.
     """
 
     crystals: CrystalBatch
     crystal: Tensor
     site: Tensor
-    axis: int
+    axis: Tensor
     index: tuple[Tensor, ...]
 
 
@@ -165,13 +166,13 @@ class CrystalNetwork(nn.Module):
     def transform(
         self, tokens: Tensor, positions: Tensor, cache: KeyValueCache | None = None, seen: Tensor | None = None
     ) -> Tensor:
-        """(B, T, d) token inputs at positions (T,) to (B, T, d) features.
+        """(B, T, d) token inputs at positions (T,) or (B, T) to (B, T, d) features.
 
         Args:
             cache: holds the tokens that come before; these are added.
             seen: (B, 1, T or 1, tokens so far) bool, which of them each token knows; None: all up to itself.
         """
-        rotary = self.rotary[:, positions]  # (2, T, 1, D / 2)
+        rotary = self.rotary[:, positions]  # (2, ..., T, 1, D / 2)
         x = self.dropout(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache, layer, seen)

@@ -96,7 +96,7 @@ class Trainer:
             while self.step < self.total_steps and not self._out_of_patience():
                 epoch, first = divmod(self.step, self.batches_per_epoch)
                 order = (self.options.batch_size, self.options.seed, epoch, self.weights)
-                batches = epoch_batches(self.train.num_sites, *order)
+                batches = epoch_batches(self.model.num_tokens(self.train), *order)
                 for rows in batches[first:]:
                     self._train_step(rows)
                     if self.step % LOOK == 1:
@@ -123,7 +123,7 @@ class Trainer:
             mine = mine.described_as((torch.rand(len(mine)) * mine.num_descriptions()).long())
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = torch.arange(len(mine)).split(chunk_size(self.device, self._half))
+        parts = self.model.num_tokens(mine).argsort().split(chunk_size(self.device, self._half))
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last or self.world == 1 else self.network.no_sync():
@@ -290,7 +290,7 @@ def initial_model(
 
 
 def epoch_batches(
-    num_sites: Tensor, batch_size: int, seed: int, epoch: int, weights: Tensor | None = None
+    length: Tensor, batch_size: int, seed: int, epoch: int, weights: Tensor | None = None
 ) -> list[Tensor]:
     """Row numbers of each batch of an epoch: shuffled, but crystals of like length together.
 
@@ -300,14 +300,14 @@ def epoch_batches(
     order stays random; the batches are then shuffled again.
     """
     generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-    order = torch.randperm(len(num_sites), generator=generator)
+    order = torch.randperm(len(length), generator=generator)
     if weights is not None:
         ends = weights[order].double().cumsum(0)
         shown = round(float(weights.sum()))
         marks = (torch.arange(shown) + torch.rand((), generator=generator, dtype=torch.double)) * (ends[-1] / shown)
         order = order[torch.searchsorted(ends, marks, right=True).clamp(max=len(order) - 1)]
         order = order[torch.randperm(shown, generator=generator)]  # one that comes twice is not beside itself
-    stretches = [rows[num_sites[rows].argsort(stable=True)] for rows in order.split(BUCKET * batch_size)]
+    stretches = [rows[length[rows].argsort(stable=True)] for rows in order.split(BUCKET * batch_size)]
     batches = [batch for rows in stretches for batch in rows.split(batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 

@@ -48,32 +48,39 @@ class CrystalTransformer(CrystalNetwork):
         return {"wyckoff": wyckoff, "species": species, "x": x, "y": y, "z": z, "lattice": lattice}
 
     def _composition_first(self, crystals: CrystalBatch) -> dict[str, Tensor]:
+        """Of the slots W A, S times, W, and S x y z, S times, only those are computed that hold a token."""
         sites = torch.arange(crystals.wyckoff.shape[1], device=self.device)
-        before, seen = self.composition_tokens(crystals)  # (B, 2 S + 1, d)
+        group, begin = crystals.space_group.unsqueeze(1), 2 * len(sites) + 1
+        stop = self.embed_wyckoff(group, torch.zeros_like(group))  # of the longest crystal
+        before = torch.stack(self._letters_and_elements(crystals), 2).flatten(1, 2)  # (B, 2 S, d)
         after = torch.stack([self.embed_sites(crystals), *self._coordinates(crystals)], 2).flatten(1, 2)  # (B, 4 S, d)
-        positions = torch.cat([self.composition_positions(len(sites)), self.positions("Sxyz", sites)])
-        known = torch.cat([seen, seen.new_ones(len(crystals), 4 * len(sites))], 1)  # (B, T)
-        known = known[:, None] & torch.ones(2 * (len(positions),), dtype=torch.bool, device=self.device).tril()
-        features = self.transform(torch.cat([before, after], 1), positions, seen=known.unsqueeze(1))
-        begin = before.shape[1]
-        stop = features[torch.arange(len(crystals), device=self.device), 2 * crystals.num_sites]
-        coords = {name: features[:, begin + k :: 4] for k, name in enumerate(AXES)}  # at S, x, y
-        return {"wyckoff": features[:, 1:begin:2], "species": features[:, 0 : begin - 1 : 2], **coords, "lattice": stop}
+        letters = torch.arange(begin, device=self.device) <= 2 * crystals.num_sites.unsqueeze(1)
+        there = torch.cat([letters, coordinate_slots(crystals.space_group, crystals.wyckoff)], 1)  # (B, 6 S + 1)
+        order = (
+            (~there).int().argsort(dim=1, stable=True)[:, : int(there.sum(1).max())]
+        )  # (B, T) slots, empty ones last
+        tokens = _gathered(torch.cat([before, stop, after], 1), order)
+        features = self.transform(tokens, self.slot_positions(len(sites))[order])
+        latest = there.cumsum(1) - 1  # (B, 6 S + 1) the last token up to each slot
+        coords = {name: _gathered(features, latest[:, begin + k :: 4]) for k, name in enumerate(AXES)}
+        return {
+            "wyckoff": _gathered(features, latest[:, 1:begin:2]),
+            "species": _gathered(features, latest[:, 0 : begin - 1 : 2]),
+            **coords,
+            "lattice": _gathered(features, latest.gather(1, 2 * crystals.num_sites.unsqueeze(1)))[:, 0],
+        }
 
-    def composition_tokens(self, crystals: CrystalBatch) -> tuple[Tensor, Tensor]:
-        """(B, 2 S + 1, d) inputs of letters, elements and the last stop; (B, 2 S + 1) whether others may know of them.
+    def num_tokens(self, crystals: CrystalBatch) -> Tensor:
+        """(n,) of each crystal on any device, its stop included."""
+        if self.config.order == "site":
+            return 5 * crystals.num_sites + 1
+        slots = coordinate_slots(crystals.space_group, crystals.wyckoff)
+        return 2 * crystals.num_sites + 1 + slots.sum(1)
 
-        A crystal's tokens end with its own stop.
-        """
-        group, S = crystals.space_group.unsqueeze(1), crystals.wyckoff.shape[1]
-        stop = self.embed_wyckoff(group, torch.zeros_like(group))
-        tokens = torch.cat([torch.stack(self._letters_and_elements(crystals), 2).flatten(1, 2), stop], 1)
-        seen = torch.arange(2 * S + 1, device=self.device) <= 2 * crystals.num_sites[:, None]
-        return tokens, seen
-
-    def composition_positions(self, sites: int) -> Tensor:
-        """(2 S + 1,) of letters, elements and the last stop."""
-        return self.positions("WA", torch.arange(sites + 1, device=self.device))[:-1]
+    def slot_positions(self, sites: int) -> Tensor:
+        """(6 S + 1,) of the slots of `_composition_first`."""
+        number = torch.arange(sites + 1, device=self.device)
+        return torch.cat([self.positions("WA", number)[:-1], self.positions("Sxyz", number[:-1])])
 
     def _letters_and_elements(self, crystals: CrystalBatch) -> list[Tensor]:
         group = crystals.space_group.unsqueeze(1)
@@ -89,7 +96,7 @@ class CrystalTransformer(CrystalNetwork):
             return None
         free = tables(self.device).free[crystals.space_group.unsqueeze(1), crystals.wyckoff]  # (B, S, 3)
         index = (free[..., axis] & ~free[..., axis + 1 :].any(-1)).nonzero(as_tuple=True)
-        return LastCoordinates(crystals, *index, axis, index)
+        return LastCoordinates(crystals, *index, torch.full_like(index[0], axis), index)
 
     def distributions(
         self, crystals: CrystalBatch, options: SamplerOptions, nuclei: dict[str, Tensor] | None = None
@@ -226,7 +233,7 @@ class CrystalTransformer(CrystalNetwork):
             limit = self.config.max_sites - 1
             raise UserError(f"a crystal has {int(crystals.num_sites.max())} sites; this model holds at most {limit}")
         crystals = crystals.to(self.device)
-        order = crystals.num_sites.argsort()  # (n,)
+        order = self.num_tokens(crystals).argsort()  # (n,)
         size = chunk or chunk_size(self.device)
         pieces = [rows for rows in order.split(size) if len(rows)]
         parts = list(side_by_side(lambda rows: function(crystals[rows].trim(), rows), pieces, self.device))
@@ -247,6 +254,20 @@ def chunk_size(device: torch.device, half: bool = False) -> int:
 def draw_size(device: torch.device) -> int:
     """Crystals drawn at once that go quickest: what fits a CPU's cache, or outweighs the launches of 24,000 kernels."""
     return 256 if device.type == "cpu" else 8192
+
+
+def coordinate_slots(space_group: Tensor, wyckoff: Tensor) -> Tensor:
+    """(B, 4 S) which of S x y z hold a token, of letters (B, S): free coordinates, and sites that have any.
+
+    What symmetry ties follows from the letters.
+    """
+    free = tables(wyckoff.device).free[space_group.unsqueeze(1), wyckoff]  # (B, S, 3)
+    return torch.cat([free.any(-1, keepdim=True), free], -1).flatten(1)
+
+
+def _gathered(features: Tensor, index: Tensor) -> Tensor:
+    """(B, k, d) of features (B, T, d) at places (B, k)."""
+    return features.gather(1, index.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
 
 
 def _following(wyckoff: Tensor) -> Tensor:

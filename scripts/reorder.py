@@ -18,6 +18,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     new = CrystalTransformer(replace(old.config, order="composition"))
     new.load_state_dict(old.state_dict(), strict=False)
-    torch.nn.init.zeros_(new.room_out.weight)  # surroundings say nothing yet
+    torch.nn.init.zeros_(new.place_out.weight)  # surroundings say nothing yet
     save_model(new, out, Extras({"base_model": name, "dataset": load_extras(name).header.get("dataset", "")}))
     print(f"{out}: {sum(p.numel() for p in new.parameters()):,} parameters")

@@ -10,7 +10,7 @@ import torch
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import electronegativities
 from cfrl.crystals.elements import ATOMIC_NUMBERS, COVALENT_RADII
-from cfrl.crystals.surroundings import FAR, surroundings
+from cfrl.crystals.surroundings import _CENTRES, _WIDTHS, FAR, surroundings
 from cfrl.crystals.symmetry import constrain_lattice, project_coords
 from cfrl.crystals.wyckoff import tables
 from cfrl.model.drawing import draw
@@ -43,18 +43,16 @@ def naive(crystals: CrystalBatch, row: int, site: int, axis: int, value: float) 
     frac, number, _, of_site = (x.numpy() for x in one.atoms())
     cells = np.stack(np.meshgrid(*[range(-2, 3)] * 3, indexing="ij"), -1).reshape(-1, 3)
     me, charge = int(np.flatnonzero(of_site == site)[0]), electronegativities()
-    nearest, alike, bonds, polar = FAR, FAR, 0.0, 0.0
+    nearest, counts = FAR, np.zeros((2, len(_CENTRES)))
     for atom in np.flatnonzero(of_site <= site):
         if atom == me:
             continue
         length = np.linalg.norm((frac[atom] - frac[me] + cells) @ cell, axis=1).min()
         length = min(length / (COVALENT_RADII[number[me]] + COVALENT_RADII[number[atom]]), FAR)
-        difference = abs(charge[number[me]] - charge[number[atom]])
         nearest = min(nearest, length)
-        alike = min(alike, length) if difference <= 0.5 else alike
-        bonds += math.exp(-(((length - 1) / 0.15) ** 2))
-        polar += math.exp(-(((length - 1) / 0.15) ** 2)) * difference
-    return np.array([nearest, math.log(max(nearest, 0.05)), alike, min(bonds, 12) / 4, min(polar, 12) / 4])
+        shells = np.exp(-(((length - np.array(_CENTRES)) / np.array(_WIDTHS)) ** 2))
+        counts += np.outer([1, abs(charge[number[me]] - charge[number[atom]])], shells) * (length < FAR)
+    return np.concatenate([[nearest, math.log(max(nearest, 0.05))], np.log(1 + counts.ravel())])
 
 
 def test_against_all_atoms_in_125_cells(crystals):

@@ -17,50 +17,52 @@ from cfrl.crystals.symmetry import places
 from cfrl.crystals.wyckoff import tables
 
 FAR = 3.0  # sums of covalent radii; whatever is farther away counts as there
-SURROUNDINGS = 5  # numbers that describe them
+# Shells of neighbours, by their distance in sums of covalent radii: bonds are at 1, what does not bind beyond 1.5
+_CENTRES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.3)
+_WIDTHS = (0.2, 0.2, 0.15, 0.1, 0.1, 0.1, 0.12, 0.18, 0.22, 0.25, 0.3)
+SURROUNDINGS = 2 + 2 * len(_CENTRES)  # numbers that describe them
 _TOUCHING = 0.01  # angstrom; nearer is the same
-_ALIKE = 0.5  # elements whose electronegativities differ by no more are
-_BOND = 0.15  # width of what counts as a bond about the sum of the covalent radii, in such sums
-_MOST_BONDS, _USUAL_BONDS = 12, 4
+_OVERLAP = 0.05  # the logarithm of a distance goes no further
 
 
 def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
-    """Of k places for each of E sites, (E, k, 5): distances to atoms of earlier sites and to the site's own images.
+    """(E, k, `SURROUNDINGS`): what k places of each of E sites have near, of earlier sites and of their own images.
 
-    Distances are in sums of covalent radii: the shortest, its logarithm, the shortest to an atom of like
-    electronegativity; then how many bonds there are, in units of `_USUAL_BONDS`, and the same weighted by the
-    difference of the electronegativities. Only the eight nearest cells are looked at. Gradients flow to the values.
+    Distances are in sums of covalent radii: the shortest and its logarithm; then the logarithm of one more than the
+    number of atoms in each of a set of soft shells, and the same with atoms weighted by how much their
+    electronegativity differs. Only the eight nearest cells are looked at. Gradients flow to the values.
 
     Args:
         crystal, site: (E,) which site of which crystal.
         axis: (E,) 0, 1 or 2: the coordinate that is not known; those after it must follow from it.
         values: (E, k) what it might be, fractional.
     """
-    group = crystals.space_group[crystal]
-    here = _places(crystals, crystal, site, axis, values)  # (E, k, 3)
-    row, other, triplet = _earlier_atoms(crystals, crystal, site)  # (P,) each
-    own = other == site[row]
-    t = tables(values.device)
-    there = crystals.frac_coords[crystal[row], other].to(values.dtype).unsqueeze(1)  # (P, 1, 3)
-    there = torch.where(own[:, None, None], here[row], there)  # (P, k, 3) representatives of their sites
-    operation = t.offset[group[row], crystals.wyckoff[crystal[row], other]] + triplet
-    there = there @ t.rotations[operation].to(values.dtype).mT + t.translations[operation].to(values.dtype).unsqueeze(1)
-    mine, theirs = crystals.species[crystal, site][row], crystals.species[crystal[row], other]
-    radius, charge = _table(COVALENT_RADII, values), _table(electronegativities(), values)
-    distance = _distances(there - here[row], crystals.lattice_matrix().to(values.dtype)[crystal[row]])  # (P, k)
-    distance = (distance / (radius[mine] + radius[theirs])[:, None]).nan_to_num(FAR).clamp(max=FAR)
-    distance = distance.masked_fill((own & (triplet == 0))[:, None], FAR)  # an atom and itself
-    polarity = (charge[mine] - charge[theirs]).abs()[:, None]
-    bonds = torch.exp(-((distance - 1) / _BOND).square())
+    with torch.autocast(values.device.type, enabled=False):  # distances need their digits
+        here = _places(crystals, crystal, site, axis, values)  # (E, k, 3)
+        row, other, triplet = _earlier_atoms(crystals, crystal, site)  # (P,) each
+        there = _atoms(crystals, crystal[row], other, triplet, other == site[row], here[row])  # (P, k, 3)
+        mine, theirs = crystals.species[crystal, site][row], crystals.species[crystal[row], other]
+        radius, charge = _table(COVALENT_RADII, values), _table(electronegativities(), values)
+        distance = _distances(there - here[row], crystals.lattice_matrix().to(values.dtype)[crystal[row]])  # (P, k)
+        distance = (distance / (radius[mine] + radius[theirs])[:, None]).nan_to_num(FAR).clamp(max=FAR)
+        itself = (other == site[row]) & (triplet == 0)
+        distance = distance.masked_fill(itself[:, None], FAR)
+        nearest = torch.full_like(values, FAR).scatter_reduce(0, row[:, None].expand_as(distance), distance, "amin")
+        shells = torch.exp(-((distance.unsqueeze(-1) - _table(_CENTRES, values)) / _table(_WIDTHS, values)).square())
+        shells = shells * (distance < FAR).unsqueeze(-1)
+        polar = shells * (charge[mine] - charge[theirs]).abs()[:, None, None]
+        counts = values.new_zeros(*values.shape, 2 * len(_CENTRES)).index_add(0, row, torch.cat([shells, polar], -1))
+        return torch.cat([torch.stack([nearest, nearest.clamp(min=_OVERLAP).log()], -1), (1 + counts).log()], -1)
 
-    def least(lengths: Tensor) -> Tensor:
-        return torch.full_like(values, FAR).scatter_reduce_(0, row[:, None].expand_as(lengths), lengths, "amin")
 
-    def total(amounts: Tensor) -> Tensor:
-        return torch.zeros_like(values).index_add_(0, row, amounts).clamp(max=_MOST_BONDS) / _USUAL_BONDS
-
-    nearest, alike = least(distance), least(distance.masked_fill(polarity > _ALIKE, FAR))
-    return torch.stack([nearest, nearest.clamp(min=0.05).log(), alike, total(bonds), total(bonds * polarity)], -1)
+def _atoms(crystals: CrystalBatch, crystal: Tensor, site: Tensor, triplet: Tensor, own: Tensor, here: Tensor) -> Tensor:
+    """(P, k, 3) of P atoms by crystal, site and triplet, (P,) each; images of the places `here` (P, k, 3) if `own`."""
+    t = tables(here.device)
+    representative = crystals.frac_coords[crystal, site].to(here.dtype).unsqueeze(1)  # (P, 1, 3)
+    representative = torch.where(own[:, None, None], here, representative)
+    operation = t.offset[crystals.space_group[crystal], crystals.wyckoff[crystal, site]] + triplet
+    rotation, translation = t.rotations[operation].to(here.dtype), t.translations[operation].to(here.dtype)
+    return representative @ rotation.mT + translation.unsqueeze(1)
 
 
 def _places(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
@@ -93,7 +95,11 @@ def _distances(delta: Tensor, matrix: Tensor) -> Tensor:
         images = [torch.einsum("pki,pij->jpk", delta - whole, matrix)]
         for edge in edges:
             images += [image + edge for image in images]
-        nearest = torch.stack([image.square().sum(0) for image in images]).argmin(0)  # (P, k) one bit for each edge
+        shortest, nearest = images[0].square().sum(0), torch.zeros_like(delta[..., 0], dtype=torch.long)  # (P, k)
+        for number, image in enumerate(images[1:], 1):  # one bit of the number for each edge
+            squared = image.square().sum(0)
+            nearest.masked_fill_(squared < shortest, number)
+            shortest = torch.minimum(shortest, squared)
         stepped = (nearest.unsqueeze(-1) >> torch.arange(3, device=nearest.device)) & 1  # (P, k, 3)
     vector = torch.einsum("pki,pij->jpk", delta - whole + stepped * steps, matrix)
     return vector.square().sum(0).clamp(min=_TOUCHING**2).sqrt()

@@ -34,7 +34,11 @@ from cfrl.model.options import ModelConfig
 TOKENS = {"site": ("W", "A", "x", "y", "z"), "composition": ("W", "A", "S", "x", "y", "z")}  # of a site, by order
 MIN_STD = 1e-3  # of lattice parameters
 _CELL = 8  # numbers that describe a cell
-_ROOM = 32  # hidden units that judge a place by its surroundings
+_PLACE = 64  # hidden units that judge a place by its surroundings
+_NEARBY = (-0.03, 0.0, 0.03)  # of a place, fractional: where surroundings are looked at
+_ROUNDS = 2  # of moving a place
+_FARTHEST = 0.3  # radians that it moves in one
+_NARROWEST = 2.0  # logarithm of by how much its concentration changes in one
 
 
 @dataclass
@@ -83,8 +87,9 @@ class CrystalNetwork(nn.Module):
         self.coords_in = nn.ModuleList(nn.Linear(e + 2 * config.fourier, d) for _ in range(3))
         if config.order == "composition":
             self.site_in = nn.Linear(3 * e + _CELL, d)
-            self.room_in = nn.Linear(SURROUNDINGS + d, _ROOM)
-            self.room_out = nn.Linear(_ROOM, 1)
+            self.place_in = nn.Linear(len(_NEARBY) * SURROUNDINGS, _PLACE)
+            self.place_query = nn.Linear(d, _PLACE)
+            self.place_out = nn.Linear(_PLACE, 3)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(d)
@@ -271,22 +276,31 @@ class CrystalNetwork(nn.Module):
         """Of the angle 2 pi (x - 1/2), from features (..., d) at the token before the coordinate.
 
         Args:
-            last: which of them are weighed by what stands around the place that each component points at; None: none.
+            last: which of them mind what stands around the places that their components point at; None: none.
         """
         k = self.config.coord_components
         logits, mean, width = _at_least_float32(self._linear_head(features, 3 * k)).split(k, -1)  # (..., Kx) each
+        components = (logits, mean, F.softplus(width))
         if last is not None:
-            room = self._room(features[last.index], mean[last.index], last)
-            logits = logits.index_put(last.index, logits[last.index] + room.to(logits.dtype))
-        return VonMisesMixture(logits, mean, F.softplus(width), options, nucleus)
+            moved = self._moved(*(part[last.index] for part in components), features[last.index], last)
+            components = (x.index_put(last.index, y) for x, y in zip(components, moved, strict=True))
+        return VonMisesMixture(*components, options, nucleus)
 
-    def _room(self, features: Tensor, mean: Tensor, last: LastCoordinates) -> Tensor:
-        """(E, Kx) what speaks for the places at angles (E, Kx), by their surroundings and features (E, d)."""
-        values = mean / (2 * math.pi) + 0.5
-        around = surroundings(last.crystals, last.crystal, last.site, last.axis, values).to(features.dtype)
-        by_place, by_features = self.room_in.weight.split([SURROUNDINGS, features.shape[-1]], 1)
-        hidden = F.linear(around, by_place) + F.linear(features, by_features, self.room_in.bias).unsqueeze(1)
-        return self.room_out(F.gelu(hidden, approximate="tanh")).squeeze(-1)
+    def _moved(
+        self, logits: Tensor, mean: Tensor, concentration: Tensor, features: Tensor, last: LastCoordinates
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Components (E, Kx) weighed, moved and narrowed by what stands around them; features (E, d)."""
+        query = self.place_query(features).unsqueeze(1)  # (E, 1, h)
+        steps = torch.tensor(_NEARBY, dtype=mean.dtype, device=mean.device)
+        for _ in range(_ROUNDS):
+            places = (mean / (2 * math.pi) + 0.5).unsqueeze(-1) + steps  # (E, Kx, 3)
+            around = surroundings(last.crystals, last.crystal, last.site, last.axis, places.flatten(1))
+            around = around.unflatten(1, places.shape[1:]).flatten(2).to(features.dtype)
+            hidden = F.gelu(self.place_in(around) + query, approximate="tanh")  # (E, Kx, h)
+            weight, shift, narrow = self.place_out(hidden).to(mean.dtype).unbind(-1)
+            logits, mean = logits + weight, mean + _FARTHEST * shift.tanh()
+            concentration = concentration * (_NARROWEST * narrow.tanh()).exp()
+        return logits, mean, concentration
 
     def lattice_distribution(
         self, features: Tensor, space_group: Tensor, options: SamplerOptions, nucleus: Tensor | None = None

@@ -276,6 +276,17 @@ def test_gradient_of_log_prob_against_finite_differences(crystals, order):
     assert (value(1e-5) - value(-1e-5)) / 2e-5 == pytest.approx(float(slope), rel=1e-4)
 
 
+def test_gradient_is_finite_where_the_cell_cannot_be(crystals):
+    """Such crystals are drawn, and a policy learns from them."""
+    model = tiny_model(order="composition")
+    impossible = replace(crystals, lattice=crystals.lattice.clone())
+    impossible.lattice[:4] = torch.tensor([4.0, 5.0, 6.0, 0.0, 90.0, 90.0])
+    impossible.lattice[4:8] = torch.tensor([-4.0, 5.0, 0.0, 150.0, 170.0, 20.0])
+    assert not impossible.possible_cells()[:8].any()
+    sum(x.sum() for x in model.log_prob(impossible).values()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def test_too_many_sites_are_refused(crystals):
     with pytest.raises(UserError, match="holds at most 3"):
         tiny_model(max_sites=4).log_prob(crystals)

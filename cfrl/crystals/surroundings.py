@@ -43,10 +43,10 @@ def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Te
         there = _atoms(crystals, crystal[row], other, triplet, other == site[row], here[row])  # (P, k, 3)
         mine, theirs = crystals.species[crystal, site][row], crystals.species[crystal[row], other]
         radius, charge = _table(COVALENT_RADII, values), _table(electronegativities(), values)
-        distance = _distances(there - here[row], crystals.lattice_matrix().to(values.dtype)[crystal[row]])  # (P, k)
-        distance = (distance / (radius[mine] + radius[theirs])[:, None]).nan_to_num(FAR).clamp(max=FAR)
+        cells = crystals.lattice_matrix().to(values.dtype).nan_to_num(0, 0, 0)  # those that cannot be are drawn, too
+        distance = _distances(there - here[row], cells[crystal[row]]) / (radius[mine] + radius[theirs])[:, None]
         itself = (other == site[row]) & (triplet == 0)
-        distance = distance.masked_fill(itself[:, None], FAR)
+        distance = distance.clamp(max=FAR).masked_fill(itself[:, None], FAR)  # (P, k)
         nearest = torch.full_like(values, FAR).scatter_reduce(0, row[:, None].expand_as(distance), distance, "amin")
         shells = torch.exp(-((distance.unsqueeze(-1) - _table(_CENTRES, values)) / _table(_WIDTHS, values)).square())
         shells = shells * (distance < FAR).unsqueeze(-1)

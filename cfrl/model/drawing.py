@@ -47,6 +47,14 @@ class Given:
         sites = crystals.num_sites
         return cls(crystals, sites + 1, sites, torch.zeros_like(sites), min_contact)
 
+    @classmethod
+    def nothing(cls, space_group: Tensor, min_contact: float = 0.0) -> Given:
+        """Nothing but the space groups (n,)."""
+        none = torch.zeros_like(space_group)
+        site = torch.zeros(len(none), 1, 3, device=none.device)
+        crystals = CrystalBatch(space_group, none[:, None], none[:, None], site, site.new_zeros(len(none), 6))
+        return cls(crystals, none, none, none, min_contact)
+
     def of(self, kind: str, value: Tensor, rows: Tensor, site: int, drawn: Tensor) -> Tensor:
         """(B,) what stands at a site of these rows: `value` (n, s) where it is given, else what was drawn."""
         fed = getattr(self, kind)[rows] > site

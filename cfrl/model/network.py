@@ -6,8 +6,8 @@ token predicts the next one; the output at the stop token predicts the lattice. 
 groups, Wyckoff positions and elements learn from each other.
 
 In order "composition" it is W A, m times, the stop, and S x y z for each site with a free coordinate, where S tells
-its letter, its element and the cell, and what symmetry fixes is no token: what chooses a coordinate then knows all
-letters and elements, and where there is room.
+its letter, its element and the cell, and what symmetry fixes is no token. A coordinate is then chosen knowing all
+letters and elements; the last free coordinate of a site, what stands around the places that it could take.
 
 B: crystals, S: sites, T: tokens, d: model size, e: embedding size. Layers are in layers.py, what a distribution is in
 distributions.py; drawing crystals is sampler.py's work, scoring them transformer.py's.

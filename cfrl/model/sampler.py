@@ -148,6 +148,8 @@ def _draw_valid(
     atoms overlap but are no nearer than the smallest distance, they stay for good.
     """
     missing, draws, given = torch.arange(len(groups)), 0, None
+    if min_contact and model.config.order == "composition":  # what overlaps is seen as it is drawn
+        given = Given.nothing(groups.to(model.device), min_contact)
     order, batches = [], []
     while len(missing):
         draws += 1

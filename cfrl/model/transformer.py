@@ -56,9 +56,8 @@ class CrystalTransformer(CrystalNetwork):
         after = torch.stack([self.embed_sites(crystals), *self._coordinates(crystals)], 2).flatten(1, 2)  # (B, 4 S, d)
         letters = torch.arange(begin, device=self.device) <= 2 * crystals.num_sites.unsqueeze(1)
         there = torch.cat([letters, coordinate_slots(crystals.space_group, crystals.wyckoff)], 1)  # (B, 6 S + 1)
-        order = (
-            (~there).int().argsort(dim=1, stable=True)[:, : int(there.sum(1).max())]
-        )  # (B, T) slots, empty ones last
+        longest = int(there.sum(1).max())
+        order = (~there).int().argsort(dim=1, stable=True)[:, :longest]  # (B, T) slots, empty ones last
         tokens = _gathered(torch.cat([before, stop, after], 1), order)
         features = self.transform(tokens, self.slot_positions(len(sites))[order])
         latest = there.cumsum(1) - 1  # (B, 6 S + 1) the last token up to each slot

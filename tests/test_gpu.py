@@ -19,15 +19,17 @@ def crystals() -> cfrl.CrystalBatch:
     return cfrl.sample(cfrl.load_model(device="cpu"), 64, seed=0)
 
 
-def test_log_probabilities(crystals):
+@pytest.mark.parametrize("name", ["default", "wide"])
+def test_log_probabilities(crystals, name):
     """Within 1e-3 nats for each crystal and factor, in float32."""
-    here, there = (cfrl.load_model(device=device).log_prob(crystals.to(device)) for device in ("cpu", DEVICE))
+    here, there = (cfrl.load_model(name, device).log_prob(crystals.to(device)) for device in ("cpu", DEVICE))
     for factor, values in here.items():
         torch.testing.assert_close(there[factor].cpu(), values, rtol=0, atol=1e-3)
 
 
-def test_what_is_drawn_has_the_log_probability_that_the_sampler_says():
-    model = cfrl.load_model(device=DEVICE)
+@pytest.mark.parametrize("name", ["default", "wide"])
+def test_what_is_drawn_has_the_log_probability_that_the_sampler_says(name):
+    model = cfrl.load_model(name, DEVICE)
     groups = torch.tensor([1, 2, 14, 62, 139, 166, 194, 221, 225, 227], device=DEVICE).repeat(100)
     crystals = draw(model, groups, generator=seeded(model.device, 0))
     with torch.no_grad():

@@ -330,6 +330,22 @@ def test_atoms_that_overlap_are_moved_and_letters_and_elements_stay():
     assert torch.allclose(scores.double(), apart.properties["log_prob"], atol=1e-3), "the model's own density"
 
 
+def test_where_the_cell_comes_first_an_overlap_is_mended_as_it_is_drawn():
+    """Of the same letters and elements, hardly any is left, and hardly any crystal is drawn a second time."""
+    model = cfrl.load_model("wide")
+    assert model.config.order == "composition"
+    as_they_come, apart = (sample(model, 96, seed=3, min_distance=0, min_contact=limit) for limit in (0, 0.7))
+    overlap, still = as_they_come.closest_contacts() < 0.7, apart.closest_contacts() < 0.7
+    assert 10 < overlap.sum() < 50
+    assert still.sum() < overlap.sum() / 4
+    assert (apart.properties["draws"] > 1).sum() < overlap.sum() / 2
+    assert torch.equal(as_they_come.wyckoff, apart.wyckoff)
+    assert torch.equal(as_they_come.species, apart.species)
+    with torch.no_grad():
+        scores = sum(model.log_prob(apart).values())
+    assert torch.allclose(scores.double(), apart.properties["log_prob"], atol=1e-3), "the model's own density"
+
+
 def test_space_group_prior():
     model = tiny_model()
     model.space_group_log_prob.fill_(-torch.inf)

@@ -26,13 +26,18 @@ _OXIDATION_STATES = range(-4, 9)
 _ROTATION_KINDS = ((1, 3), (1, -1), (1, 0), (1, 1), (1, 2), (-1, -3), (-1, 1), (-1, 0), (-1, -1), (-1, -2))
 
 
+def _elements() -> list[dict[str, str]]:
+    """From hydrogen on."""
+    with ELEMENTS_PATH.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def element_descriptors() -> Tensor:
     """(119, k) by atomic number, zero for 0 and beyond lawrencium: period, group, shell fillings, common
     oxidation states, and standardised electronegativity, radius, ionisation energy, electron affinity and
     Mendeleev number (0, the mean, where unknown).
     """
-    with ELEMENTS_PATH.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _elements()
     period = F.one_hot(torch.tensor([int(row["period"]) for row in rows]), 8)[:, 1:]
     group = F.one_hot(torch.tensor([int(row["group"]) for row in rows]), 19)[:, 1:]
     shells = torch.tensor([[int(row[name]) / size for name, size in _SHELL_SIZES.items()] for row in rows])
@@ -48,10 +53,8 @@ def element_descriptors() -> Tensor:
 @cache
 def electronegativities() -> tuple[float, ...]:
     """Pauling's, by atomic number, 119 of them; the mean where there is none."""
-    with ELEMENTS_PATH.open(newline="") as file:
-        known = [float(row["electronegativity"] or "nan") for row in csv.DictReader(file)]
-    table = torch.full((NUM_ELEMENTS,), torch.nan)
-    table[1 : 1 + len(known)] = torch.tensor(known)
+    known = torch.tensor([float(row["electronegativity"] or "nan") for row in _elements()])
+    table = F.pad(known, (1, NUM_ELEMENTS - 1 - len(known)), value=torch.nan)
     return tuple(table.nan_to_num(table.nanmean().item()).tolist())
 
 

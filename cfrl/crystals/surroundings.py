@@ -13,7 +13,7 @@ from torch import Tensor
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import electronegativities
 from cfrl.crystals.elements import COVALENT_RADII
-from cfrl.crystals.symmetry import places
+from cfrl.crystals.symmetry import places, project_coords
 from cfrl.crystals.wyckoff import tables
 
 FAR = 3.0  # sums of covalent radii; whatever is farther away counts as there
@@ -67,14 +67,10 @@ def _atoms(crystals: CrystalBatch, crystal: Tensor, site: Tensor, triplet: Tenso
 
 def _places(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
     """(E, k, 3) the representative of each site with these values of one coordinate; tied ones follow."""
-    t = tables(values.device)
-    group, letter = crystals.space_group[crystal], crystals.wyckoff[crystal, site]
+    letter = crystals.wyckoff[crystal, site].unsqueeze(1).expand_as(values)
     coords = crystals.frac_coords[crystal, site].to(values.dtype).unsqueeze(1)  # (E, 1, 3)
     asked = torch.arange(3, device=axis.device) == axis[:, None, None]
-    coords = torch.where(asked, values.unsqueeze(-1), coords)  # (E, k, 3)
-    free = t.free[group, letter].unsqueeze(1)  # (E, 1, 3)
-    matrix, shift = (table[group, letter].to(values.dtype) for table in (t.project_matrix, t.project_shift))
-    return torch.where(free, coords, coords.masked_fill(~free, 0) @ matrix.mT + shift.unsqueeze(1))
+    return project_coords(crystals.space_group[crystal], letter, torch.where(asked, values.unsqueeze(-1), coords))
 
 
 def _earlier_atoms(crystals: CrystalBatch, crystal: Tensor, site: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from cfrl.crystals.wyckoff import tables
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import LastCoordinates, unscale_lattice
-from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer, coordinate_slots
+from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer, coordinate_slots, last_free_axis
 
 PLACES = 8  # tried of a site whose atoms overlap with earlier ones
 
@@ -125,18 +125,32 @@ class _Drawing:
         self.tables = tables(self.device)
 
     def run(self) -> CrystalBatch:
-        """All of it."""
-        raise NotImplementedError
-
-    def _drawn(self) -> CrystalBatch:
+        for site in range(self.room + 1):
+            self._letters(site)
+            self._cells()
+            if not len(self.rows):
+                break
+            self._elements(site)
+            self._coordinates(site)
+        self._fill_cells()
         each = {f"log_prob/{name}": nats for name, nats in self.log_prob.items()}
         properties = {"log_prob": sum(self.log_prob.values()), **each}
         sites = (self.wyckoff, self.species, self.frac_coords)
         return CrystalBatch(self.space_group, *sites, self.lattice, properties=properties).trim()
 
+    def _coordinates(self, site: int) -> None:
+        """Those that come before the next letter; none."""
+
+    def _leave(self, stopped: Tensor) -> None:
+        """The batch goes on without these, (B,) bool."""
+
+    def _fill_cells(self) -> None:
+        """What comes after all cells; nothing."""
+
     def _step(self, name: str, site: int, token: Tensor, cache: KeyValueCache) -> Tensor:
         """(k, d) features after one more token (k, 1, d), of the same site of all crystals that the cache holds."""
-        return self.model.transform(token, self.model.positions(name, site), cache)[:, 0]
+        at = self.model.position(name, site)
+        return self.model.transform(token, slice(at, at + 1), cache)[:, 0]
 
     def _letters(self, site: int) -> None:
         """The Wyckoff letter of the next site, or the stop."""
@@ -176,9 +190,6 @@ class _Drawing:
         if len(self.rows):
             self.cache.select(running)
 
-    def _leave(self, stopped: Tensor) -> None:
-        """The batch goes on without these, (B,) bool."""
-
     def _elements(self, site: int) -> None:
         self.atoms = self.atoms + self.tables.multiplicity[self.group, self.letter]
         wished = self.constraint.species(self.state, self.group, self.letter) if self.constraint else None
@@ -196,16 +207,6 @@ class _Drawing:
 
 class _SiteBySite(_Drawing):
     """Each site with its letter, element and coordinates; the cell last."""
-
-    def run(self) -> CrystalBatch:
-        for site in range(self.room + 1):
-            self._letters(site)
-            self._cells()
-            if not len(self.rows):
-                break
-            self._elements(site)
-            self._coordinates(site)
-        return self._drawn()
 
     def _coordinates(self, site: int) -> None:
         begin, before, some = self.cache.length, self.features, torch.arange(len(self.rows), device=self.device)
@@ -280,23 +281,16 @@ class _CompositionFirst(_Drawing):
 
     kept: KeyValueCache | None = None
 
-    def run(self) -> CrystalBatch:
-        for site in range(self.room + 1):
-            self._letters(site)
-            self._cells()
-            if not len(self.rows):
-                break
-            self._elements(site)
-        self._turn_to_coordinates()
-        while len(self.rows):
-            self._next_token()
-        return self._drawn()
-
     def _leave(self, stopped: Tensor) -> None:
         if self.kept is None:
             self.kept = self.cache.blank(len(self.space_group), 2 * self.room + 1)
         self.kept.length = self.cache.length
         self.kept.put(self.rows[stopped], self.cache, stopped.nonzero()[:, 0], 0)
+
+    def _fill_cells(self) -> None:
+        self._turn_to_coordinates()
+        while len(self.rows):
+            self._next_token()
 
     def _turn_to_coordinates(self) -> None:
         sites = (self.wyckoff > 0).sum(1)  # (n,)
@@ -307,7 +301,7 @@ class _CompositionFirst(_Drawing):
         self.inputs = self.model.embed_sites(cells)  # (n, S, d)
         there = coordinate_slots(self.space_group, wyckoff)
         self.slots, self.count = (~there).int().argsort(dim=1, stable=True), there.sum(1)
-        self.positions = self.model.positions("Sxyz", torch.arange(S, device=self.device))  # (4 S,)
+        self.positions = self.model.slot_positions(S)[2 * S + 1 :]  # (4 S,)
         self.rows, self.cache = torch.arange(len(sites), device=self.device), self.kept
         self.seen = torch.arange(2 * S + 1, device=self.device) <= 2 * sites.unsqueeze(1)
         self.at, self.tried = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
@@ -351,9 +345,9 @@ class _CompositionFirst(_Drawing):
         rows = self.rows[some]
         group, letter = self.space_group[rows], self.wyckoff[rows, site]
         free = self.tables.free[group, letter]  # (k, 3)
-        is_last = ~(free & (torch.arange(3, device=self.device) > axis.unsqueeze(1))).any(1)
-        last, crystals = is_last.nonzero()[:, 0], self._so_far(rows, site)
-        weighed = LastCoordinates(crystals, last, site[last], axis[last], (last,))
+        last = (last_free_axis(free) == axis).nonzero()[:, 0]
+        crystals, number = self._so_far(rows[last], site[last]), torch.arange(len(last), device=self.device)
+        weighed = LastCoordinates(crystals, number, site[last], axis[last], (last,))
         distribution = self.model.coordinate_distribution(features, self.options, last=weighed)
         angle = distribution.sample(self.generator)  # (k,)
         angle = self.given.angle(rows, site, axis, angle) if self.given else angle

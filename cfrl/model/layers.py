@@ -48,15 +48,12 @@ class KeyValueCache:
 
     def first(self, length: int, rows: Tensor, room: int) -> KeyValueCache:
         """The first tokens of some sequences, by their numbers (k,): a cache of its own, with room for some more."""
-        part = KeyValueCache(0)
+        part = self.blank(len(rows), length + room)
         part.length = length
-        for mine, new in ((self.keys, part.keys), (self.values, part.values)):
-            new.extend(store.new_empty(len(rows), store.shape[1], length + room, store.shape[3]) for store in mine)
-            for store, larger in zip(mine, new, strict=True):
-                larger[:, :, :length] = store[rows, :, :length]
+        part.put(slice(None), self, rows, 0)
         return part
 
-    def put(self, rows: Tensor, other: KeyValueCache, theirs: Tensor, start: int) -> None:
+    def put(self, rows: Tensor | slice, other: KeyValueCache, theirs: Tensor, start: int) -> None:
         """Of another cache, as long as this one, what it holds from token `start` on: its rows `theirs` for `rows`."""
         for mine, new in zip(self.keys + self.values, other.keys + other.values, strict=True):
             mine[rows, :, start : self.length] = new[theirs, :, start : self.length]

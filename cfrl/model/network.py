@@ -162,14 +162,12 @@ class CrystalNetwork(nn.Module):
             letter = letter + self.site_project(self.site_descriptors[space_group, wyckoff])
         return letter
 
-    def positions(self, tokens: str, site: int | Tensor) -> Tensor:
-        """Of the named tokens, e.g. "WA", of one site or of sites (S,) one after the other: (S k,) int64."""
-        places = torch.tensor([self.tokens.index(name) for name in tokens], device=self.device)
-        sites = torch.as_tensor(site, device=self.device).reshape(-1, 1)
-        return (len(self.tokens) * sites + places).flatten()
+    def position(self, name: str, site: int) -> int:
+        """Of the named token of a site."""
+        return len(self.tokens) * site + self.tokens.index(name)
 
     def transform(
-        self, tokens: Tensor, positions: Tensor, cache: KeyValueCache | None = None, seen: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor | slice, cache: KeyValueCache | None = None, seen: Tensor | None = None
     ) -> Tensor:
         """(B, T, d) token inputs at positions (T,) or (B, T) to (B, T, d) features.
 

@@ -42,7 +42,7 @@ class CrystalTransformer(CrystalNetwork):
         sites = torch.stack([*self._letters_and_elements(crystals), *self._coordinates(crystals)], 2)  # (B, S, 5, d)
         stop = self.embed_wyckoff(group, torch.zeros_like(group))  # of the longest crystal
         tokens = torch.cat([sites.flatten(1, 2), stop], 1)  # (B, 5 S + 1, d)
-        features = self.transform(tokens, torch.arange(5 * S + 1, device=self.device))
+        features = self.transform(tokens, slice(0, 5 * S + 1))
         species, x, y, z, wyckoff = (features[:, k : 5 * S : 5] for k in range(5))  # at W, A, x, y, z
         lattice = features[torch.arange(len(crystals), device=self.device), 5 * crystals.num_sites]
         return {"wyckoff": wyckoff, "species": species, "x": x, "y": y, "z": z, "lattice": lattice}
@@ -77,9 +77,9 @@ class CrystalTransformer(CrystalNetwork):
         return 2 * crystals.num_sites + 1 + slots.sum(1)
 
     def slot_positions(self, sites: int) -> Tensor:
-        """(6 S + 1,) of the slots of `_composition_first`."""
-        number = torch.arange(sites + 1, device=self.device)
-        return torch.cat([self.positions("WA", number)[:-1], self.positions("Sxyz", number[:-1])])
+        """(6 S + 1,) of the slots of `_composition_first`: all six of a site side by side."""
+        site = torch.arange(6 * (sites + 1), device=self.device).view(-1, 6)  # W A S x y z
+        return torch.cat([site[:, :2].flatten()[:-1], site[:-1, 2:].flatten()])
 
     def _letters_and_elements(self, crystals: CrystalBatch) -> list[Tensor]:
         group = crystals.space_group.unsqueeze(1)
@@ -94,7 +94,7 @@ class CrystalTransformer(CrystalNetwork):
         if self.config.order == "site":
             return None
         free = tables(self.device).free[crystals.space_group.unsqueeze(1), crystals.wyckoff]  # (B, S, 3)
-        index = (free[..., axis] & ~free[..., axis + 1 :].any(-1)).nonzero(as_tuple=True)
+        index = (last_free_axis(free) == axis).nonzero(as_tuple=True)
         return LastCoordinates(crystals, *index, torch.full_like(index[0], axis), index)
 
     def distributions(
@@ -262,6 +262,11 @@ def coordinate_slots(space_group: Tensor, wyckoff: Tensor) -> Tensor:
     """
     free = tables(wyckoff.device).free[space_group.unsqueeze(1), wyckoff]  # (B, S, 3)
     return torch.cat([free.any(-1, keepdim=True), free], -1).flatten(1)
+
+
+def last_free_axis(free: Tensor) -> Tensor:
+    """(...) of sites whose coordinates are free or not, (..., 3) bool; -1: none is."""
+    return (free * torch.arange(1, 4, device=free.device)).amax(-1) - 1
 
 
 def _gathered(features: Tensor, index: Tensor) -> Tensor:

@@ -209,10 +209,10 @@ def _update(tuning: Tuning, batch: Batch, generator: torch.Generator) -> dict[st
         group["lr"] = group["peak"] * rate_fraction(options, tuning.step, tuning.seconds)
     sums = dict.fromkeys((*WATCHED, "gradient_norm", "real"), 0.0)
     seen = learned = 0
-    sites = batch.crystals.num_sites[batch.items].amax(1).cpu()
+    tokens = tuning.model.num_tokens(batch.crystals)[batch.items].amax(1).cpu()
     for chosen in _minibatches(options, len(batch.items), generator):
         tuning.optimiser.zero_grad(set_to_none=True)
-        chosen = chosen[sites[chosen].argsort()]  # crystals of a size together: no time is spent on padding
+        chosen = chosen[tokens[chosen].argsort()]  # crystals of a size together: no time is spent on padding
         found = torch.zeros(len(WATCHED), dtype=torch.float64, device=batch.items.device)
         for part in chosen.split(options.micro_batch)[ranks.rank :: ranks.size]:
             loss, watched = _loss(tuning, batch, batch.items[part.to(batch.items.device)])
@@ -254,7 +254,7 @@ def _recall(tuning: Tuning, n: int, generator: torch.Generator) -> Tensor:
         return nats
     options, ranks = tuning.options, tuning.ranks
     rows = torch.randint(len(tuning.real), (n,), generator=generator)
-    rows = rows[tuning.real.num_sites[rows].argsort()]
+    rows = rows[tuning.model.num_tokens(tuning.real[rows]).argsort()]
     for part in rows.split(options.micro_batch)[ranks.rank :: ranks.size]:
         scores = tuning.model.log_prob(tuning.real[part].to(tuning.model.device))
         loss = -torch.stack([scores[name].sum() for name in FACTORS]).sum()

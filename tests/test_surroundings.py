@@ -10,7 +10,7 @@ import torch
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import electronegativities
 from cfrl.crystals.elements import ATOMIC_NUMBERS, COVALENT_RADII
-from cfrl.crystals.surroundings import _CENTRES, _WIDTHS, FAR, surroundings
+from cfrl.crystals.surroundings import _CENTRES, _WIDTHS, FAR, Surroundings
 from cfrl.crystals.symmetry import constrain_lattice, project_coords
 from cfrl.crystals.wyckoff import tables
 from cfrl.model.drawing import draw
@@ -34,7 +34,7 @@ def last_free(crystals: CrystalBatch, row: int, site: int) -> int | None:
 
 
 def naive(crystals: CrystalBatch, row: int, site: int, axis: int, value: float) -> np.ndarray:
-    """Word by word what `surroundings` promises, of one place."""
+    """Word by word what `Surroundings` promise, of one place."""
     coords = crystals.frac_coords[row : row + 1].clone()
     coords[0, site, axis] = value
     group, letters = crystals.space_group[row : row + 1], crystals.wyckoff[row : row + 1]
@@ -64,7 +64,7 @@ def test_against_all_atoms_in_125_cells(crystals):
             if axis is None:
                 continue
             at = [torch.tensor([number]) for number in (row, site, axis)]
-            told = surroundings(crystals, *at, torch.tensor(values)[None])[0].numpy()
+            told = Surroundings(crystals, *at, torch.float64)(torch.tensor(values)[None])[0].numpy()
             wanted = [naive(crystals, row, site, axis, value) for value in values]
             np.testing.assert_allclose(told, wanted, atol=0.02)  # what is nearer than 0.01 angstrom is as near as that
             np.testing.assert_allclose(told[:, 2:], np.array(wanted)[:, 2:], atol=0.01)
@@ -81,7 +81,8 @@ def test_later_sites_are_not_looked_at(crystals):
     moved = replace(crystals, frac_coords=crystals.frac_coords.clone(), species=crystals.species.clone())
     moved.frac_coords[:, 1:] += 0.3
     moved.species[:, 1:] = (moved.species[:, 1:] > 0) * ATOMIC_NUMBERS["Cs"]
-    told, again = (surroundings(batch, row[free], first[free], first[free] + 2, values) for batch in (crystals, moved))
+    at = row[free], first[free], first[free] + 2
+    told, again = (Surroundings(batch, *at, values.dtype)(values) for batch in (crystals, moved))
     torch.testing.assert_close(told, again)
 
 
@@ -95,7 +96,7 @@ def test_on_top_of_an_atom_the_gradient_is_finite():
         torch.tensor([[5.0, 5.0, 5.0, 90.0, 90.0, 90.0]]).double(),
     )
     values = torch.tensor([[0.0, 0.1, 0.5]], dtype=torch.float64, requires_grad=True)
-    told = surroundings(crystal, torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), values)
+    told = Surroundings(crystal, *(torch.tensor([number]) for number in (0, 1, 2)), values.dtype)(values)
     reach = COVALENT_RADII[11] + COVALENT_RADII[17]
     assert told[0, :, 0].tolist() == pytest.approx([0.01 / reach, 0.5 / reach, 2.5 / reach])
     told.sum().backward()

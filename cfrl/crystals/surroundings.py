@@ -25,52 +25,59 @@ _TOUCHING = 0.01  # angstrom; nearer is the same
 _OVERLAP = 0.05  # the logarithm of a distance goes no further
 
 
-def surroundings(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
-    """(E, k, `SURROUNDINGS`): what k places of each of E sites have near, of earlier sites and of their own images.
-
-    Distances are in sums of covalent radii: the shortest and its logarithm; then the logarithm of one more than the
-    number of atoms in each of a set of soft shells, and the same with atoms weighted by how much their
-    electronegativity differs. Only the eight nearest cells are looked at. Gradients flow to the values.
+class Surroundings:
+    """What places of E sites have near, of earlier sites and of their own images: asked for any values of a coordinate.
 
     Args:
         crystal, site: (E,) which site of which crystal.
         axis: (E,) 0, 1 or 2: the coordinate that is not known; those after it must follow from it.
-        values: (E, k) what it might be, fractional.
+        dtype: of the values.
     """
-    with torch.autocast(values.device.type, enabled=False):  # distances need their digits
-        here = _places(crystals, crystal, site, axis, values)  # (E, k, 3)
-        row, other, triplet = _earlier_atoms(crystals, crystal, site)  # (P,) each
-        there = _atoms(crystals, crystal[row], other, triplet, other == site[row], here[row])  # (P, k, 3)
-        mine, theirs = crystals.species[crystal, site][row], crystals.species[crystal[row], other]
-        radius, charge = _table(COVALENT_RADII, values), _table(electronegativities(), values)
-        cells = crystals.lattice_matrix().to(values.dtype).nan_to_num(0, 0, 0)  # those that cannot be are drawn, too
-        distance = _distances(there - here[row], cells[crystal[row]]) / (radius[mine] + radius[theirs])[:, None]
-        itself = (other == site[row]) & (triplet == 0)
-        distance = distance.clamp(max=FAR).masked_fill(itself[:, None], FAR)  # (P, k)
-        nearest = torch.full_like(values, FAR).scatter_reduce(0, row[:, None].expand_as(distance), distance, "amin")
-        shells = torch.exp(-((distance.unsqueeze(-1) - _table(_CENTRES, values)) / _table(_WIDTHS, values)).square())
-        shells = shells * (distance < FAR).unsqueeze(-1)
-        polar = shells * (charge[mine] - charge[theirs]).abs()[:, None, None]
-        counts = values.new_zeros(*values.shape, 2 * len(_CENTRES)).index_add(0, row, torch.cat([shells, polar], -1))
-        return torch.cat([torch.stack([nearest, nearest.clamp(min=_OVERLAP).log()], -1), (1 + counts).log()], -1)
 
+    def __init__(self, crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, dtype: torch.dtype) -> None:
+        t, self.axis = tables(site.device), axis
+        self.group, self.letter = crystals.space_group[crystal], crystals.wyckoff[crystal, site]  # (E,)
+        self.coords = crystals.frac_coords[crystal, site].to(dtype)  # (E, 3)
+        self.row, other, triplet = _earlier_atoms(crystals, crystal, site)  # (P,) each
+        mine = crystal[self.row]  # (P,) so all that follows
+        self.own = other == site[self.row]
+        self.itself = self.own & (triplet == 0)
+        self.representative = crystals.frac_coords[mine, other].to(dtype)  # (P, 3)
+        operation = t.offset[crystals.space_group[mine], crystals.wyckoff[mine, other]] + triplet
+        self.rotation, self.translation = t.rotations[operation].to(dtype), t.translations[operation].to(dtype)
+        here, there = crystals.species[mine, site[self.row]], crystals.species[mine, other]
+        radius, charge = (_on_device(x, site.device).to(dtype) for x in (COVALENT_RADII, electronegativities()))
+        self.reach, self.polarity = radius[here] + radius[there], (charge[here] - charge[there]).abs()
+        cells = crystals.lattice_matrix().to(dtype).nan_to_num(0, 0, 0)  # those that cannot be are drawn, too
+        self.cell = cells[mine]  # (P, 3, 3)
 
-def _atoms(crystals: CrystalBatch, crystal: Tensor, site: Tensor, triplet: Tensor, own: Tensor, here: Tensor) -> Tensor:
-    """(P, k, 3) of P atoms by crystal, site and triplet, (P,) each; images of the places `here` (P, k, 3) if `own`."""
-    t = tables(here.device)
-    representative = crystals.frac_coords[crystal, site].to(here.dtype).unsqueeze(1)  # (P, 1, 3)
-    representative = torch.where(own[:, None, None], here, representative)
-    operation = t.offset[crystals.space_group[crystal], crystals.wyckoff[crystal, site]] + triplet
-    rotation, translation = t.rotations[operation].to(here.dtype), t.translations[operation].to(here.dtype)
-    return representative @ rotation.mT + translation.unsqueeze(1)
+    def __call__(self, values: Tensor) -> Tensor:
+        """(E, k, `SURROUNDINGS`) of fractional coordinates (E, k), to which gradients flow.
 
+        Distances are in sums of covalent radii: the shortest and its logarithm; then the logarithm of one more than the
+        number of atoms in each of a set of soft shells, and the same with atoms weighted by how much their
+        electronegativity differs. Only the eight nearest cells are looked at.
+        """
+        with torch.autocast(values.device.type, enabled=False):  # distances need their digits
+            here = self._places(values)[self.row]  # (P, k, 3)
+            there = torch.where(self.own[:, None, None], here, self.representative.unsqueeze(1))
+            there = there @ self.rotation.mT + self.translation.unsqueeze(1)
+            distance = _distances(there - here, self.cell) / self.reach[:, None]
+            distance = distance.clamp(max=FAR).masked_fill(self.itself[:, None], FAR)  # (P, k)
+            row, far = self.row[:, None].expand_as(distance), torch.full_like(values, FAR)
+            nearest = far.scatter_reduce(0, row, distance, "amin")
+            centres, widths = (_on_device(numbers, values.device).to(values.dtype) for numbers in (_CENTRES, _WIDTHS))
+            shells = torch.exp(-((distance.unsqueeze(-1) - centres) / widths).square())
+            shells = shells * (distance < FAR).unsqueeze(-1)
+            both = torch.cat([shells, shells * self.polarity[:, None, None]], -1)
+            counts = values.new_zeros(*values.shape, 2 * len(_CENTRES)).index_add(0, self.row, both)
+            return torch.cat([torch.stack([nearest, nearest.clamp(min=_OVERLAP).log()], -1), (1 + counts).log()], -1)
 
-def _places(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, values: Tensor) -> Tensor:
-    """(E, k, 3) the representative of each site with these values of one coordinate; tied ones follow."""
-    letter = crystals.wyckoff[crystal, site].unsqueeze(1).expand_as(values)
-    coords = crystals.frac_coords[crystal, site].to(values.dtype).unsqueeze(1)  # (E, 1, 3)
-    asked = torch.arange(3, device=axis.device) == axis[:, None, None]
-    return project_coords(crystals.space_group[crystal], letter, torch.where(asked, values.unsqueeze(-1), coords))
+    def _places(self, values: Tensor) -> Tensor:
+        """(E, k, 3) the representative of each site with these values of one coordinate; tied ones follow."""
+        asked = torch.arange(3, device=values.device) == self.axis[:, None, None]
+        coords = torch.where(asked, values.unsqueeze(-1), self.coords.unsqueeze(1))
+        return project_coords(self.group, self.letter.unsqueeze(1).expand_as(values), coords)
 
 
 def _earlier_atoms(crystals: CrystalBatch, crystal: Tensor, site: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,10 +106,6 @@ def _distances(delta: Tensor, matrix: Tensor) -> Tensor:
         stepped = (nearest.unsqueeze(-1) >> torch.arange(3, device=nearest.device)) & 1  # (P, k, 3)
     vector = torch.einsum("pki,pij->jpk", delta - whole + stepped * steps, matrix)
     return vector.square().sum(0).clamp(min=_TOUCHING**2).sqrt()
-
-
-def _table(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    return _on_device(numbers, like.device).to(like.dtype)
 
 
 @cache

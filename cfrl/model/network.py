@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.descriptors import element_descriptors, site_descriptors, space_group_descriptors
 from cfrl.crystals.elements import NUM_ELEMENTS
-from cfrl.crystals.surroundings import SURROUNDINGS, surroundings
+from cfrl.crystals.surroundings import SURROUNDINGS, Surroundings
 from cfrl.crystals.wyckoff import NUM_LETTERS, NUM_SPACE_GROUPS, tables
 from cfrl.model.distributions import IMPOSSIBLE, Categorical, LatticeMixture, SamplerOptions, VonMisesMixture
 from cfrl.model.layers import Block, DescribedEmbedding, KeyValueCache, rotary_table
@@ -87,6 +87,7 @@ class CrystalNetwork(nn.Module):
         self.coords_in = nn.ModuleList(nn.Linear(e + 2 * config.fourier, d) for _ in range(3))
         if config.order == "composition":
             self.site_in = nn.Linear(3 * e + _CELL, d)
+            self.register_buffer("nearby", torch.tensor(_NEARBY), persistent=False)
             self.place_in = nn.Linear(len(_NEARBY) * SURROUNDINGS, _PLACE)
             self.place_query = nn.Linear(d, _PLACE)
             self.place_out = nn.Linear(_PLACE, 3)
@@ -289,11 +290,10 @@ class CrystalNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Components (E, Kx) weighed, moved and narrowed by what stands around them; features (E, d)."""
         query = self.place_query(features).unsqueeze(1)  # (E, 1, h)
-        steps = torch.tensor(_NEARBY, dtype=mean.dtype, device=mean.device)
+        near = Surroundings(last.crystals, last.crystal, last.site, last.axis, mean.dtype)
         for _ in range(_ROUNDS):
-            places = (mean / (2 * math.pi) + 0.5).unsqueeze(-1) + steps  # (E, Kx, 3)
-            around = surroundings(last.crystals, last.crystal, last.site, last.axis, places.flatten(1))
-            around = around.unflatten(1, places.shape[1:]).flatten(2).to(features.dtype)
+            places = (mean / (2 * math.pi) + 0.5).unsqueeze(-1) + self.nearby.to(mean.dtype)  # (E, Kx, 3)
+            around = near(places.flatten(1)).unflatten(1, places.shape[1:]).flatten(2).to(features.dtype)
             hidden = F.gelu(self.place_in(around) + query, approximate="tanh")  # (E, Kx, h)
             weight, shift, narrow = self.place_out(hidden).to(mean.dtype).unbind(-1)
             logits, mean = logits + weight, mean + _FARTHEST * shift.tanh()

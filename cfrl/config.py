@@ -180,7 +180,7 @@ class DrawInputs(Wishes, SampleInputs):
         False, "Keep invalid crystals; else positions and cell are drawn again, then letters and elements too."
     )
     draw_size: Count | None = option(
-        None, "Crystals drawn at once; fewer need less memory; 0: 256 on a CPU, 8192 on a GPU.", unset=0
+        None, "Crystals drawn at once; fewer need less memory; 0: 256 to 1024 on a CPU, 8192 on a GPU.", unset=0
     )
     seed: Seed = option(0, "Same seed and device: same crystals.")
     device: str = option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...", choices=DEVICES)

@@ -102,13 +102,14 @@ def sample(
     batches, found, lot, drawn = [], 0, 0, 0
     while found < n:
         missing = n - found if wanted is None else max(n - found, LOT)
-        lots = torch.multinomial(shares, missing, True, generator=generator).split(draw_size or quickest(model.device))
+        size = draw_size or quickest(model.device, missing)
+        lots = torch.multinomial(shares, missing, True, generator=generator).split(size)
 
         def drawn_lot(number: int, lots: Sequence[Tensor] = lots, before: int = lot) -> CrystalBatch:
             of_lot = seeded(model.device, random_seed(seed, before + number))
             return _draw_valid(model, lots[number], options, keep_invalid, min_distance, min_contact, of_lot)
 
-        mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device)
+        mine = side_by_side(drawn_lot, range(ranks.rank, len(lots), ranks.size), model.device, processes=True)
         for first, own in zip_longest(range(0, len(lots), ranks.size), mine):
             own = own if wanted is None or own is None else own[torch.from_numpy(wanted(own))]
             for batch, groups in zip(ranks.gather(own), lots[first:], strict=False):
@@ -216,7 +217,7 @@ def weighted_draws(
     """
     free = replace(options, elements=None, max_atoms=None, favour=(), constraint=None)
     parts, weights = [], []
-    for part in groups.split(quickest(model.device)):
+    for part in groups.split(quickest(model.device, len(groups))):
         crystals = draw(model, part, options, generator)
         with torch.no_grad():
             scores = model.log_prob(crystals, free)

@@ -250,9 +250,13 @@ def chunk_size(device: torch.device, half: bool = False) -> int:
     return (128 if half else 32) if device.type == "cpu" else 512
 
 
-def draw_size(device: torch.device) -> int:
-    """Crystals drawn at once that go quickest: what fits a CPU's cache, or outweighs the launches of 24,000 kernels."""
-    return 256 if device.type == "cpu" else 8192
+def draw_size(device: torch.device, n: int) -> int:
+    """Crystals drawn at once, of n, that go quickest.
+
+    A step takes thousands of small operations however few crystals are left, and there are as many as the longest of
+    them has tokens: so many at once. On a CPU two lots of few, for two cores, do better than one.
+    """
+    return min(max(-(-n // 2), 256), 1024) if device.type == "cpu" else 8192
 
 
 def coordinate_slots(space_group: Tensor, wyckoff: Tensor) -> Tensor:

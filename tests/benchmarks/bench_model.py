@@ -19,10 +19,8 @@ from cfrl.config import DataConfig, PretrainConfig
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.datasets import load_dataset
 from cfrl.io.importing import read_files
-from cfrl.model.drawing import draw
-from cfrl.model.sampler import space_group_prior
+from cfrl.model.sampler import sample
 from cfrl.model.training import Trainer, epoch_batches
-from cfrl.model.transformer import draw_size
 from cfrl.runs.devices import choose_device
 
 MP_20 = Path(__file__).parents[3] / "shared" / "data" / "mp_20.csv.gz"
@@ -61,9 +59,8 @@ def rates(preset: str, data: CrystalBatch, batch_size: int, batches: int, device
         model.log_prob(some)
 
     scoring = count / seconds(score, device)
-    lot = draw_size(device)
-    groups = torch.multinomial(space_group_prior(model).exp(), max(count, lot), replacement=True)
-    sampling = len(groups) / seconds(lambda: [draw(model, part) for part in groups.split(lot)], device)
+    n = 2048 if device.type == "cpu" else 8192
+    sampling = n / seconds(lambda: sample(model, n, seed=0, keep_invalid=True), device)
     return [training, scoring, sampling]
 
 

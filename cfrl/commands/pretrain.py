@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from cfrl.config import PretrainConfig, read_run_config
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.packed import PackedCrystals
 from cfrl.errors import UserError
 from cfrl.files import atomic_file, provenance
-from cfrl.io.datasets import load_dataset
+from cfrl.io.datasets import Dataset
 from cfrl.model.files import Extras, load_model, save_model
 from cfrl.model.options import PRESETS
 from cfrl.model.training import Trainer, Watcher
@@ -164,26 +166,29 @@ def plot_losses(run: RunFolder) -> Path | None:
     return path
 
 
-def _datasets(config: PretrainConfig) -> tuple[CrystalBatch, CrystalBatch, Tensor | None]:
+def _datasets(config: PretrainConfig) -> tuple[PackedCrystals, CrystalBatch, Tensor | None]:
     """Crystals to train on and to validate, and how often an epoch shows each of the former, (n,)."""
-    limit = PRESETS[config.preset].max_sites - 1
     names, shown = _names(config), _weights(config)
-    parts: dict[str, list[CrystalBatch]] = {"train": [], "validation": []}
-    for name in names:
-        for split, found in parts.items():
-            crystals = load_dataset(name, split)
-            if split == "train" and not len(crystals):
-                raise UserError(f"{name}: no crystals to train on")
-            _refuse_impossible_cells(name, crystals)
-            found.append(crystals[crystals.num_sites <= limit])
-    train, validation = (CrystalBatch.cat(found).canonical() for found in parts.values())
+    limit = PRESETS[config.preset].max_sites - 1
+    parts = [PackedCrystals(_usable(name, "train", limit)) for name in names]
+    train = PackedCrystals(batch for part in parts for batch in part.batches()) if len(parts) > 1 else parts[0]
+    validation = CrystalBatch.cat(batch for name in names for batch in _usable(name, "validation", limit))
     if shown is None:
         return train, validation, None
-    sizes = torch.tensor([len(part) for part in parts["train"]])
-    weights = torch.tensor(shown).repeat_interleave(sizes)
+    weights = torch.tensor(shown).repeat_interleave(torch.tensor([len(part) for part in parts]))
     if round(float(weights.sum())) < 1:
         raise UserError(f"weights = {config.weights}: an epoch would show no crystal")
     return train, validation, weights
+
+
+def _usable(name: str, split: str, limit: int) -> Iterator[CrystalBatch]:
+    """The crystals of a dataset, some thousands at a time, but for those of more sites."""
+    dataset = Dataset(name, split)
+    if split == "train" and not dataset.size:
+        raise UserError(f"{name}: no crystals to train on")
+    for batch in dataset.batches():
+        _refuse_impossible_cells(name, batch)
+        yield batch[batch.num_sites <= limit].canonical()
 
 
 def _names(config: PretrainConfig) -> list[str]:

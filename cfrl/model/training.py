@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.crystals.packed import PackedCrystals
 from cfrl.crystals.substitution import substitute, substitution_table
 from cfrl.errors import NotFinite
 from cfrl.model.network import space_group_shares
@@ -55,7 +56,7 @@ class Trainer:
     def __init__(
         self,
         options: TrainingOptions,
-        train: CrystalBatch,
+        train: CrystalBatch | PackedCrystals,
         validation: CrystalBatch,
         device: torch.device,
         rank: int = 0,
@@ -65,9 +66,10 @@ class Trainer:
     ) -> None:
         """`weights`: (n,) how often an epoch shows each training crystal, on average; None: once."""
         self.options, self.device, self.rank, self.world = options, device, rank, world
-        self.train, self.validation, self.weights = train, validation, weights
+        self.train, self.validation, self.weights = PackedCrystals.of(train), validation, weights
         torch.manual_seed(options.seed)
-        self.model = initial_model(options, train, init, weights).to(device)
+        self.model = initial_model(options, self.train.space_group, init, weights).to(device)
+        self.tokens = torch.cat([self.model.num_tokens(part) for part in self.train.batches()])  # (n,)
         self.network = nn.parallel.DistributedDataParallel(self.model) if world > 1 else self.model
         self.average = AveragedModel(self.model, multi_avg_fn=self._average_weights) if options.ema else None
         self.optimizer = _optimizer(self.model, options)
@@ -96,7 +98,7 @@ class Trainer:
             while self.step < self.total_steps and not self._out_of_patience():
                 epoch, first = divmod(self.step, self.batches_per_epoch)
                 order = (self.options.batch_size, self.options.seed, epoch, self.weights)
-                batches = epoch_batches(self.model.num_tokens(self.train), *order)
+                batches = epoch_batches(self.tokens, *order)
                 for rows in batches[first:]:
                     self._train_step(rows)
                     if self.step % LOOK == 1:
@@ -118,7 +120,7 @@ class Trainer:
             group["lr"] = learning_rate(self.step, self.total_steps, self.options)
         # A function of the step alone: nothing about randomness needs to be saved.
         torch.manual_seed(hash((self.options.seed, self.step, self.rank)) % 2**63)
-        mine = self._exchanged(self.train[rows[self.rank :: self.world]].trim())
+        mine = self._exchanged(self.train[rows[self.rank :: self.world]])
         if self.options.augment:
             mine = mine.described_as((torch.rand(len(mine)) * mine.num_descriptions()).long())
         self.network.train()
@@ -274,18 +276,18 @@ class Trainer:
 
 def initial_model(
     options: TrainingOptions,
-    train: CrystalBatch,
+    space_group: Tensor,
     init: CrystalTransformer | None = None,
     weights: Tensor | None = None,
 ) -> CrystalTransformer:
-    """Random or given parameters, and the shares of space groups among the training crystals, weighted."""
+    """Random or given parameters, and the shares of the groups of the training crystals, (n,), weighted."""
     architecture = PRESETS[options.preset] if init is None else init.config
     if options.dropout is not None:
         architecture = replace(architecture, dropout=options.dropout)
     network = CrystalTransformer(architecture)
     if init is not None:
         network.load_state_dict(init.state_dict())
-    network.space_group_log_prob.copy_(space_group_shares(train.space_group, weights))
+    network.space_group_log_prob.copy_(space_group_shares(space_group.long(), weights))
     return network
 
 

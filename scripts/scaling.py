@@ -1,0 +1,128 @@
+"""How good a generator gets with its parameters, its data and its minutes: scaling.py TRAIN.h5 FOLDER
+
+Trains networks of several widths on nested shares of the training crystals, one after the other, as two processes each;
+run again, it goes on where it stopped. Then it fits
+
+    L(N, D) = E + A / N^a + B / D^b
+
+to the lowest validation losses (Hoffmann et al. 2022, arXiv 2203.15556, eq. 2; least squares in the place of its Huber
+loss), N parameters and D crystals, nats per crystal, and prints what that says of more. With so few runs the exponents
+are rough: the fit is repeated without each run in turn, and the spread is printed.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.optimize import least_squares
+
+from cfrl.io.storage import read_crystals, write_crystals
+from cfrl.model.files import Extras, save_model
+from cfrl.model.options import PRESETS
+from cfrl.model.transformer import CrystalTransformer
+
+WIDTHS, SHARES = (64, 128, 256), (0.25, 0.5, 1.0)
+EPOCHS = 12  # with all data; the more often, the fewer there are
+PROCESSES = 2
+WANTED = [("this network, 1.3 M crystals", 256, 1_300_000), ("width 512, 8 layers, 1.3 M crystals", 512, 1_300_000)]
+FACTORS = {"letters + species": ("wyckoff", "species"), "sum": ("wyckoff", "species", "coords", "lattice")}
+
+
+def network(width: int, layers: int = 4) -> CrystalTransformer:
+    torch.manual_seed(0)
+    return CrystalTransformer(
+        replace(PRESETS["wide"], model_size=width, num_heads=max(width // 64, 2), num_layers=layers)
+    )
+
+
+def size(model: CrystalTransformer) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def train(folder: Path, data: str, width: int, share: float) -> Path:
+    """The metrics of one training, which is done if it is not yet; its dataset is made first."""
+    place = folder / f"{width}-{share:g}"
+    place.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{share:g}.h5"
+    if not part.exists():
+        crystals, held = read_crystals(data, "train"), read_crystals(data, "validation")
+        order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
+        some = crystals[order[: round(share * len(crystals))]]
+        both = type(some).cat([some, held])
+        write_crystals(part, both, split=[0] * len(some) + [1] * len(held))
+    runs = list(place.glob("runs/*"))
+    if not (runs and (runs[0] / "finished").exists()):
+        save_model(network(width), place / "start.safetensors", Extras({}))
+        command = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "cfrl", "pretrain"]
+        command += ["--resume", "last"] if runs else ["--dataset", str(part.resolve()), *options(share)]
+        with (place / "log").open("a") as log:
+            subprocess.run(command, cwd=place, check=True, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return next(place.glob("runs/*")) / "metrics.csv"
+
+
+def options(share: float) -> list[str]:
+    given = {"init": "start.safetensors", "preset": "wide", "epochs": round(EPOCHS / share**0.5), "lr": 1.2e-3}
+    given |= {"weight-decay": 0.1, "dropout": 0.15, "exchange": 0.4}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def told(metrics: Path) -> dict[str, float]:
+    """The lowest sum of an epoch and of letters and elements alone, and the epoch of the first."""
+    with metrics.open() as file:
+        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+    losses = {name: [sum(row[f"validation/{f}"] for f in of) for row in rows] for name, of in FACTORS.items()}
+    best = int(np.argmin(losses["sum"]))
+    return {name: min(found) for name, found in losses.items()} | {"epoch": rows[best]["epoch"]}
+
+
+def loss(parameters: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """eq. 2; parameters are E and the logarithms of A, a, B, b, with N in millions and D in ten thousands."""
+    e, a, alpha, b, beta = parameters
+    return e + np.exp(a) * (n / 1e6) ** -np.exp(alpha) + np.exp(b) * (d / 1e4) ** -np.exp(beta)
+
+
+def fit(n: np.ndarray, d: np.ndarray, nats: np.ndarray) -> np.ndarray:
+    start = np.array([nats.min() - 2, 0.0, np.log(0.3), 0.5, np.log(0.3)])
+    return least_squares(lambda p: loss(p, n, d) - nats, start, loss="soft_l1", f_scale=0.1).x
+
+
+def show(rows: list[tuple[int, int, float, dict[str, float]]]) -> None:
+    table = Table("width", "parameters", "crystals", "best epoch", *FACTORS, title="validation, nats per crystal")
+    for width, parameters, crystals, found in rows:
+        cells = (f"{found[name]:.2f}" for name in FACTORS)
+        table.add_row(str(width), f"{parameters:,}", f"{crystals:,}", f"{found['epoch']:.0f}", *cells)
+    Console().print(table)
+    n, d = (np.array([row[i] for row in rows], dtype=float) for i in (1, 2))
+    for name in FACTORS:
+        nats = np.array([row[3][name] for row in rows])
+        fits = [fit(n, d, nats), *(fit(*(np.delete(x, i) for x in (n, d, nats))) for i in range(len(n)))]
+        e, a, alpha, b, beta = fits[0]
+        off = np.sqrt(np.mean((loss(fits[0], n, d) - nats) ** 2))
+        print(
+            f"{name}: {e:.2f} + {np.exp(a):.2f} (N / 1e6)^-{np.exp(alpha):.2f} "
+            f"+ {np.exp(b):.2f} (D / 1e4)^-{np.exp(beta):.2f}, off by {off:.2f}"
+        )
+        for text, width, crystals in WANTED:
+            layers = 8 if width > 256 else 4
+            at = np.array([size(network(width, layers))]), np.array([crystals])
+            some = [loss(f, *at)[0] for f in fits]
+            print(f"  {text}: {some[0]:.1f} nats ({min(some[1:]):.1f} to {max(some[1:]):.1f})")
+
+
+if __name__ == "__main__":
+    data, folder = sys.argv[1], Path(sys.argv[2])
+    rows = []
+    for share, width in product(SHARES, WIDTHS):
+        found = told(train(folder, data, width, share))
+        crystals = len(read_crystals(folder / f"{share:g}.h5", "train"))
+        rows.append((width, size(network(width)), crystals, found))
+        print(rows[-1], flush=True)
+    show(rows)

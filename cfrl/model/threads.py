@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import current_process
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ def side_by_side(
     if device.type != "cpu" or threads == 1 or len(pieces) < 2 or torch.is_grad_enabled():
         yield from map(work, pieces)
         return
-    if processes and sys.platform == "linux":
+    if processes and sys.platform == "linux" and not current_process().daemon:  # whose children are not allowed
         yield from _forked(work, pieces, threads)
         return
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.optimize import least_squares
 
+from cfrl.crystals.crystal import CrystalBatch
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.files import Extras, save_model
 from cfrl.model.options import PRESETS
@@ -56,8 +57,7 @@ def train(folder: Path, data: str, width: int, share: float) -> Path:
         crystals, held = read_crystals(data, "train"), read_crystals(data, "validation")
         order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
         some = crystals[order[: round(share * len(crystals))]]
-        both = type(some).cat([some, held])
-        write_crystals(part, both, split=[0] * len(some) + [1] * len(held))
+        write_crystals(part, CrystalBatch.cat([some, held]), split=[0] * len(some) + [1] * len(held))
     runs = list(place.glob("runs/*"))
     if not (runs and (runs[0] / "finished").exists()):
         save_model(network(width), place / "start.safetensors", Extras({}))

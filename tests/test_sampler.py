@@ -331,14 +331,14 @@ def test_atoms_that_overlap_are_moved_and_letters_and_elements_stay():
 
 
 def test_where_the_cell_comes_first_an_overlap_is_mended_as_it_is_drawn():
-    """Of the same letters and elements, hardly any is left; more than a third of them needs no second geometry."""
+    """Of the same letters and elements, hardly any is left; most need no second geometry."""
     model = cfrl.load_model("wide")
     assert model.config.order == "composition"
     as_they_come, apart = (sample(model, 256, seed=3, min_distance=0, min_contact=limit) for limit in (0, 0.7))
     overlap, still = as_they_come.closest_contacts() < 0.7, apart.closest_contacts() < 0.7
-    assert 20 < overlap.sum() < 100
+    assert 10 < overlap.sum() < 50
     assert still.sum() < overlap.sum() / 4
-    assert (apart.properties["draws"] > 1).sum() < overlap.sum() * 2 / 3
+    assert (apart.properties["draws"] > 1).sum() < overlap.sum() / 2
     assert torch.equal(as_they_come.wyckoff, apart.wyckoff)
     assert torch.equal(as_they_come.species, apart.species)
     with torch.no_grad():

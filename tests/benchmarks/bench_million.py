@@ -30,12 +30,12 @@ def hull(path: str) -> None:
     from cfrl.io.storage import iter_crystals
     from cfrl.stability.hull import ReferenceHull
 
-    rng, energies, hull = np.random.default_rng(0), [], None
+    rng, hull = np.random.default_rng(0), None
     for batch in iter_crystals(path):
         energies = rng.normal(-4, 1, len(batch))
-        part = ReferenceHull.from_compositions(batch, energies, "mp2020")
-        hull = part if hull is None else hull
-        if part is not hull:
+        if hull is None:
+            hull = ReferenceHull.from_compositions(batch, energies, "mp2020")
+        else:
             hull.add(batch, energies)
         last = batch[:QUERIES], energies[:QUERIES]
     hull.e_above_hull(*last)
@@ -50,7 +50,7 @@ def duplicates(path: str) -> None:
 
 
 def novelty(path: str) -> None:
-    """Which formulas are known, where all rows but the last are."""
+    """Which formulas are known, where those of all rows are."""
     from cfrl.crystals.known import KnownFormulas
     from cfrl.io.storage import iter_crystals
 

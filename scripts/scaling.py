@@ -10,7 +10,6 @@ loss), N parameters and D crystals, nats per crystal, and prints what that says 
 are rough: the fit is repeated without each run in turn, and the spread is printed.
 """
 
-import csv
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.files import Extras, save_model
 from cfrl.model.options import PRESETS
 from cfrl.model.transformer import CrystalTransformer
+from cfrl.runs.folder import RunFolder
 
 WIDTHS, SHARES = (64, 128, 256), (0.25, 0.5, 1.0)
 EPOCHS = 12  # with all data; the more often, the fewer there are
@@ -48,8 +48,8 @@ def size(model: CrystalTransformer) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def train(folder: Path, data: str, width: int, share: float) -> Path:
-    """The metrics of one training, which is done if it is not yet; its dataset is made first."""
+def train(folder: Path, data: str, width: int, share: float) -> RunFolder:
+    """The run of one training, which is done if it is not yet; its dataset is made first."""
     place = folder / f"{width}-{share:g}"
     place.mkdir(parents=True, exist_ok=True)
     part = folder / f"{share:g}.h5"
@@ -59,13 +59,13 @@ def train(folder: Path, data: str, width: int, share: float) -> Path:
         some = crystals[order[: round(share * len(crystals))]]
         write_crystals(part, CrystalBatch.cat([some, held]), split=[0] * len(some) + [1] * len(held))
     runs = list(place.glob("runs/*"))
-    if not (runs and (runs[0] / "finished").exists()):
+    if not (runs and RunFolder.open(runs[0]).finished):
         save_model(network(width), place / "start.safetensors", Extras({}))
         command = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "cfrl", "pretrain"]
         command += ["--resume", "last"] if runs else ["--dataset", str(part.resolve()), *options(share)]
         with (place / "log").open("a") as log:
             subprocess.run(command, cwd=place, check=True, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return next(place.glob("runs/*")) / "metrics.csv"
+    return RunFolder.open(next(place.glob("runs/*")))
 
 
 def options(share: float) -> list[str]:
@@ -74,13 +74,12 @@ def options(share: float) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def told(metrics: Path) -> dict[str, float]:
+def told(run: RunFolder) -> dict[str, float]:
     """The lowest sum of an epoch and of letters and elements alone, and the epoch of the first."""
-    with metrics.open() as file:
-        rows = [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
-    losses = {name: [sum(row[f"validation/{f}"] for f in of) for row in rows] for name, of in FACTORS.items()}
-    best = int(np.argmin(losses["sum"]))
-    return {name: min(found) for name, found in losses.items()} | {"epoch": rows[best]["epoch"]}
+    metrics = {name: np.array(column) for name, column in run.metrics().items()}
+    losses = {name: sum(metrics[f"validation/{factor}"] for factor in of) for name, of in FACTORS.items()}
+    best = losses["sum"].argmin()
+    return {name: found.min() for name, found in losses.items()} | {"epoch": metrics["epoch"][best]}
 
 
 def loss(parameters: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from rich.table import Table
 from scipy.optimize import least_squares
 
 from cfrl.crystals.crystal import CrystalBatch
+from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.files import Extras, save_model
 from cfrl.model.options import PRESETS
@@ -31,9 +32,11 @@ from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import RunFolder
 
 WIDTHS, SHARES = (64, 128, 256), (0.25, 0.5, 1.0)
-EPOCHS = 12  # with all data; the more often, the fewer there are
+EPOCHS = 8  # with all data; the more often, the fewer there are
 PROCESSES = 2
 WANTED = [("this network, 1.3 M crystals", 256, 1_300_000), ("width 512, 8 layers, 1.3 M crystals", 512, 1_300_000)]
+OPTIONS = {"init": "start.safetensors", "preset": "wide", "lr": "1.2e-3", "weight-decay": "0.1", "dropout": "0.15"}
+OPTIONS |= {"exchange": "0.4"}
 FACTORS = {"letters + species": ("wyckoff", "species"), "sum": ("wyckoff", "species", "coords", "lattice")}
 
 
@@ -48,38 +51,39 @@ def size(model: CrystalTransformer) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def train(folder: Path, data: str, width: int, share: float) -> RunFolder:
-    """The run of one training, which is done if it is not yet; its dataset is made first."""
-    place = folder / f"{width}-{share:g}"
+def train(place: Path, width: int, datasets: list[str], epochs: int, **given: str) -> RunFolder:
+    """The run of one training, which is done if it is not yet."""
     place.mkdir(parents=True, exist_ok=True)
+    runs = list(place.glob("runs/*"))
+    if not (runs and RunFolder.open(runs[0]).finished):
+        save_model(network(width), place / "start.safetensors", Extras({}))
+        given |= {"dataset": ",".join(datasets), "epochs": str(epochs)}
+        options = [word for name, value in (OPTIONS | given).items() for word in (f"--{name}", value)]
+        command = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "cfrl", "pretrain"]
+        with (place / "log").open("a") as log:
+            command += ["--resume", "last"] if runs else options
+            subprocess.run(command, cwd=place, check=True, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return RunFolder.open(next(place.glob("runs/*")))
+
+
+def share_of(data: str, share: float, folder: Path) -> str:
+    """A dataset of a share of the training crystals and all that are held apart; smaller shares are part of larger."""
     part = folder / f"{share:g}.h5"
     if not part.exists():
         crystals, held = read_crystals(data, "train"), read_crystals(data, "validation")
         order = torch.randperm(len(crystals), generator=torch.Generator().manual_seed(0))
         some = crystals[order[: round(share * len(crystals))]]
         write_crystals(part, CrystalBatch.cat([some, held]), split=[0] * len(some) + [1] * len(held))
-    runs = list(place.glob("runs/*"))
-    if not (runs and RunFolder.open(runs[0]).finished):
-        save_model(network(width), place / "start.safetensors", Extras({}))
-        command = ["torchrun", "--nproc-per-node", str(PROCESSES), "-m", "cfrl", "pretrain"]
-        command += ["--resume", "last"] if runs else ["--dataset", str(part.resolve()), *options(share)]
-        with (place / "log").open("a") as log:
-            subprocess.run(command, cwd=place, check=True, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return RunFolder.open(next(place.glob("runs/*")))
+    return str(part.resolve())
 
 
-def options(share: float) -> list[str]:
-    given = {"init": "start.safetensors", "preset": "wide", "epochs": round(EPOCHS / share**0.5), "lr": 1.2e-3}
-    given |= {"weight-decay": 0.1, "dropout": 0.15, "exchange": 0.4}
-    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
-
-
-def told(run: RunFolder) -> dict[str, float]:
-    """The lowest sum of an epoch and of letters and elements alone, and the epoch of the first."""
+def told(run: RunFolder, crystals: int) -> dict[str, float]:
+    """The lowest sum of an epoch and of letters and elements alone, and the epoch and minutes of the first."""
     metrics = {name: np.array(column) for name, column in run.metrics().items()}
     losses = {name: sum(metrics[f"validation/{factor}"] for factor in of) for name, of in FACTORS.items()}
     best = losses["sum"].argmin()
-    return {name: found.min() for name, found in losses.items()} | {"epoch": metrics["epoch"][best]}
+    minutes = (crystals / metrics["crystals_per_second"][: best + 1]).sum() / 60
+    return {name: found.min() for name, found in losses.items()} | {"epoch": metrics["epoch"][best], "minutes": minutes}
 
 
 def loss(parameters: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
@@ -94,10 +98,11 @@ def fit(n: np.ndarray, d: np.ndarray, nats: np.ndarray) -> np.ndarray:
 
 
 def show(rows: list[tuple[int, int, float, dict[str, float]]]) -> None:
-    table = Table("width", "parameters", "crystals", "best epoch", *FACTORS, title="validation, nats per crystal")
+    columns = ("width", "parameters", "crystals", "best epoch", "minutes to it", *FACTORS)
+    table = Table(*columns, title="validation, nats per crystal")
     for width, parameters, crystals, found in rows:
-        cells = (f"{found[name]:.2f}" for name in FACTORS)
-        table.add_row(str(width), f"{parameters:,}", f"{crystals:,}", f"{found['epoch']:.0f}", *cells)
+        cells = (f"{found['epoch']:.0f}", f"{found['minutes']:.1f}", *(f"{found[name]:.2f}" for name in FACTORS))
+        table.add_row(str(width), f"{parameters:,}", f"{crystals:,}", *cells)
     Console().print(table)
     n, d = (np.array([row[i] for row in rows], dtype=float) for i in (1, 2))
     for name in FACTORS:
@@ -118,10 +123,12 @@ def show(rows: list[tuple[int, int, float, dict[str, float]]]) -> None:
 
 if __name__ == "__main__":
     data, folder = sys.argv[1], Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for share, width in product(SHARES, WIDTHS):
-        found = told(train(folder, data, width, share))
-        crystals = len(read_crystals(folder / f"{share:g}.h5", "train"))
-        rows.append((width, size(network(width)), crystals, found))
+        part = share_of(data, share, folder)
+        run = train(folder / f"{width}-{share:g}", width, [part], round(EPOCHS / share**0.5))
+        crystals = Dataset(part, "train").size
+        rows.append((width, size(network(width)), crystals, told(run, crystals)))
         print(rows[-1], flush=True)
     show(rows)

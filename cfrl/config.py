@@ -509,7 +509,7 @@ class GrowConfig(EngineOptions, GrowthOptions, GrowInputs):
     THEMES: ClassVar = {
         "Candidates": ("substitute", "balance", "temperature", "max_atoms"),
         "What is kept": ("new", "within", "allow", "symprec"),
-        "Relaxation": ("potential", "fmax", "steps"),
+        "Relaxation": ("potential", "fmax", "steps", "give_up"),
         "Where it runs": ("lot", "lots", "workers", "engine", "address", "device"),
     }
 

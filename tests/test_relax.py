@@ -9,7 +9,7 @@ from pymatgen.core import Lattice, Structure
 from cfrl.potentials import load_potential
 from cfrl.potentials.cells import SymmetricCell
 from cfrl.potentials.chgnet import CHGNetPotential
-from cfrl.potentials.relax import relax, symmetric_modes
+from cfrl.potentials.relax import GIVEN_UP, PATIENCE, relax, symmetric_modes
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,21 @@ def test_steps_are_limited(chgnet):
     result = relax([triclinic()], chgnet, steps=3, fmax=1e-3)
     assert (result.steps[0], result.converged[0], result.status[0]) == (3, False, "")
     assert result.energy[0] < chgnet.compute([triclinic()]).energy[0]
+
+
+def test_what_is_above_its_ceiling_after_some_steps_is_given_up(chgnet):
+    """Between its energy at the tenth step and the end, a ceiling lets it go on only where it is lower than that."""
+    far, early, end = triclinic(), relax([triclinic()], chgnet, steps=PATIENCE), relax([triclinic()], chgnet)
+    assert end.steps[0] > PATIENCE
+    assert end.energy[0] < early.energy[0] - 1e-3
+    levels = early.energy[0] + np.array([-1e-3, 1e-3, np.inf, np.nan])
+    result = relax([far, far, far, far, salt()], chgnet, ceiling=[*levels, -np.inf])
+    assert result.status == [GIVEN_UP, "", "", "", ""]
+    assert result.steps[0] == PATIENCE
+    assert result.converged.tolist() == [False, True, True, True, True]
+    assert result.steps[4] < PATIENCE, "one that has converged by then is kept"
+    assert np.isnan(result.energy[0])
+    np.testing.assert_allclose(result.energy[1:4], end.energy[0], atol=1e-3)
 
 
 def test_crystals_are_replaced_as_they_finish_and_each_is_counted_once(chgnet, monkeypatch):

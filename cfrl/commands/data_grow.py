@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # What a candidate can meet, in the order in which it is asked.
 REASONS = (
     *("balance", "known", "element", "noble_gas", "not_neutral", "radioactive", "copy", "overlap", "relaxed"),
-    *("failed", "not_converged", "overlap_relaxed", "exploded", "symmetry"),
+    *("failed", "given_up", "not_converged", "overlap_relaxed", "exploded", "symmetry"),
     *("no_hull", "far_below_hull", "sparse_reference", "above_hull", "copy_relaxed", "duplicate", "lost", "kept"),
 )
 COLUMNS = ("energy_per_atom", "e_above_hull", "e_above_reference", "round", "lot", "source", "parent", "judge", "model")
@@ -143,7 +143,7 @@ class _Grower:
             with make_engine(config, choose_device(config.device).type) as engine:
                 while self.kept < config.n and not self._late():
                     began = time.monotonic()
-                    plan = growth.plan(config.model, prototypes, table, config.round)
+                    plan = growth.plan(config.model, prototypes, table, config.hull, config.round)
                     work = Work(self.run.path / "lots", engine, f"{config.round}", self.console)
                     numbers = range(self.lot + 1, self.lot + config.lots + 1)
                     records = work.run(

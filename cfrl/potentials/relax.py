@@ -29,6 +29,8 @@ BOND = 2.0  # angstrom; a strain counts as the change of such a bond
 SPRING, DECAY, FLOOR = 6.0, 3.0, 0.5  # eV/angstrom^2, per nearest distance, eV/angstrom^2
 NOISE = 1e-5  # eV/atom; float32 energies of the same crystal differ by as much
 COLLAPSED, EXPLODED = 0.25, 4.0  # volume against the start's
+PATIENCE = 10  # evaluations, after which a crystal far above its ceiling is given up
+GIVEN_UP = "given up: too high"
 SHAKE = 0.01  # angstrom; frees a crystal from the symmetry of its forces
 
 
@@ -103,6 +105,7 @@ def relax(
     steps: int = 200,
     cell: bool = True,
     keep_symmetry: bool = True,
+    ceiling: Sequence[float] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> RelaxResult:
     """Relax n crystals.
@@ -116,6 +119,8 @@ def relax(
         cell: relax the cell too.
         keep_symmetry: keep the space group found at the start; otherwise atoms are shaken by 0.01 angstrom first
             (the same way each time) and every coordinate is free.
+        ceiling: (n,) eV/atom, of which a crystal that is above after `PATIENCE` evaluations is given up, with a
+            status; None or infinite: none is.
         progress: called with the number of crystals done.
 
     Raises:
@@ -148,6 +153,8 @@ def relax(
         for i, (_, walk) in enumerate(active):
             walk.take(found.energy[i] * len(walk.start), found.forces[i], found.stress[i], found.status[i])
         for row, walk in active:
+            if ceiling is not None and walk.steps == PATIENCE and not walk.ended:
+                walk.give_up_above(ceiling[row], potential)
             if walk.ended:
                 finish(row, walk.result(potential))
         active = [(row, walk) for row, walk in active if not walk.ended]
@@ -198,6 +205,11 @@ class _Walk:
         if self.steps >= self.max_steps:
             return self._end("")
         self._propose()
+
+    def give_up_above(self, energy: float, potential: Potential) -> None:
+        """End the walk if it has come no lower than this, eV/atom."""
+        if self.result(potential).energy > energy:
+            self._end(GIVEN_UP)
 
     def result(self, potential: Potential) -> Relaxed:
         """With the corrections that the potential's energies need."""

@@ -28,12 +28,14 @@ from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model
 from cfrl.model.sampler import sample
 from cfrl.model.transformer import CrystalTransformer
+from cfrl.potentials.relax import GIVEN_UP
 from cfrl.runs.devices import choose_device
 from cfrl.runs.journal import Record
 from cfrl.screening import balance, stages
 from cfrl.screening.options import GrowthOptions
 from cfrl.screening.pipeline import restore
 from cfrl.stability.flags import APART, OVERLAP, relaxation_flags
+from cfrl.stability.hull import ReferenceHull
 
 MODEL, SUBSTITUTION = SOURCES = ("model", "substitution")
 _LEAST, _AT_ONCE = 64, 256  # candidates made in one go
@@ -51,6 +53,7 @@ class Plan:
     accept: for each of `SOURCES` the probability that a candidate passes, `balance.SHAPE`.
     refusal: the guards of a composition. seen: keys (`near_copies`) of what there is already.
     exploded: whether crystals are kept that came apart.
+    hull: the reference, as `ReferenceHull.load` takes it.
     """
 
     options: GrowthOptions
@@ -62,6 +65,7 @@ class Plan:
     refusal: Refusal
     seen: KnownFormulas
     exploded: bool
+    hull: str | None
 
 
 def source_of(lot: int, substituted: float) -> str:
@@ -90,7 +94,8 @@ def _run_lot(lot: int, plan: Plan) -> Record:
     crystals = picker.pick()
     structures = crystals.to_structures()
     how = stages.Relaxation(options.fmax, options.steps, keep_symmetry=True)
-    relaxed = stages.relax(structures, options.potential, options.device, how) if structures else []
+    ceiling = _ceiling(crystals, plan)
+    relaxed = stages.relax(structures, options.potential, options.device, how, ceiling) if structures else []
     picker.counts["relaxed"] = len(relaxed)
     sound = [row for row, record in enumerate(relaxed) if picker.passes(_fault(record, plan.exploded))]
     dropped: dict[int, str] = {}
@@ -180,8 +185,18 @@ class _Picker:
         return ""
 
 
+def _ceiling(crystals: CrystalBatch, plan: Plan) -> np.ndarray | None:
+    """(n,) eV/atom, above which a relaxation is given up; NaN, above which nothing is, where the hull is not known."""
+    if plan.options.give_up is None:
+        return None
+    below = _hull(plan.hull).e_above_hull(crystals, np.zeros(len(crystals))).e_above_hull
+    return plan.options.within + plan.options.give_up - below
+
+
 def _fault(record: Record, exploded: bool) -> str:
     """What is wrong with a relaxation, or ""."""
+    if record["status"] == GIVEN_UP:
+        return "given_up"
     if record["status"] or "structure" not in record:
         return "failed"
     if not record["converged"]:
@@ -224,6 +239,12 @@ def dense(sparse: list[list[int]]) -> np.ndarray:
 def _model(path: str, device: str) -> CrystalTransformer:
     """Loaded once in a worker process."""
     return load_model(path, choose_device(device))
+
+
+@cache
+def _hull(path: str | None) -> ReferenceHull:
+    """Loaded once in a worker process."""
+    return ReferenceHull.load(path)
 
 
 @cache

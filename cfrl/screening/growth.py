@@ -85,8 +85,10 @@ class Growth:
         if len(grown) and "e_above_reference" in grown.properties:
             self._add_phases(grown, grown.properties["energy_per_atom"].numpy())
 
-    def plan(self, model: str, prototypes: Iterable[str], table: np.ndarray, number: int = 1) -> Plan:
-        """For the next lots of a round of this number, from what came of the earlier ones."""
+    def plan(
+        self, model: str, prototypes: Iterable[str], table: np.ndarray, hull: str | None = None, number: int = 1
+    ) -> Plan:
+        """For the next lots of a round of this number, from what came of the earlier ones; `Plan` names the rest."""
         tallies = self.tallies
         accept = {
             source: balance.acceptance(
@@ -106,6 +108,7 @@ class Growth:
             Refusal(guards, self._known),
             KnownFormulas.of(self._keys),
             "exploded" not in self.flags,
+            hull,
         )
 
     def take(self, record: Record) -> tuple[CrystalBatch, dict[str, np.ndarray], Counter[str]]:

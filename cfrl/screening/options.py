@@ -134,6 +134,11 @@ class GrowthOptions(Settings):
         0.05, "eV/angstrom; the relaxation ends when all forces are smaller."
     )
     steps: Count = option(200, "Steps of the relaxation at most; what is not relaxed by then is dropped.")
+    give_up: Annotated[float, Range(0, 10)] | None = option(
+        0.3,
+        "eV/atom beyond --within; what is above this after 10 steps of relaxation is given up; negative: nothing is.",
+        unset=-1.0,
+    )
     symprec: Tolerance = option(
         0.05, "Angstrom; how far atoms of a relaxed crystal may be off the symmetry that is looked for."
     )

@@ -26,6 +26,8 @@ from cfrl.screening import voids
 from cfrl.stability.flags import APART, OVERLAP
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pymatgen.core import Structure
 
     from cfrl.potentials import Evaluation
@@ -142,8 +144,14 @@ class Relaxation:
     keep_symmetry: bool
 
 
-def relax(structures: list[Structure], potential: str, device: str, settings: Relaxation) -> list[Record]:
-    """Relax positions and cell.
+def relax(
+    structures: list[Structure],
+    potential: str,
+    device: str,
+    settings: Relaxation,
+    ceiling: Sequence[float] | None = None,
+) -> list[Record]:
+    """Relax positions and cell; what is far above its ceiling (eV/atom) soon is given up.
 
     Records: `energy_per_atom` (eV), `energy_scale`, `converged`, `relax_steps`, `rmsd` (angstrom),
     `volume_change` (relative), `status`, and `structure` where it has one: the end, or the last sound point.
@@ -151,9 +159,8 @@ def relax(structures: list[Structure], potential: str, device: str, settings: Re
     from cfrl.potentials.relax import relax as relax_structures
 
     model = loaded(potential, device)
-    result = relax_structures(
-        structures, model, fmax=settings.fmax, steps=settings.steps, keep_symmetry=settings.keep_symmetry
-    )
+    how = {"fmax": settings.fmax, "steps": settings.steps, "keep_symmetry": settings.keep_symmetry}
+    result = relax_structures(structures, model, **how, ceiling=ceiling)
     records = []
     for i, structure in enumerate(result.structures):
         record = {

@@ -19,7 +19,7 @@ from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
-from cfrl.model.layers import KeyValueCache
+from cfrl.model.layers import KeyValueCache, packed
 from cfrl.model.network import TOKENS, unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
 from cfrl.model.published import import_published, read_checkpoint
@@ -231,8 +231,10 @@ def test_cached_decoding_equals_the_full_pass(descriptors):
         full = model.transform(tokens, torch.arange(31))
         cache, rows = KeyValueCache(TINY.num_layers), torch.arange(6)
         for position in range(31):
-            if position == 13:  # two crystals finish: the batch is compacted
-                keep = torch.tensor([True, False, True, True, False, True])
+            if position in (13, 20):  # some crystals finish: the batch is compacted
+                running = [True, False, True, True, False, True] if position == 13 else [False, True, False, True]
+                keep = packed(torch.tensor(running))
+                assert sorted(keep.tolist()) == [row for row, on in enumerate(running) if on]
                 cache.select(keep)
                 rows = rows[keep]
             step = model.transform(tokens[rows, position : position + 1], torch.tensor([position]), cache)[:, 0]

@@ -35,9 +35,12 @@ class KeyValueCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only these sequences: rows (B,) bool or their numbers."""
-        self.keys = [store[rows] for store in self.keys]
-        self.values = [store[rows] for store in self.values]
+        """Keeps only these sequences, numbers (k,) as `packed` orders them: what stays in its place is not copied."""
+        moved = (rows >= len(rows)).nonzero()[:, 0]
+        for stores in (self.keys, self.values):
+            for store in stores:
+                store[moved, :, : self.length] = store[rows[moved], :, : self.length]
+            stores[:] = [store[: len(rows)] for store in stores]
 
     def blank(self, sequences: int, room: int) -> KeyValueCache:
         """One of as many layers that holds nothing yet, with room for so many tokens of so many sequences."""
@@ -57,6 +60,14 @@ class KeyValueCache:
         """Of another cache, as long as this one, what it holds from token `start` on: its rows `theirs` for `rows`."""
         for mine, new in zip(self.keys + self.values, other.keys + other.values, strict=True):
             mine[rows, :, start : self.length] = new[theirs, :, start : self.length]
+
+
+def packed(kept: Tensor) -> Tensor:
+    """(k,) numbers of the sequences that are kept, (B,) bool: each in its place, the last ones where others go."""
+    k = int(kept.sum())
+    rows = torch.arange(k, device=kept.device)
+    rows[~kept[:k]] = k + kept[k:].nonzero()[:, 0]
+    return rows
 
 
 class Attention(nn.Module):

@@ -46,7 +46,7 @@ cfrl model pack "$(trained fourth)" -o cfrl/assets/stable.safetensors \
 
 # The grown dataset: crystals of our own near the hull (2 cores: 4,000 to 9,000 an hour); a later round draws from `wide`
 [ -f "$work/grown.h5" ] || cfrl data grow -o "$work/grown.h5" --model stable --known "$work/known.h5" \
-    --hull "$data/mp_energies.csv.gz" --lots 32 --balance 0.4 --substitute 0.3 --seed 11 -n 7900
+    --hull "$data/mp_energies.csv.gz" --lots 32 --balance 0.4 --substitute 0.3 --seed 11 -n 12000
 python scripts/make_grown.py "$work/grown.h5"
 
 # The wide generator, as two processes on two cores (torchrun --nproc-per-node 2 -m cfrl for cfrl) about three hours. The

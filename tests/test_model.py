@@ -19,7 +19,7 @@ from cfrl.errors import UserError
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.drawing import draw
 from cfrl.model.files import Extras, load_extras, load_model, save_model
-from cfrl.model.layers import KeyValueCache, packed
+from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import TOKENS, unscale_lattice
 from cfrl.model.options import PRESETS, ModelConfig
 from cfrl.model.published import import_published, read_checkpoint
@@ -233,9 +233,8 @@ def test_cached_decoding_equals_the_full_pass(descriptors):
         for position in range(31):
             if position in (13, 20):  # some crystals finish: the batch is compacted
                 running = [True, False, True, True, False, True] if position == 13 else [False, True, False, True]
-                keep = packed(torch.tensor(running))
+                keep = cache.select(torch.tensor(running))
                 assert sorted(keep.tolist()) == [row for row, on in enumerate(running) if on]
-                cache.select(keep)
                 rows = rows[keep]
             step = model.transform(tokens[rows, position : position + 1], torch.tensor([position]), cache)[:, 0]
             torch.testing.assert_close(step, full[rows, position], atol=1e-12, rtol=0)

@@ -17,7 +17,7 @@ from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.symmetry import constrain_lattice, project_coords
 from cfrl.crystals.wyckoff import tables
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.layers import KeyValueCache, packed
+from cfrl.model.layers import KeyValueCache
 from cfrl.model.network import LastCoordinates, unscale_lattice
 from cfrl.model.transformer import AXES, FACTORS, CrystalTransformer, coordinate_slots, last_free_axis
 
@@ -184,11 +184,9 @@ class _Drawing:
         lattice = unscale_lattice(scaled.to(self.model.dtype), self.atoms[stopped])
         self.lattice[done] = constrain_lattice(self.space_group[done], lattice)
         self._leave(stopped)
-        running = packed(~stopped)
+        running = self.cache.select(~stopped)
         for name in ("rows", "group", "letter", "atoms", "features", "state"):
             setattr(self, name, getattr(self, name)[running])
-        if len(self.rows):
-            self.cache.select(running)
 
     def _elements(self, site: int) -> None:
         self.atoms = self.atoms + self.tables.multiplicity[self.group, self.letter]
@@ -312,11 +310,9 @@ class _CompositionFirst(_Drawing):
         """The batch goes on with these, (B,) bool."""
         if running.all():
             return
-        left = packed(running)
+        left = self.cache.select(running)
         for name in ("rows", "seen", "at", "tried", "nats"):
             setattr(self, name, getattr(self, name)[left])
-        if len(self.rows):
-            self.cache.select(left)
 
     def _next_token(self) -> None:
         """One more of each crystal, and the coordinate that comes after it, if one does."""

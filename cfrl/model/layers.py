@@ -34,13 +34,18 @@ class KeyValueCache:
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps only these sequences, numbers (k,) as `packed` orders them: what stays in its place is not copied."""
-        moved = (rows >= len(rows)).nonzero()[:, 0]
+    def select(self, kept: Tensor) -> Tensor:
+        """Keeps only these sequences, (B,) bool, and returns their numbers (k,) as they stand from now on.
+
+        Each stays in its place, but for the last ones, which go where others went: so little has to be copied.
+        """
+        k = int(kept.sum())
+        gaps, last = (~kept[:k]).nonzero()[:, 0], k + kept[k:].nonzero()[:, 0]
         for stores in (self.keys, self.values):
             for store in stores:
-                store[moved, :, : self.length] = store[rows[moved], :, : self.length]
-            stores[:] = [store[: len(rows)] for store in stores]
+                store[gaps, :, : self.length] = store[last, :, : self.length]
+            stores[:] = [store[:k] for store in stores]
+        return torch.arange(k, device=kept.device).index_put((gaps,), last)
 
     def blank(self, sequences: int, room: int) -> KeyValueCache:
         """One of as many layers that holds nothing yet, with room for so many tokens of so many sequences."""
@@ -60,14 +65,6 @@ class KeyValueCache:
         """Of another cache, as long as this one, what it holds from token `start` on: its rows `theirs` for `rows`."""
         for mine, new in zip(self.keys + self.values, other.keys + other.values, strict=True):
             mine[rows, :, start : self.length] = new[theirs, :, start : self.length]
-
-
-def packed(kept: Tensor) -> Tensor:
-    """(k,) numbers of the sequences that are kept, (B,) bool: each in its place, the last ones where others go."""
-    k = int(kept.sum())
-    rows = torch.arange(k, device=kept.device)
-    rows[~kept[:k]] = k + kept[k:].nonzero()[:, 0]
-    return rows
 
 
 class Attention(nn.Module):

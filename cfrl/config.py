@@ -48,7 +48,7 @@ USER_FILE = "cfrl.toml"
 # What the shell's Tab key offers. The modules that own these names check them; so does tests/test_completion.py.
 DATASETS = ("prototypes", "structure-types", "grown", "mp-20", "alex-20", "mpts-52", "perov-5", "carbon-24")
 NO_TYPES = "none"
-EMBEDDED = ("default", "wide", "stable")
+EMBEDDED = ("default", "small", "stable")
 REFUSED = ("known", "element", "noble_gas", "not_neutral", "radioactive")
 REWARDS = (
     "ehull",
@@ -87,7 +87,7 @@ class PretrainInputs(Settings):
     )
     init: str | None = option(
         None,
-        "Start from these weights: a file, a run folder, `last`, `default`, `wide`, `stable`; empty: from random ones.",
+        "Start from these: a weights file, a run folder, `last`, `default`, `small`, `stable`; empty: random ones.",
         choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
@@ -136,9 +136,9 @@ class ModelInput(Settings):
 
     model: str | None = option(
         None,
-        "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, `wide` (larger, slower, "
-        "closer to real crystals), or `stable` (tuned by `sun`: most of its crystals are new and near the hull); "
-        "empty: default.",
+        "A weights file, a run folder, `last` (the newest run), or an embedded one: `default`, `small` (quicker, "
+        "further from real crystals), or `stable` (small, tuned by `sun`: most of its crystals are new and near the "
+        "hull); empty: default.",
         choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )
@@ -212,7 +212,7 @@ class FinetuneInputs(Settings):
     reward: str = option("ehull", "What to maximise: a name or formula of `cfrl rewards`.", choices=REWARDS)
     model: str | None = option(
         None,
-        "Model to tune: a weights file, a run folder, `last`, `default`, `wide`, `stable` (embedded); empty: default, "
+        "Model to tune: a weights file, a run folder, `last`, `default`, `small`, `stable` (embedded); empty: default, "
         "but stable where a property is sought among what lasts (the guard `unstable`).",
         choices=(*EMBEDDED, "last", RUNS),
         unset="",
@@ -480,7 +480,7 @@ class GrowInputs(Settings):
 
     model: str | None = option(
         None,
-        "Draw from this: a weights file, a run folder, `last`, `default`, `wide`, `stable` (embedded); empty: default.",
+        "Draw from this: a weights file, a run folder, `last`, `default`, `small`, `stable`; empty: default.",
         choices=(*EMBEDDED, "last", RUNS),
         unset="",
     )

@@ -6,7 +6,7 @@
 Wanted: a band gap of 1.0 to 1.8 eV (by the embedded predictor), within 0.1 eV/atom of the hull (by CHGNet), both after
 a full relaxation. PODGen samples P(C) P(y | C) by Markov chains; so does `cfrl sample --toward`. `cfrl finetune` learns
 the same distribution, and the base model just draws. Chains and tuning get equally many minutes. A find is a success
-whose formula the embedded model did not learn from, no element alone, that meets no guard of a screening; each once.
+whose formula the embedded models did not learn from, no element alone, that meets no guard of a screening; each once.
 
 What a list of finds costs: the minutes before the first crystal, then for each find 1 / (finds per crystal) crystals,
 each drawn and screened. For chains a crystal more costs its share of their sweeps, by how much the chains forget
@@ -106,9 +106,9 @@ def tell(name: str, road: Road, folder: Path) -> Told:
     return Told(near.mean(), window.mean(), success.mean(), (success & sound & new & first).mean(), seconds)
 
 
-# A search for a property starts from `stable`, which is `default` tuned for new compounds near the hull.
+# A search for a property starts from `stable`, which is `small` tuned for new compounds near the hull.
 ROADS: dict[str, tuple[Callable[[str, int, float], Road], str]] = {
-    "default": (draws, "default"),
+    "small": (draws, "small"),
     "stable": (draws, "stable"),
     "chains": (chains, "stable"),
     "tuned": (tuned, "stable"),

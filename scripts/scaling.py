@@ -35,7 +35,7 @@ WIDTHS, SHARES = (64, 128, 256), (0.25, 0.5, 1.0)
 EPOCHS = 8  # with all data; the more often, the fewer there are
 PROCESSES = 2
 WANTED = [("this network, 1.3 M crystals", 256, 1_300_000), ("width 512, 8 layers, 1.3 M crystals", 512, 1_300_000)]
-OPTIONS = {"init": "start.safetensors", "preset": "wide", "lr": "1.2e-3", "weight-decay": "0.1", "dropout": "0.15"}
+OPTIONS = {"init": "start.safetensors", "preset": "default", "lr": "1.2e-3", "weight-decay": "0.1", "dropout": "0.15"}
 OPTIONS |= {"exchange": "0.4"}
 FACTORS = {"letters + species": ("wyckoff", "species"), "sum": ("wyckoff", "species", "coords", "lattice")}
 
@@ -43,7 +43,7 @@ FACTORS = {"letters + species": ("wyckoff", "species"), "sum": ("wyckoff", "spec
 def network(width: int, layers: int = 4) -> CrystalTransformer:
     torch.manual_seed(0)
     return CrystalTransformer(
-        replace(PRESETS["wide"], model_size=width, num_heads=max(width // 64, 2), num_layers=layers)
+        replace(PRESETS["default"], model_size=width, num_heads=max(width // 64, 2), num_layers=layers)
     )
 
 

@@ -19,7 +19,7 @@ def crystals() -> cfrl.CrystalBatch:
     return cfrl.sample(cfrl.load_model(device="cpu"), 64, seed=0)
 
 
-@pytest.mark.parametrize("name", ["default", "wide"])
+@pytest.mark.parametrize("name", ["default", "small"])
 def test_log_probabilities(crystals, name):
     """Within 1e-3 nats for each crystal and factor, in float32."""
     here, there = (cfrl.load_model(name, device).log_prob(crystals.to(device)) for device in ("cpu", DEVICE))
@@ -27,7 +27,7 @@ def test_log_probabilities(crystals, name):
         torch.testing.assert_close(there[factor].cpu(), values, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["default", "wide"])
+@pytest.mark.parametrize("name", ["default", "small"])
 def test_what_is_drawn_has_the_log_probability_that_the_sampler_says(name):
     model = cfrl.load_model(name, DEVICE)
     groups = torch.tensor([1, 2, 14, 62, 139, 166, 194, 221, 225, 227], device=DEVICE).repeat(100)

@@ -478,8 +478,9 @@ def test_added_rows_of_others_are_left_alone(folder, straight, tmp_path):
 
 def test_embedded_crystals_are_what_their_card_says():
     crystals = load_dataset("grown")
-    guards = Refusal(REFUSED, KnownFormulas.embedded())
+    guards = Refusal(REFUSED, KnownFormulas.of(load_dataset("structure-types").formulas()))
     assert not any(guards.reasons(crystals.formulas())), "known, not neutral, radioactive, ..."
+    assert KnownFormulas.embedded().holds(crystals.formulas()).all(), "what the default generator learnt from"
     assert crystals.valid(min_contact=0.7).all()
     assert (crystals.properties["e_above_hull"] <= 0.1).all()
     assert (crystals.properties["e_above_hull"] >= crystals.properties["e_above_reference"].clamp(min=0) - 1e-9).all()

@@ -31,11 +31,11 @@ def crystals():
 
 @pytest.fixture(scope="module")
 def model(crystals):
-    return cfrl.pretrain(crystals, crystals[:10], preset="small", epochs=30, batch_size=20, lr=4e-3, warmup=5, seed=1)
+    return cfrl.pretrain(crystals, crystals[:10], preset="tiny", epochs=30, batch_size=20, lr=4e-3, warmup=5, seed=1)
 
 
 def test_training_learns(model, crystals):
-    untrained = cfrl.pretrain(crystals, preset="small", epochs=1, lr=1e-9, seed=1)
+    untrained = cfrl.pretrain(crystals, preset="tiny", epochs=1, lr=1e-9, seed=1)
     better = sum(model.log_prob(crystals).values()) - sum(untrained.log_prob(crystals).values())
     assert (better > 0).double().mean() > 0.9
     assert not better.requires_grad

@@ -321,8 +321,8 @@ def test_last_is_the_newest_run_with_weights(tmp_path, monkeypatch):
 
 
 def test_packed_models_are_half_as_large_and_name_no_folder(tmp_path):
-    model = CrystalTransformer(PRESETS["small"])
-    header = {"preset": "small", "base_model": "/home/anna/base", "dataset": "/home/anna/mp.h5", "reward": "contact"}
+    model = CrystalTransformer(PRESETS["tiny"])
+    header = {"preset": "tiny", "base_model": "/home/anna/base", "dataset": "/home/anna/mp.h5", "reward": "contact"}
     known = KnownFormulas.of(["BaTiO3"])
     save_model(model, tmp_path / "whole.safetensors", Extras(header, Refusal(["known"], known)))
     pack_model(tmp_path / "whole.safetensors", tmp_path / "packed.safetensors")
@@ -330,7 +330,7 @@ def test_packed_models_are_half_as_large_and_name_no_folder(tmp_path):
     assert extras.refusal.reasons(["BaTiO3", "NaCl"]) == ["known", ""]
     packed = extras.header
     assert not any("/home" in value for value in packed.values())
-    assert (packed["preset"], packed["dataset"], packed["reward"]) == ("small", "mp.h5", "contact")
+    assert (packed["preset"], packed["dataset"], packed["reward"]) == ("tiny", "mp.h5", "contact")
     assert (tmp_path / "packed.safetensors").stat().st_size < 0.6 * (tmp_path / "whole.safetensors").stat().st_size
     for name, weights in load_model(tmp_path / "packed.safetensors").state_dict().items():
         torch.testing.assert_close(weights, model.state_dict()[name], rtol=1e-3, atol=1e-6)

@@ -45,7 +45,7 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
 
 
 def settings(data: Path, **changes) -> PretrainConfig:
-    return PretrainConfig(**{"dataset": str(data), "preset": "small", "epochs": 3, "batch_size": 16, **changes})
+    return PretrainConfig(**{"dataset": str(data), "preset": "tiny", "epochs": 3, "batch_size": 16, **changes})
 
 
 def test_an_interrupted_run_continues_exactly(dataset, monkeypatch):
@@ -151,7 +151,7 @@ def test_settings_beside_resume_win(dataset):
 
 
 def test_kill_9_leaves_a_run_that_resumes(dataset, tmp_path):
-    command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "small"]
+    command = [sys.executable, "-m", "cfrl.cli", "pretrain", "--dataset", str(dataset), "--preset", "tiny"]
     command += ["--epochs", "5000", "--batch-size", "16", "--checkpoint-minutes", "0.01"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
@@ -180,7 +180,7 @@ import torch
 from cfrl.config import PretrainConfig
 from cfrl.commands.pretrain import pretrain
 torch.set_num_threads(1)
-pretrain(PretrainConfig(dataset={dataset!r}, preset="small", epochs=2, batch_size=16, dropout=0.0, device="cpu"))
+pretrain(PretrainConfig(dataset={dataset!r}, preset="tiny", epochs=2, batch_size=16, dropout=0.0, device="cpu"))
 """
 
 
@@ -224,7 +224,7 @@ def test_a_small_model_learns_50_real_crystals_by_heart():
     crystals = crystals[torch.linspace(0, len(crystals) - 1, 50).long()]
     write_crystals("fifty.h5", crystals)
     training = {"epochs": 400, "batch_size": 50, "lr": 4e-3, "warmup": 20, "ema": 0.98, "validate_every": 100}
-    config = PretrainConfig(dataset="fifty.h5", preset="small", dropout=0.0, weight_decay=0.0, **training)
+    config = PretrainConfig(dataset="fifty.h5", preset="tiny", dropout=0.0, weight_decay=0.0, **training)
     run = pretrain(config)
     model = load_model(run.path)
     drawn = sample(model, 150, seed=0)

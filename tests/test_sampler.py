@@ -315,7 +315,8 @@ def test_invalid_crystals_are_drawn_again_in_their_own_group():
 
 def test_atoms_that_overlap_are_moved_and_letters_and_elements_stay():
     """Rare kinds of crystals overlap most: if they were drawn anew, there would be fewer of them."""
-    model = cfrl.load_model()
+    model = cfrl.load_model("small")
+    assert model.config.order != "composition"
     as_they_come, apart = (sample(model, 96, seed=3, min_distance=0, min_contact=limit) for limit in (0, 0.7))
     overlap, still = as_they_come.closest_contacts() < 0.7, apart.closest_contacts() < 0.7
     assert 10 < overlap.sum() < 50
@@ -332,7 +333,7 @@ def test_atoms_that_overlap_are_moved_and_letters_and_elements_stay():
 
 def test_where_the_cell_comes_first_an_overlap_is_mended_as_it_is_drawn():
     """Of the same letters and elements, hardly any is left; most need no second geometry."""
-    model = cfrl.load_model("wide")
+    model = cfrl.load_model()
     assert model.config.order == "composition"
     as_they_come, apart = (sample(model, 256, seed=3, min_distance=0, min_contact=limit) for limit in (0, 0.7))
     overlap, still = as_they_come.closest_contacts() < 0.7, apart.closest_contacts() < 0.7

@@ -11,7 +11,7 @@ from rich.console import Console
 from cfrl.errors import UserError
 from cfrl.files import check_writable
 from cfrl.io.datasets import load_dataset
-from cfrl.model.files import Extras, load_extras, load_model, model_path, save_model
+from cfrl.model.files import EMBEDDED, Extras, load_extras, load_model, model_path, save_model
 from cfrl.model.network import space_group_shares
 from cfrl.model.published import import_published, read_checkpoint
 
@@ -42,6 +42,8 @@ def pack_model(model: str | Path, output: str | Path, dataset: str | None = None
     told = ("preset", "training_crystals", "metrics", "reward", "algorithm", "step")
     info = {name: header[name] for name in told if name in header}
     info["dataset"] = dataset or Path(header.get("dataset", "")).name
+    if header.get("base_model") in EMBEDDED:
+        info["base_model"] = header["base_model"]
     network, most = load_model(model), torch.finfo(torch.float16).max
     if any((parameter.abs() > most).any() for parameter in network.parameters()):
         raise UserError(f"{model}: holds weights above {most:,.0f}, the most that float16 can; share the file as it is")

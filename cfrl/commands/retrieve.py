@@ -23,7 +23,7 @@ from cfrl.io.catalogue import PROTOTYPES, at_hand
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.files import Extras, load_extras, load_model, model_path
+from cfrl.model.files import EMBEDDED, Extras, load_extras, load_model, model_path
 from cfrl.model.sampler import sample, space_group_prior
 from cfrl.model.transformer import CrystalTransformer
 from cfrl.model.wishes import parse_elements
@@ -72,11 +72,17 @@ def retrieve(
     from cfrl.rewards.trust import confirm_code
 
     console = console or Console(quiet=True)
+    named = config.base
     config, tuning, extras = _complete(config, root, console)
     if config.reward_crystals and tuning.reward:
         confirm_code(tuning.reward, Path(config.run) / "config.toml", trust)
     device = choose_device(config.device)
     tuned, base = load_model(config.run, device), load_model(config.base, device)
+    if not named and tuned.config != base.config:  # the embedded models were others in an earlier version
+        raise UserError(
+            f"{config.run}: tuned from {config.base or 'default'!r}, which is another network here: give --base "
+            f"({' or '.join(EMBEDDED)}, weights or a run folder)"
+        )
     dataset = Dataset(config.dataset, config.split)
     label_name, sign = _label(config.property or "", tuning.reward, dataset.properties)
     label_name = property_column(label_name)

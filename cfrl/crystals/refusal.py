@@ -1,6 +1,6 @@
 """What is not handed out: crystals whose composition alone says that they are no discovery.
 
-A third of what the embedded model draws has a formula that is known, a fifth is an element alone or has charges that do
+A third of what the model `small` draws has a formula that is known, a fifth is an element alone or has charges that do
 not balance. No network need learn to avoid that: a draw that meets one of these guards is thrown away and drawn anew,
 at 500 a second. What is left follows the model's distribution, conditioned; its log-probability stays the model's,
 lower by the same log P(not refused) for all crystals.

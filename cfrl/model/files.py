@@ -23,8 +23,8 @@ from cfrl.model.transformer import CrystalTransformer
 from cfrl.runs.folder import newest_run
 from cfrl.untrusted import fitting, one_line, read_tensors
 
-DEFAULT, WIDE, STABLE = "default", "wide", "stable"
-EMBEDDED = {name: ASSETS / f"{name}.safetensors" for name in (DEFAULT, WIDE, STABLE)}
+DEFAULT, SMALL, STABLE = "default", "small", "stable"
+EMBEDDED = {name: ASSETS / f"{name}.safetensors" for name in (DEFAULT, SMALL, STABLE)}
 REFUSES = "refuses"  # of the header
 KNOWN_FORMULAS = "known_formulas"  # a tensor beside the weights: hashes of what the model should not draw again
 CRITIC = "critic."  # how the names of a critic's tensors begin
@@ -81,8 +81,8 @@ def load_model(model: str | Path | None = None, device: str | torch.device = "cp
     """A model, ready to use: in evaluation mode, float32, its weights not watched by autograd.
 
     Args:
-        model: None or "" or "default": the embedded model; "wide": a larger one, closer to real crystals and slower;
-            "stable": the default tuned by `sun`, for crystals that last; a weights file; a run folder (its
+        model: None or "" or "default": the embedded model; "small": a smaller one, quicker and further from real
+            crystals; "stable": the small one tuned by `sun`, for crystals that last; a weights file; a run folder (its
             model.safetensors); "last": the newest run of finetune or pretrain under runs/.
 
     Raises:

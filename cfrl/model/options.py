@@ -133,9 +133,6 @@ class Wishes(CellWishes):
 
 PRESETS = {
     "default": ModelConfig(
-        embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
-    ),
-    "wide": ModelConfig(
         embed_size=64,
         model_size=256,
         num_layers=4,
@@ -146,8 +143,9 @@ PRESETS = {
         order="composition",
     ),
     "small": ModelConfig(
-        embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2
+        embed_size=64, model_size=128, num_layers=6, num_heads=4, key_size=32, dropout=0.15, descriptors=True
     ),
+    "tiny": ModelConfig(embed_size=32, h0_size=128, model_size=96, num_layers=4, num_heads=4, key_size=24, dropout=0.2),
     "alex-20": ModelConfig(),
 }
 
@@ -158,7 +156,7 @@ class TrainingOptions(Settings):
 
     preset: Literal[*PRESETS] = option(
         "default",
-        "Architecture: default, wide (cell before coordinates), small, alex-20 (the published one).",
+        "Architecture: default (cell before coordinates), small, tiny, alex-20 (the published one).",
     )
     epochs: Count = option(100, "Passes over the training split.")
     batch_size: Count = option(128, "Crystals per optimiser step, over all processes.")

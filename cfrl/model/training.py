@@ -356,7 +356,7 @@ def pretrain(
         validation: what decides which epoch's weights are kept; None: the loss of training.
         init: start from the weights of this model.
         weights: (n,) how often an epoch shows each crystal, on average; None: once.
-        options: fields of `TrainingOptions`, such as epochs=20, preset="small".
+        options: fields of `TrainingOptions`, such as epochs=20, preset="tiny".
     """
     settings = TrainingOptions(**options)
     limit = PRESETS[settings.preset].max_sites - 1

@@ -88,7 +88,7 @@ def build_reward(
 def relax_steps_for(reward: Reward) -> int:
     """How far crystals should be relaxed before this reward is asked of them.
 
-    As drawn, 30% of the embedded model's crystals lie within 0.1 eV/atom of the hull, relaxed 69%, and the rank
+    As drawn, 30% of the crystals of `small` lie within 0.1 eV/atom of the hull, relaxed 69%, and the rank
     correlation of the two distances is 0.55; after 4 evaluations it is 0.78 (`bench_relax_steps.py`). What features a
     predictor sees gains more: large cells, drawn with distorted anions, are all metals to it. A critic that learnt band
     gaps of 1,024 crystals ranks the real ones with a ROC AUC of 0.85 (as drawn), 0.92 (4), 0.94 (8), 0.95 (relaxed).

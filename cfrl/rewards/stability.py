@@ -13,7 +13,7 @@ GPA_PER_EV_A3 = 160.21766208
 BEST = -0.05  # eV/atom; about a potential's error: what lies deeper below a hull is more likely wrong than new
 WORST = 1.0  # eV/atom; nothing is learned from how much more hopeless than hopeless a crystal is
 # What is left to fall when a relaxation is cut short, in units of its last fall: mean, and how far that errs. Fitted to
-# 2,300 of the embedded model's crystals, each relaxed to the end: after 4 evaluations they say with ROC AUC 0.93 which
+# 2,300 of the crystals of `small`, each relaxed to the end: after 4 evaluations they say with ROC AUC 0.93 which
 # will be within 0.1 eV/atom of the hull, the energy alone 0.90.
 LEFT, ERRS = 0.7, 1.5
 STRAIN = 0.01  # of each length; energies of crystals are parabolic there, and float32 noise is far below

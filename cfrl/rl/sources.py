@@ -71,7 +71,7 @@ class FreshCrystals:
     def survey(self) -> Rollout:
         """Many scored crystals of the starting model: the unit of the reward and the shares of kinds come from them.
 
-        One step's crystals would do for most rewards, but not for sparse ones (85% of the embedded model's crystals
+        One step's crystals would do for most rewards, but not for sparse ones (85% of the crystals of `small`
         earn no `dielectric_bandgap`): from batch to batch the unit would change by a factor of three, and beta with it.
         The crystals are the same whatever the run's seed: the unit belongs to the model and the reward.
         """

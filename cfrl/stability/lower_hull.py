@@ -97,7 +97,7 @@ def expected_gap(compounds: np.ndarray, elements: int) -> np.ndarray:
 
     0.1 / (x + 0.36), x = compounds for each pair of the elements: fitted (tests/benchmarks/fit_expected_gap.py) to the
     gap between the hull of the 29,511 Materials Project phases near the hull whose compositions the embedded
-    reference's own crystals cover and that of all 130,867, at 1,820 crystals of the embedded generator. Binaries with
+    reference's own crystals cover and that of all 130,867, at 1,820 crystals of the generator `small`. Binaries with
     0, 1, 2 and 3 or 4 known compounds: 0.28, 0.05, 0.03, 0.01 eV/atom; ternaries with 3 or 4, 5 to 8, 9 to 16: 0.08,
     0.04, 0.02.
     A reference that was filled up from all of the Materials Project has no such gap to it; what that database lacks

@@ -19,7 +19,7 @@ WITHIN = 0.1  # eV/atom
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("-n", type=int, default=1000)
-    parser.add_argument("--model", default="wide")
+    parser.add_argument("--model", default="default")
     parser.add_argument("--hull", help="reference hull; without: the embedded one")
     args = parser.parse_args()
 

@@ -71,7 +71,7 @@ def steps(rows: int, draws: str | None) -> dict[str, list[str]]:
         "info": [*cfrl, "data", "info", "data.h5"],
         "pretrain on 1%": [
             *(*cfrl, "pretrain", "--dataset", "data.h5", "--weights", "0.01", "--epochs", "1"),
-            *("--preset", "small", "--exchange", "0"),
+            *("--preset", "tiny", "--exchange", "0"),
         ],
         "retrieve": [
             *(*cfrl, "retrieve", "--run", "stable", "--dataset", "data.h5", "--samples", "0"),

@@ -18,7 +18,7 @@ from scaling import told, train
 from cfrl.io.datasets import Dataset
 from cfrl.io.storage import read_columns, read_crystals, write_crystals
 
-WIDTH, SHOWN, DRAWS = 128, 240_000, 1000
+WIDTH, SHOWN, DRAWS = 128, 160_000, 1000
 ROUNDS = {"two rounds": 2, "all rounds": None}
 
 

@@ -66,7 +66,7 @@ def rates(preset: str, data: CrystalBatch, batch_size: int, batches: int, device
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("presets", nargs="*", default=["alex-20", "default"])
+    parser.add_argument("presets", nargs="*", default=["alex-20", "small", "default"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--batches", type=int, default=8)

@@ -507,7 +507,7 @@ class GrowConfig(EngineOptions, GrowthOptions, GrowInputs):
     """Make a dataset larger by crystals of the program's own."""
 
     THEMES: ClassVar = {
-        "Candidates": ("substitute", "balance", "temperature", "max_atoms"),
+        "Candidates": ("substitute", "balance", "temperature", "max_atoms", "elements", "require", "exclude"),
         "What is kept": ("new", "within", "allow", "symprec"),
         "Relaxation": ("potential", "fmax", "steps", "give_up"),
         "Where it runs": ("lot", "lots", "workers", "engine", "address", "device"),

@@ -330,6 +330,18 @@ def test_what_is_kept_is_what_it_says(folder, straight):
     assert last == pytest.approx(columns["e_above_hull"]), "the file tells distances to the hull with all finds"
 
 
+def test_elements_can_be_wished_for(folder):
+    """Of what is drawn and of what is exchanged."""
+    path, asked = folder / "asked.h5", {"elements": "Ca,Sr,Ba,Na,K,S,Se,Cl", "require": "S", "exclude": "Ba"}
+    grow(str(path), settings(folder, **asked, n=4, lots=4, within=1.0), root=folder / "runs")
+    crystals, source = read_crystals(path), read_columns(path)["source"]
+    assert set(source) == {MODEL, SUBSTITUTION}
+    assert (crystals.species == 16).any(1).all()
+    assert set(crystals.species.unique().tolist()) <= {0, 20, 38, 11, 19, 16, 34, 17}
+    with pytest.raises(UserError, match="O must be there"):
+        grow(str(path), settings(folder, elements="Na,S", require="O"), root=folder / "runs")
+
+
 def test_metrics_account_for_every_candidate(folder, straight):
     metrics = straight.metrics()
     columns = {name: np.array(values) for name, values in metrics.items()}

@@ -55,7 +55,7 @@ def substitute(crystals: CrystalBatch, table: np.ndarray, rng: np.random.Generat
     be changed so is left out. Positions stay; lengths of the cell follow the mean covalent radius.
 
     Args:
-        table: (119, 119), see `substitution_table`.
+        table: (119, 119), see `substitution_table`; of a row only the proportions count.
 
     Returns:
         At most as many crystals, with the ids of those that they come from.
@@ -81,7 +81,7 @@ def rescaled(crystals: CrystalBatch, species: torch.Tensor) -> CrystalBatch:
 
 
 def _exchanged(old: np.ndarray, cumulative: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    if not (cumulative[old, -1] > 0.5).all():
+    if not (cumulative[old, -1] > 0).all():
         return None
     for _ in range(_TRIES):
         new = (cumulative[old] < rng.random(len(old))[:, None] * cumulative[old, -1:]).sum(1)

@@ -94,7 +94,21 @@ class CellWishes(Settings):
 
 
 @dataclass(frozen=True)
-class Wishes(CellWishes):
+class ElementWishes(Settings):
+    """Which elements crystals should hold."""
+
+    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
+    require: str | None = option(None, "These elements must be there, e.g. `Li`; empty: none must.", unset="")
+    exclude: str | None = option(
+        None,
+        "Not these elements, e.g. `Hg,Tl`; also `radioactive`, `noble_gas`; empty: none.",
+        choices=("radioactive", "noble_gas"),
+        unset="",
+    )
+
+
+@dataclass(frozen=True)
+class Wishes(ElementWishes, CellWishes):
     """What the crystals that are drawn should be; all of it together holds for every one (`wishes.py`)."""
 
     formula: str | None = option(
@@ -104,14 +118,6 @@ class Wishes(CellWishes):
     )
     system: str | None = option(
         None, "Of this chemical system: every one of its elements and no other, e.g. `Li-Mn-O`; empty: any.", unset=""
-    )
-    elements: str | None = option(None, "Only these elements, e.g. `Ba,Ti,O`; empty: all.", unset="")
-    require: str | None = option(None, "These elements must be there, e.g. `Li`; empty: none must.", unset="")
-    exclude: str | None = option(
-        None,
-        "Not these elements, e.g. `Hg,Tl`; also `radioactive`, `noble_gas`; empty: none.",
-        choices=("radioactive", "noble_gas"),
-        unset="",
     )
     favour: str | None = option(
         None, "Favour elements by so much in their logit, e.g. `O=2,Pb=-3`; empty: as the model has them.", unset=""

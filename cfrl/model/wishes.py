@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.elements import ATOMIC_NUMBERS, NUM_ELEMENTS, SYMBOLS, atomic_number
@@ -23,7 +24,7 @@ from cfrl.crystals.wyckoff import NUM_SPACE_GROUPS
 from cfrl.errors import UserError, nearest
 from cfrl.model.constraints import Bounds, Composition, Demand, Template
 from cfrl.model.distributions import SamplerOptions
-from cfrl.model.options import Wishes
+from cfrl.model.options import ElementWishes, Wishes
 
 UNIFORM = "uniform"
 Wanted = Callable[[CrystalBatch], np.ndarray]  # of n crystals, which to keep: (n,) bool
@@ -47,7 +48,7 @@ def sampler_options(wishes: Wishes, max_sites: int, temperature: float = 1.0, to
     Raises:
         UserError: what cannot be read, or contradicts itself.
     """
-    allowed = _allowed(wishes)
+    allowed = allowed_elements(wishes)
     elements = None if len(allowed) == NUM_ELEMENTS - 1 else tuple(sorted(allowed))
     options = SamplerOptions(temperature, top_p, elements, wishes.max_atoms, _favoured(wishes.favour))
     if wishes.like:
@@ -133,7 +134,17 @@ def _whole(amounts: Iterable[Fraction]) -> tuple[int, ...] | None:
     return least if sum(least) <= 1000 else None
 
 
-def _allowed(wishes: Wishes) -> set[int]:
+def has_elements(crystals: CrystalBatch, wishes: ElementWishes) -> np.ndarray:
+    """(n,) bool: which crystals hold what they must, and nothing that is not allowed."""
+    allowed = torch.tensor([0, *allowed_elements(wishes)])
+    kept = torch.isin(crystals.species, allowed).all(1)
+    for number in parse_elements(wishes.require or None) or ():
+        kept &= (crystals.species == number).any(1)
+    return kept.numpy()
+
+
+def allowed_elements(wishes: ElementWishes) -> set[int]:
+    """Atomic numbers. Raises UserError where none is left."""
     allowed = set(parse_elements(wishes.elements) or range(1, NUM_ELEMENTS))
     for word in wishes.exclude.split(",") if wishes.exclude else ():
         allowed -= ELEMENT_SETS.get(word.strip()) or {atomic_number(word.strip())}

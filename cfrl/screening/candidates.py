@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from cfrl.crystals.analysis import MAX_SITES
 from cfrl.crystals.crystal import CrystalBatch
 from cfrl.crystals.distances import closest_contact, contacts
+from cfrl.crystals.elements import NUM_ELEMENTS
 from cfrl.crystals.fingerprint import fingerprints
 from cfrl.crystals.kinds import without_lanthanide_swaps
 from cfrl.crystals.known import KnownFormulas
@@ -26,8 +27,10 @@ from cfrl.crystals.refusal import Refusal
 from cfrl.crystals.substitution import substitute
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model
+from cfrl.model.options import ElementWishes
 from cfrl.model.sampler import sample
 from cfrl.model.transformer import CrystalTransformer
+from cfrl.model.wishes import allowed_elements, has_elements
 from cfrl.potentials.relax import GIVEN_UP
 from cfrl.runs.devices import choose_device
 from cfrl.runs.journal import Record
@@ -71,6 +74,11 @@ class Plan:
 def source_of(lot: int, substituted: float) -> str:
     """Where the candidates of a lot (1, 2, ...) come from; the shares come out as evenly as they can."""
     return SUBSTITUTION if int(lot * substituted) > int((lot - 1) * substituted) else MODEL
+
+
+def element_words(options: GrowthOptions) -> dict[str, str | None]:
+    """Which elements are wished, as `sample` takes it."""
+    return {each.name: getattr(options, each.name) for each in fields(ElementWishes)}
 
 
 def near_copies(crystals: CrystalBatch) -> list[str]:
@@ -149,9 +157,12 @@ class _Picker:
         options, limit = self.plan.options, self.plan.options.max_atoms
         if self.source == MODEL:
             model, seed = _model(self.plan.model, options.device), int(self.rng.integers(2**62))
-            return sample(model, n, seed=seed, temperature=options.temperature, max_atoms=limit)
+            wishes = element_words(options)
+            return sample(model, n, seed=seed, temperature=options.temperature, max_atoms=limit, **wishes)
         parents = load_prototypes(self.plan.prototypes, limit)
-        return substitute(parents[self.rng.integers(len(parents), size=n)].trim(), self.plan.table, self.rng)
+        table = np.where(np.isin(np.arange(NUM_ELEMENTS), list(allowed_elements(options))), self.plan.table, 0)
+        made = substitute(parents[self.rng.integers(len(parents), size=n)].trim(), table, self.rng)
+        return made[np.flatnonzero(has_elements(made, options))]
 
     def _sift(self, crystals: CrystalBatch, room: int) -> CrystalBatch:
         """At most `room` of some candidates; those after the last that is taken count as never made."""

@@ -19,6 +19,7 @@ from cfrl.crystals.fingerprint import Candidate, match_against, prepare
 from cfrl.crystals.kinds import kinds
 from cfrl.crystals.known import KnownFormulas
 from cfrl.crystals.refusal import KNOWN, REFUSED, Refusal
+from cfrl.model.wishes import has_elements
 from cfrl.runs.journal import Record
 from cfrl.screening import balance
 from cfrl.screening.candidates import SOURCES, Plan, dense, from_record, near_copies
@@ -63,13 +64,15 @@ class Growth:
         Args:
             reference: the hull before anything was kept.
             known: crystals that are no find; None: the formulas that the embedded generator learnt from.
-            real: what the shares of kinds and space groups are taken from.
+            real: what the shares of kinds and space groups are taken from, where it holds the elements that are wished.
             grown: crystals kept earlier, with properties "energy_per_atom" (eV) and "e_above_reference".
             allowed: names of `FLAGS` that keep no crystal out.
         """
         self.options, self.reference = options, reference
         self.flags = [name for name in FLAGS if name not in set(allowed)]
         self.hull = reference[np.arange(len(reference))]
+        asked = has_elements(real, options)
+        real = real[asked] if asked.any() else real
         compounds = kinds(real)["elements"] > 0
         self.real = balance.count(real[compounds] if "element" in self.flags and compounds.any() else real)
         self.tallies = Tallies()

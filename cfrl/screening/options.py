@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cfrl.model.options import ElementWishes
 from cfrl.settings import (
     DEVICES,
     POTENTIAL_HELP,
@@ -104,7 +105,7 @@ class ProtocolOptions(Settings):
 
 
 @dataclass(frozen=True)
-class GrowthOptions(Settings):
+class GrowthOptions(ElementWishes):
     """How a dataset grows: where candidates come from, which are relaxed, what is kept."""
 
     n: Count = option(1000, "Stop when so many crystals have been kept.", flags=("-n",))

@@ -60,6 +60,7 @@ def sample(
     min_contact: float = 0.0,
     draw_size: int | None = None,
     wanted: Wanted | None = None,
+    shares: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
     **wishes: Any,
@@ -80,6 +81,7 @@ def sample(
         draw_size: crystals drawn at once; None: what goes quickest on the model's device.
         wanted: which of n crystals to keep, (n,) bool, such as a `Refusal`; in place of the others, others are drawn,
             space group and all.
+        shares: `space_group_shares` of these wishes, if they were asked before: a constraint takes thousands of draws.
         progress: called with the number of crystals finished so far.
         ranks: the processes that share the drawing; all get all crystals.
         wishes: other fields of `Wishes`, such as formula="LiMn2O4", system="Li-Mn-O", num_atoms="4-20".
@@ -96,7 +98,7 @@ def sample(
     wanted = AllOf.of(wanted, InRange.of(asked))
     model_was_training = model.training
     model.eval()
-    shares = space_group_shares(model, asked, options).exp().cpu()  # (231,)
+    shares = (space_group_shares(model, asked, options) if shares is None else shares).exp().cpu()  # (231,)
     seed = ranks.gather(seeded(shares.device, seed).initial_seed())[0]  # one for all, where it is by chance
     generator = seeded(shares.device, random_seed(seed))
     batches, found, lot, drawn = [], 0, 0, 0

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cfrl.crystals.analysis import MAX_SITES
 from cfrl.crystals.crystal import CrystalBatch
@@ -27,10 +28,10 @@ from cfrl.crystals.refusal import Refusal
 from cfrl.crystals.substitution import substitute
 from cfrl.io.datasets import load_dataset
 from cfrl.model.files import load_model
-from cfrl.model.options import ElementWishes
-from cfrl.model.sampler import sample
+from cfrl.model.options import ElementWishes, Wishes
+from cfrl.model.sampler import sample, space_group_shares
 from cfrl.model.transformer import CrystalTransformer
-from cfrl.model.wishes import allowed_elements, has_elements
+from cfrl.model.wishes import allowed_elements, has_elements, sampler_options, wishes_of
 from cfrl.potentials.relax import GIVEN_UP
 from cfrl.runs.devices import choose_device
 from cfrl.runs.journal import Record
@@ -157,8 +158,9 @@ class _Picker:
         options, limit = self.plan.options, self.plan.options.max_atoms
         if self.source == MODEL:
             model, seed = _model(self.plan.model, options.device), int(self.rng.integers(2**62))
-            wishes = element_words(options)
-            return sample(model, n, seed=seed, temperature=options.temperature, max_atoms=limit, **wishes)
+            wishes = wishes_of(max_atoms=limit, **element_words(options))
+            shares = _shares(self.plan.model, options.device, wishes, options.temperature)
+            return sample(model, n, seed=seed, temperature=options.temperature, shares=shares, **asdict(wishes))
         parents = load_prototypes(self.plan.prototypes, limit)
         table = np.where(np.isin(np.arange(NUM_ELEMENTS), list(allowed_elements(options))), self.plan.table, 0)
         made = substitute(parents[self.rng.integers(len(parents), size=n)].trim(), table, self.rng)
@@ -250,6 +252,13 @@ def dense(sparse: list[list[int]]) -> np.ndarray:
 def _model(path: str, device: str) -> CrystalTransformer:
     """Loaded once in a worker process."""
     return load_model(path, choose_device(device))
+
+
+@cache
+def _shares(path: str, device: str, wishes: Wishes, temperature: float) -> Tensor:
+    """Of space groups, asked once in a worker process: what must hold some elements takes many draws to tell."""
+    model = _model(path, device)
+    return space_group_shares(model, wishes, sampler_options(wishes, model.config.max_sites - 1, temperature))
 
 
 @cache

@@ -77,7 +77,9 @@ class Surroundings:
             return torch.cat([torch.stack([nearest, nearest.clamp(min=_OVERLAP).log()], -1), (1 + counts).log()], -1)
 
 
-def _line(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _line(
+    crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Where each site's representative is when one coordinate is 0, and how it moves with it; (E, 3) each.
 
     Coordinates that are tied to that one move with it.
@@ -86,7 +88,7 @@ def _line(crystals: CrystalBatch, crystal: Tensor, site: Tensor, axis: Tensor, d
     coords = crystals.frac_coords[crystal, site].to(dtype).scatter(1, axis[:, None], 0)
     start = project_coords(group, letter[:, None], coords[:, None]).squeeze(1)
     matrix = tables(site.device).project_matrix[group, letter].to(dtype)  # (E, 3, 3)
-    return [start, matrix.take_along_dim(axis[:, None, None], 2).squeeze(2)]
+    return start, matrix.take_along_dim(axis[:, None, None], 2).squeeze(2)
 
 
 def _applied(rotation: Tensor, vectors: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ stray=$(find "$work/here" "$work/home" -type f -not -path "$work/here/runs/*" -n
 [[ -z $stray ]] || { echo "written outside runs/ and the cache folder: $stray"; exit 1; }
 
 echo "== a damaged asset is noticed"
-model=$(python -c 'from cfrl.model.files import DEFAULT_MODEL; print(DEFAULT_MODEL)')
+model=$(python -c 'from cfrl.model.files import DEFAULT, EMBEDDED; print(EMBEDDED[DEFAULT])')
 printf x | dd of="$model" bs=1 seek=2000000 conv=notrunc status=none
 if cfrl doctor > /dev/null; then exit 1; fi
 echo "The wheel works."

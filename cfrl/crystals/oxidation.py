@@ -10,6 +10,8 @@ Balance = Literal["neutral", "alloy", "element", "not neutral"]
 
 METALLOIDS = {"Ge", "Sb"}  # SMACT counts them as metals, yet they are the anions of salts such as Mg2Ge and GaSb
 
+MOST_ELEMENTS = 8  # SMACT tries all states of all elements, which takes hours for 13; known crystals have at most 7
+
 
 @lru_cache(maxsize=65536)
 def charge_balance(formula: str) -> Balance:
@@ -20,6 +22,7 @@ def charge_balance(formula: str) -> Balance:
         the Materials Project's binaries and ternaries that are no alloys 86% are neutral.
     alloy: metals among themselves. They are not asked for a balance, which says nothing of them: rare negative states
         would make TiAl and Ti3Al neutral and Ti2Al not. With a metalloid they are neutral where they balance.
+    not neutral: everything else, and whatever has more than `MOST_ELEMENTS`.
     element: one element alone, whose charge is nothing to speak of.
     """
     from smact import metals
@@ -32,7 +35,7 @@ def charge_balance(formula: str) -> Balance:
     if metallic and not symbols & METALLOIDS:
         return "alloy"
     try:
-        if smact_validity(formula, include_alloys=False):
+        if len(symbols) <= MOST_ELEMENTS and smact_validity(formula, include_alloys=False):
             return "neutral"
     except (KeyError, TypeError, ValueError):  # an element without data
         return "not neutral"

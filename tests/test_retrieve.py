@@ -26,7 +26,7 @@ from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import read_crystals, write_crystals
 from cfrl.model.distributions import SamplerOptions
 from cfrl.model.drawing import draw
-from cfrl.model.files import load_model, save_model
+from cfrl.model.files import Extras, load_model, save_model
 from cfrl.model.sampler import sample
 from cfrl.model.transformer import FACTORS, CrystalTransformer
 from cfrl.screening.ranking import composition_neighbours, expected_hits, is_good, rank_correlation, rate_ranking
@@ -363,6 +363,15 @@ def test_draws_and_joint_ratio_use_the_runs_own_shares(run, tmp_path, learned, m
     known = np.isfinite(gain)
     assert set(group[known]) == {221, 225}
     assert gain[known & (group == 221)] == pytest.approx(math.log(0.8 / 0.5) if learned else 0, abs=1e-5)
+
+
+def test_a_base_that_is_another_network_by_now_is_told(run, tmp_path):
+    """The embedded `default` was one of another size when the run was made."""
+    folder = tuned_with(run, tmp_path)
+    save_model(load_model(run.path), folder / "model.safetensors", Extras({"base_model": "default"}))
+    config = RetrieveConfig(run=str(folder), dataset="prototypes", samples=0, reward_crystals=0, device="cpu")
+    with pytest.raises(UserError, match="tuned from 'default', which is another network here: give --base"):
+        retrieve(config, root=tmp_path / "runs")
 
 
 def test_a_run_that_can_draw_none_of_the_dataset_is_told_so(run, tmp_path):

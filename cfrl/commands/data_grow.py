@@ -37,13 +37,13 @@ from cfrl.io.catalogue import HDF5, STRUCTURE_TYPES
 from cfrl.io.datasets import load_dataset
 from cfrl.io.storage import append_crystals, read_columns, read_crystals, replace_property
 from cfrl.model.files import load_model, model_path
-from cfrl.model.wishes import sampler_options, wishes_of
+from cfrl.model.wishes import sampler_options
 from cfrl.potentials import energy_scale, full_name, model_name
 from cfrl.runs.devices import choose_device
 from cfrl.runs.engine import make_engine
 from cfrl.runs.folder import RunFolder
 from cfrl.runs.journal import Record, Work
-from cfrl.screening.candidates import SOURCES, element_words, load_prototypes, run_lots, source_of
+from cfrl.screening.candidates import SOURCES, load_prototypes, run_lots, source_of, wishes_for
 from cfrl.screening.growth import Growth, Tallies
 from cfrl.stability.flags import check_flags
 from cfrl.stability.hull import ReferenceHull
@@ -90,7 +90,7 @@ def grow(
     check_writable(path, HDF5)
     allowed = check_flags(config.allow or "")
     config = replace(config, model=str(model_path(config.model)), potential=full_name(config.potential))
-    sampler_options(wishes_of(**element_words(config)), load_model(config.model).config.max_sites - 1)  # can be met
+    sampler_options(wishes_for(config), load_model(config.model).config.max_sites - 1)  # they can be met
     reference = ReferenceHull.load(config.hull)
     check_scale(config.potential, reference)
     prototypes = (config.prototypes,) if config.prototypes else tuple(config.known or [STRUCTURE_TYPES])

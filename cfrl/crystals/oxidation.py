@@ -22,8 +22,8 @@ def charge_balance(formula: str) -> Balance:
         the Materials Project's binaries and ternaries that are no alloys 86% are neutral.
     alloy: metals among themselves. They are not asked for a balance, which says nothing of them: rare negative states
         would make TiAl and Ti3Al neutral and Ti2Al not. With a metalloid they are neutral where they balance.
-    not neutral: everything else, and whatever has more than `MOST_ELEMENTS`.
     element: one element alone, whose charge is nothing to speak of.
+    not neutral: everything else; what has more than `MOST_ELEMENTS` is never called neutral.
     """
     from smact import metals
     from smact.screening import smact_validity

@@ -31,7 +31,7 @@ from cfrl.model.files import load_model
 from cfrl.model.options import ElementWishes, Wishes
 from cfrl.model.sampler import sample, space_group_shares
 from cfrl.model.transformer import CrystalTransformer
-from cfrl.model.wishes import allowed_elements, has_elements, sampler_options, wishes_of
+from cfrl.model.wishes import allowed_elements, has_elements, sampler_options
 from cfrl.potentials.relax import GIVEN_UP
 from cfrl.runs.devices import choose_device
 from cfrl.runs.journal import Record
@@ -77,9 +77,10 @@ def source_of(lot: int, substituted: float) -> str:
     return SUBSTITUTION if int(lot * substituted) > int((lot - 1) * substituted) else MODEL
 
 
-def element_words(options: GrowthOptions) -> dict[str, str | None]:
-    """Which elements are wished, as `sample` takes it."""
-    return {each.name: getattr(options, each.name) for each in fields(ElementWishes)}
+def wishes_for(options: GrowthOptions) -> Wishes:
+    """What draws should be."""
+    elements = {each.name: getattr(options, each.name) for each in fields(ElementWishes)}
+    return Wishes(max_atoms=options.max_atoms, **elements)
 
 
 def near_copies(crystals: CrystalBatch) -> list[str]:
@@ -155,13 +156,13 @@ class _Picker:
         return not reason
 
     def _propose(self, n: int) -> CrystalBatch:
-        options, limit = self.plan.options, self.plan.options.max_atoms
+        options = self.plan.options
         if self.source == MODEL:
             model, seed = _model(self.plan.model, options.device), int(self.rng.integers(2**62))
-            wishes = wishes_of(max_atoms=limit, **element_words(options))
+            wishes = wishes_for(options)
             shares = _shares(self.plan.model, options.device, wishes, options.temperature)
             return sample(model, n, seed=seed, temperature=options.temperature, shares=shares, **asdict(wishes))
-        parents = load_prototypes(self.plan.prototypes, limit)
+        parents = load_prototypes(self.plan.prototypes, options.max_atoms)
         table = np.where(np.isin(np.arange(NUM_ELEMENTS), list(allowed_elements(options))), self.plan.table, 0)
         made = substitute(parents[self.rng.integers(len(parents), size=n)].trim(), table, self.rng)
         return made[np.flatnonzero(has_elements(made, options))]
